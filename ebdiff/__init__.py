@@ -1,0 +1,86 @@
+"""Early-bird tickets for diffusion models: find them early, shrink physically, train each timestep region small.
+
+The names below are the whole public interface. They are resolved on first use, so that `import ebdiff` loads neither
+diffusers nor triton.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import EbdiffError as EbdiffError
+    from .nn.group_norm import RaggedGroupNorm as RaggedGroupNorm
+    from .nn.router import TimestepRouter as TimestepRouter
+    from .pruning.importance import importance as importance
+    from .pruning.mask import ChannelMask as ChannelMask
+    from .pruning.mask import distance as distance
+    from .pruning.plan import ChannelPlan as ChannelPlan
+    from .pruning.plan import ChannelSpace as ChannelSpace
+    from .pruning.save import load as load
+    from .pruning.save import save as save
+    from .pruning.shrink import masked as masked
+    from .pruning.shrink import shrink as shrink
+    from .pruning.shrink import shrink_ as shrink_
+    from .pruning.trace import trace as trace
+    from .tickets.early_bird import EarlyBird as EarlyBird
+    from .tickets.history import MaskHistory as MaskHistory
+    from .tickets.ticket import Ticket as Ticket
+    from .timesteps.region import Partition as Partition
+    from .timesteps.region import Region as Region
+    from .timesteps.sampler import Stratified as Stratified
+    from .timesteps.sampler import Timesteps as Timesteps
+    from .timesteps.sampler import Uniform as Uniform
+    from .timesteps.sampler import Within as Within
+    from .training.loop import StepReport as StepReport
+    from .training.loop import train as train
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "EbdiffError": "errors",
+    "RaggedGroupNorm": "nn.group_norm",
+    "TimestepRouter": "nn.router",
+    "ChannelMask": "pruning.mask",
+    "ChannelPlan": "pruning.plan",
+    "ChannelSpace": "pruning.plan",
+    "distance": "pruning.mask",
+    "importance": "pruning.importance",
+    "load": "pruning.save",
+    "masked": "pruning.shrink",
+    "save": "pruning.save",
+    "shrink": "pruning.shrink",
+    "shrink_": "pruning.shrink",
+    "trace": "pruning.trace",
+    "EarlyBird": "tickets.early_bird",
+    "MaskHistory": "tickets.history",
+    "Ticket": "tickets.ticket",
+    "Partition": "timesteps.region",
+    "Region": "timesteps.region",
+    "Stratified": "timesteps.sampler",
+    "Timesteps": "timesteps.sampler",
+    "Uniform": "timesteps.sampler",
+    "Within": "timesteps.sampler",
+    "StepReport": "training.loop",
+    "train": "training.loop",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    elif name.startswith("Shrunk"):  # ebdiff.ShrunkUNet2DModel and its like: made on demand from the diffusers class
+        from .pruning.save import shrunk_class_named
+
+        value = shrunk_class_named(name)
+    else:
+        raise AttributeError(f"module 'ebdiff' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
