@@ -1,0 +1,1 @@
+"""Which timesteps to draw, and with which weight."""
