@@ -1,0 +1,20 @@
+"""How good are the images: scores in the features of a named extractor, and the held-out loss per timestep bin."""
+
+from .features import Classifier16, FeatureExtractor, InceptionExtractor, extractor_for
+from .losses import LossProfile, loss_per_bin
+from .metrics import Scores, evaluate, features_of, fid, kid, precision_recall
+
+__all__ = [
+    "Classifier16",
+    "FeatureExtractor",
+    "InceptionExtractor",
+    "LossProfile",
+    "Scores",
+    "evaluate",
+    "extractor_for",
+    "features_of",
+    "fid",
+    "kid",
+    "loss_per_bin",
+    "precision_recall",
+]
