@@ -1,0 +1,63 @@
+"""Attention after pruning: whole heads gone, or head_dim smaller at the softmax scale of the original one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["PinnedScaleProcessor"]
+
+
+class PinnedScaleProcessor:
+    """A diffusers attention processor that passes the softmax scale, and lets q/k and v differ in width.
+
+    diffusers' AttnProcessor2_0 ignores ``attn.scale`` and takes 1/sqrt(head_dim) of whatever width is left.
+
+    Args:
+        scale: factor on the attention logits, 1/sqrt(head_dim) of the dense network.
+    """
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        residual = hidden_states
+        if attn.spatial_norm is not None:
+            hidden_states = attn.spatial_norm(hidden_states, temb)
+        image_shape = hidden_states.shape if hidden_states.dim() == 4 else None
+        if image_shape is not None:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        if encoder_hidden_states is not None and attn.norm_cross:
+            context = attn.norm_encoder_hidden_states(context)
+        if attention_mask is not None:
+            attention_mask = attn.prepare_attention_mask(attention_mask, context.shape[1], len(context))
+            attention_mask = attention_mask.view(len(context), attn.heads, -1, attention_mask.shape[-1])
+
+        def heads(tokens: Tensor) -> Tensor:
+            return tokens.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+
+        query, key, value = heads(attn.to_q(hidden_states)), heads(attn.to_k(context)), heads(attn.to_v(context))
+        query = query if attn.norm_q is None else attn.norm_q(query)
+        key = key if attn.norm_k is None else attn.norm_k(key)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=self.scale)
+        hidden_states = mixed.transpose(1, 2).flatten(2).to(query.dtype)
+        for layer in attn.to_out:
+            hidden_states = layer(hidden_states)
+        if image_shape is not None:
+            hidden_states = hidden_states.transpose(1, 2).reshape(image_shape)
+        if attn.residual_connection:
+            hidden_states = hidden_states + residual
+        return hidden_states / attn.rescale_output_factor  # type: ignore[no-any-return]

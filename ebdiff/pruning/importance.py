@@ -1,0 +1,117 @@
+"""How much each channel matters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import EbdiffError
+from .plan import ChannelPlan
+
+__all__ = ["Method", "channel_scores", "importance"]
+
+Method = Literal["magnitude", "magnitude-l1", "taylor", "diff-pruning", "random"]
+_FROM_LOSSES = ("taylor", "diff-pruning")
+
+
+def importance(
+    model: nn.Module,
+    plan: ChannelPlan,
+    method: Method = "magnitude",
+    losses: Iterable[Tensor] | None = None,
+    *,
+    threshold: float = 0.05,
+    generator: torch.Generator | None = None,
+) -> dict[str, Tensor]:
+    """Score every channel of every space; higher is kept longer.
+
+    - "magnitude": sum of squared weights of a channel (L2), "magnitude-l1": sum of absolute weights;
+    - "taylor": |sum of w * dL/dw| over a channel's weights (first order, Molchanov et al. 2019), gradients summed over
+      `losses`;
+    - "diff-pruning": sum of |w * dL/dw|, over `losses` in ascending timestep until one falls below `threshold` times
+      the largest so far (Fang et al. 2023, eq. 7);
+    - "random": uniform, from `generator`.
+
+    Weights with at least two dimensions count (no biases, no norms); scores are averaged over the slices of a space and
+    divided by their mean, so that spaces of different size compare.
+
+    Args:
+        model: the traced model.
+        plan: its plan.
+        method: see above.
+        losses: an iterable of scalar losses computed with this model; each is differentiated as it comes, `.grad` is
+            left alone. Needed by the two methods that use gradients.
+
+    Returns:
+        {space name: float32 [size]}, on the CPU.
+
+    Raises:
+        EbdiffError: unknown method, missing or superfluous losses, or a model the plan does not fit.
+    """
+    plan.check(model)
+    if method not in ("magnitude", "magnitude-l1", "random", *_FROM_LOSSES):
+        raise EbdiffError("importance", expected=str(Method.__args__), got=repr(method), remedy="choose one")  # type: ignore[attr-defined]
+    if (method in _FROM_LOSSES) != (losses is not None):
+        expected = "an iterable of scalar losses" if losses is None else "no losses"
+        raise EbdiffError(
+            f"importance by {method}", expected=expected, got=str(type(losses)), remedy="see its docstring"
+        )
+    if method == "random":
+        return {space.name: torch.rand(space.size, generator=generator) for space in plan}
+    weights = {n: p for n, p in model.named_parameters() if n in plan.by_parameter and p.dim() > 1}
+    if losses is None:
+        with torch.no_grad():
+            signed = {n: w.float().square() if method == "magnitude" else w.float().abs() for n, w in weights.items()}
+    else:
+        gradients = _gradients(weights, losses, threshold if method == "diff-pruning" else 0.0)
+        signed = {n: (w.detach() * gradients[n]).float() for n, w in weights.items()}
+        signed = {n: s.abs() for n, s in signed.items()} if method == "diff-pruning" else signed
+    return channel_scores(plan, signed)
+
+
+def channel_scores(plan: ChannelPlan, elements: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Per-channel scores from per-element contributions of weights.
+
+    Args:
+        plan: the plan.
+        elements: {parameter: float, its shape}; parameters left out do not count.
+
+    Returns:
+        {space name: float32 [size]}: |sum over a channel|, mean over the slices of the space, divided by its mean.
+    """
+    sums: dict[tuple[str, int], Tensor] = {}
+    for name, values in elements.items():
+        for dim in plan.by_parameter[name]:
+            others = [d for d in range(values.dim()) if d != dim]
+            sums[name, dim] = values.sum(others).double().cpu()
+    result = {}
+    for space in plan:
+        slices = [
+            sums[m.parameter, m.dim][m.positions(space.size)].sum((0, 2)).abs()
+            for m in space.members
+            if (m.parameter, m.dim) in sums
+        ]
+        mean = torch.stack(slices).mean(0) if slices else torch.ones(space.size, dtype=torch.float64)
+        result[space.name] = (mean / mean.mean().clamp_min(1e-30)).float()
+    return result
+
+
+def _gradients(weights: Mapping[str, Tensor], losses: Iterable[Tensor], threshold: float) -> dict[str, Tensor]:
+    trained = {name: weight for name, weight in weights.items() if weight.requires_grad}
+    total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    largest, count = 0.0, 0
+    for loss in losses:
+        largest = max(largest, float(loss.detach()))
+        if float(loss.detach()) < threshold * largest:
+            break
+        found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+        for name, gradient in zip(trained, found, strict=True):
+            if gradient is not None:
+                total[name] += gradient
+        count += 1
+    if not count:
+        raise EbdiffError("importance", expected="at least one loss", got="none", remedy="pass an iterable of losses")
+    return total

@@ -1,0 +1,248 @@
+"""Which channels stay: a validated, immutable {space: bool}, True = KEPT; how it is drawn and how far two are apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import EbdiffError
+from .budget import Budget, widths_for
+from .plan import ChannelPlan, Norm
+
+__all__ = ["ChannelMask", "NormMode", "Scope", "distance", "distances"]
+
+NormMode = Literal["ragged", "balanced"]
+Scope = Literal["local", "global"]
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelMask:
+    """The kept channels of every space of a plan. True = KEPT.
+
+    Args:
+        plan: the plan whose spaces are masked.
+        keep: {space name: bool [size]}; spaces not named are kept whole.
+        norm: what happens to group normalisation. "ragged" keeps every channel in its original group, so groups may
+            become unequal or vanish; "balanced" deals the kept channels out anew, in order, to the original number of
+            groups, so that a plain nn.GroupNorm serves.
+        asked: what was asked of `draw`, for the record.
+
+    Raises:
+        EbdiffError: an unknown space, a wrong size or dtype, an emptied space, or (balanced) a norm whose number of
+            groups does not divide its kept channels.
+    """
+
+    plan: ChannelPlan
+    keep: Mapping[str, Tensor]
+    norm: NormMode = "ragged"
+    asked: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, kept in self.keep.items():
+            self._check(name, kept)
+        whole = {s.name: torch.ones(s.size, dtype=torch.bool) for s in self.plan}
+        keep = {
+            name: self.keep[name].detach().cpu().clone() if name in self.keep else kept for name, kept in whole.items()
+        }
+        object.__setattr__(self, "keep", MappingProxyType(keep))
+        object.__setattr__(self, "asked", MappingProxyType(dict(self.asked)))
+        if self.norm not in ("ragged", "balanced"):
+            raise EbdiffError("norm", expected="'ragged' or 'balanced'", got=repr(self.norm), remedy="choose one")
+        if self.norm == "balanced":
+            for norm in self.plan.norms:
+                self._check_divides(norm)
+
+    def _check(self, name: str, kept: Tensor) -> None:
+        if name not in self.plan:
+            raise EbdiffError(
+                "mask of an unknown channel space",
+                expected="a name in the plan",
+                got=name,
+                remedy="use this model's plan",
+            )
+        size = self.plan[name].size
+        if kept.dtype != torch.bool or tuple(kept.shape) != (size,):
+            raise EbdiffError(
+                f"mask of {name}",
+                expected=f"bool [{size}]",
+                got=f"{kept.dtype} {list(kept.shape)}",
+                remedy="True = kept",
+            )
+        if not kept.any():
+            raise EbdiffError(
+                f"mask of {name} empties the space", expected="at least one kept channel", got="none", remedy="keep one"
+            )
+
+    def _check_divides(self, norm: Norm) -> None:
+        kept = int(self.kept_by(norm).sum())
+        if kept % norm.groups:
+            raise EbdiffError(
+                f"balanced mask at {norm.module}",
+                expected=f"a multiple of its {norm.groups} groups",
+                got=f"{kept} kept channels",
+                remedy='draw with norm="balanced", or use norm="ragged"',
+            )
+
+    @classmethod
+    def draw(
+        cls,
+        scores: Mapping[str, Tensor],
+        *,
+        plan: ChannelPlan,
+        ratio: float | Mapping[str, float] | None = None,
+        macs: float | None = None,
+        multiple_of: int = 1,
+        norm: NormMode = "ragged",
+        scope: Scope = "local",
+        head_dim: bool = False,
+    ) -> ChannelMask:
+        """Keep the channels with the highest scores.
+
+        Widths are rounded to what is feasible and never below one channel; no space is skipped. Asking for more never
+        removes fewer.
+
+        Args:
+            scores: {space name: float [size]}, as `importance` returns.
+            plan: the plan the scores belong to.
+            ratio: share of channels REMOVED, of every space or by name (spaces not named stay whole).
+            macs: instead of `ratio`: share of the dense multiply-accumulates KEPT, at most.
+            multiple_of: round kept widths to multiples of this, where a space is large enough.
+            norm: "ragged" or "balanced", see `ChannelMask`.
+            scope: "local" asks the same of every space; "global" ranks the channels of all spaces together.
+            head_dim: also prune head_dim where there are several heads (a single head's is always prunable).
+
+        Raises:
+            EbdiffError: missing or non-finite scores, both or neither of ratio and macs, values outside [0, 1), or a
+                budget that even the smallest network exceeds.
+        """
+        prunable = [space for space in plan if head_dim or space.unit != "head_dim"]
+        for space in prunable:
+            found = scores.get(space.name)
+            if found is None or tuple(found.shape) != (space.size,) or not torch.isfinite(found).all():
+                got = "none" if found is None else f"{list(found.shape)}, finite: {bool(torch.isfinite(found).all())}"
+                raise EbdiffError(
+                    f"scores of {space.name}",
+                    expected=f"finite [{space.size}]",
+                    got=got,
+                    remedy="use ebdiff.importance",
+                )
+        budget = Budget(ratio=ratio, macs=macs, multiple_of=multiple_of, balanced=norm == "balanced", scope=scope)
+        widths = widths_for(plan, prunable, scores, budget)
+        keep = {space.name: _top(scores[space.name], widths[space.name]) for space in prunable}
+        return cls(plan, keep, norm, budget.asked())
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.keep[name].clone()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keep)
+
+    def __len__(self) -> int:
+        return len(self.keep)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ChannelMask) or self.norm != other.norm or self.keep.keys() != other.keep.keys():
+            return False
+        return all(torch.equal(self.keep[name], other.keep[name]) for name in self.keep)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def size(self) -> int:
+        """Channels of all spaces."""
+        return sum(space.size for space in self.plan)
+
+    @property
+    def removed(self) -> float:
+        """Share of all channels removed."""
+        return 1 - sum(int(kept.sum()) for kept in self.keep.values()) / max(self.size, 1)
+
+    def bits(self) -> Tensor:
+        """bool [size]: the masks of all spaces one after another, in the plan's order."""
+        return (
+            torch.cat([self.keep[space.name] for space in self.plan])
+            if len(self.plan)
+            else torch.empty(0, dtype=torch.bool)
+        )
+
+    def kept_by(self, norm: Norm) -> Tensor:
+        """bool [channels]: which channels of a group normalisation are kept."""
+        name = f"{norm.module}.weight" if norm.module else "weight"
+        name = self.plan.aliases.get(name, name)
+        whole = torch.ones(self.plan.shapes[name][0], dtype=torch.bool)
+        return self.plan.kept(self.keep, name).get(0, whole)
+
+    def groups_of(self, norm: Norm) -> Tensor:
+        """int64 [channels]: the group each channel's statistics are taken over, -1 where it is removed."""
+        kept = self.kept_by(norm)
+        groups = torch.arange(len(kept)) // (len(kept) // norm.groups)
+        if self.norm == "balanced":
+            groups[kept] = torch.arange(int(kept.sum())) // (int(kept.sum()) // norm.groups)
+        return groups.masked_fill(~kept, -1)
+
+    def regroups(self, norm: Norm) -> bool:
+        """Are some of a norm's channels removed, so that its statistics change?"""
+        return not bool(self.kept_by(norm).all())
+
+    def regrouped(self) -> list[str]:
+        """Names of the norms in which some kept channel changes its group (balanced masks only)."""
+        ragged = ChannelMask(self.plan, self.keep)
+        return [n.module for n in self.plan.norms if not torch.equal(self.groups_of(n), ragged.groups_of(n))]
+
+    def __str__(self) -> str:
+        asked = ", ".join(f"{name} {value:g}" for name, value in self.asked.items()) or "by hand"
+        macs, parameters = self.plan.macs(self) / self.plan.macs(), self.plan.parameters(self) / self.plan.parameters()
+        return (
+            f"asked: {asked}; achieved: {self.removed:.1%} of the channels removed, "
+            f"{macs:.1%} of the MACs and {parameters:.1%} of the parameters kept; {self.norm} norms"
+        )
+
+
+def _top(scores: Tensor, count: int) -> Tensor:
+    """bool: the `count` highest scores; of equal ones the first."""
+    kept = torch.zeros(len(scores), dtype=torch.bool)
+    kept[torch.argsort(scores.detach().cpu(), descending=True, stable=True)[:count]] = True
+    return kept
+
+
+def distance(a: ChannelMask, b: ChannelMask, corrected: bool = False) -> float:
+    """Normalised Hamming distance: the share of channels kept by exactly one of the two masks.
+
+    With `corrected`, divided by 2p(1-p), what two independent random masks that remove the share p differ by: 1 means
+    no better than chance, whatever the ratio (p is the mean share of the two; 0 where nothing or everything is removed).
+    Source: Early-Bird tickets (You et al. 2020); the correction is ours.
+    """
+    _check_same(a, b)
+    share = float((a.bits() ^ b.bits()).float().mean()) if a.size else 0.0
+    return _correct(share, (a.removed + b.removed) / 2) if corrected else share
+
+
+def distances(a: ChannelMask, b: ChannelMask, corrected: bool = False) -> dict[str, float]:
+    """`distance`, for each space by itself."""
+    _check_same(a, b)
+    result = {}
+    for name in a:
+        share = float((a.keep[name] ^ b.keep[name]).float().mean())
+        removed = 1 - float((a.keep[name].float().mean() + b.keep[name].float().mean()) / 2)
+        result[name] = _correct(share, removed) if corrected else share
+    return result
+
+
+def _correct(share: float, removed: float) -> float:
+    chance = 2 * removed * (1 - removed)
+    return share / chance if chance > 1e-12 else 0.0
+
+
+def _check_same(a: ChannelMask, b: ChannelMask) -> None:
+    if a.plan.fingerprint() != b.plan.fingerprint():
+        raise EbdiffError(
+            "distance between masks of different architectures",
+            expected=a.plan.fingerprint(),
+            got=b.plan.fingerprint(),
+            remedy="compare masks drawn from the same plan",
+        )

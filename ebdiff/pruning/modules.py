@@ -1,0 +1,136 @@
+"""Rules per module class: which integers a forward reads, and how they follow the shrunken parameters."""
+
+from __future__ import annotations
+
+from math import sqrt
+from typing import Any
+
+from torch import nn
+
+from ..errors import EbdiffError
+from ..nn.attention import PinnedScaleProcessor
+from ..nn.group_norm import RaggedGroupNorm
+from .mask import ChannelMask
+
+__all__ = ["adapt", "refuse_wrapped", "replace", "sizes_read_by", "splits_its_own_axes"]
+
+_REMEDIES = {
+    "DistributedDataParallel": "pass model.module and wrap the result again",
+    "DataParallel": "pass model.module and wrap the result again",
+    "FullyShardedDataParallel": "pass the module as it was before FSDP and wrap the result again",
+    "OptimizedModule": "pass model._orig_mod and compile the result again",
+}
+# The attention processors that take every width but the softmax scale from their tensors.
+_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "PinnedScaleProcessor")
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Refuse a model inside DistributedDataParallel, FSDP or torch.compile, whose wrapper would keep the old shapes."""
+    name = type(model).__name__
+    if name in _REMEDIES:
+        raise EbdiffError(f"the model is wrapped in {name}", expected="the module itself", got=name, remedy=_REMEDIES[name])
+    if getattr(model, "_compiled_call_impl", None) is not None:
+        raise EbdiffError(
+            "the model was compiled in place", expected="a plain module", got="model.compile()", remedy="compile it afterwards"
+        )
+
+
+def _is_diffusers(module: nn.Module, *names: str) -> bool:
+    """Is this one of the named diffusers classes (or a subclass)? Without importing diffusers."""
+    return any(c.__name__ in names and c.__module__.startswith("diffusers.") for c in type(module).__mro__)
+
+
+def splits_its_own_axes(module: nn.Module) -> bool:
+    """Does `adapt` update the integers by which this module views its channels as heads x head_dim?"""
+    return _is_diffusers(module, "Attention") and type(module.processor).__name__ in _PROCESSORS
+
+
+def sizes_read_by(module: nn.Module, side: str) -> tuple[str, ...]:
+    """Attributes in which a module keeps the channels (dimension 1) of its "input" or its "output"."""
+    resampling = _is_diffusers(
+        module, "Upsample1D", "Downsample1D", "Upsample2D", "Downsample2D", "FirUpsample2D", "FirDownsample2D"
+    )
+    if resampling:
+        return ("channels",) if side == "input" else ("out_channels",)
+    if _is_diffusers(module, "ResnetBlock2D", "ResnetBlockCondNorm2D"):
+        return ("in_channels",) if side == "input" else ("out_channels",)
+    return ()
+
+
+def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of the one with this name."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def adapt(model: nn.Module, mask: ChannelMask) -> None:
+    """After the parameters of `model` were sliced by `mask`: install the norms and update every integer a forward reads."""
+    plan = mask.plan
+    widths = {name: int(kept.sum()) for name, kept in mask.keep.items()}
+    for norm in plan.norms:
+        if mask.regroups(norm):
+            _adapt_norm(model, norm.module, mask.groups_of(norm))
+    for size in plan.sizes:
+        module = model.get_submodule(size.module)
+        if isinstance(getattr(module, size.attribute, None), int):
+            setattr(module, size.attribute, round(plan.value(size.terms, widths)))
+    for name, module in model.named_modules():
+        _adapt_torch(module)
+        if _is_diffusers(module, "Attention"):
+            _adapt_attention(module, name, mask)
+
+
+def _adapt_norm(model: nn.Module, name: str, groups: Any) -> None:
+    norm = model.get_submodule(name)
+    sizes = groups[groups >= 0].bincount(minlength=1).tolist()
+    sizes = [size for size in sizes if size]
+    assert isinstance(norm, nn.GroupNorm)
+    if len(set(sizes)) == 1:
+        norm.num_channels, norm.num_groups = sum(sizes), len(sizes)
+        return
+    ragged = RaggedGroupNorm(sizes, norm.eps, device=norm.weight.device, dtype=norm.weight.dtype)
+    ragged.weight, ragged.bias = norm.weight, norm.bias
+    ragged.train(norm.training)
+    replace(model, name, ragged)
+
+
+def _adapt_torch(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.Embedding):
+        module.embedding_dim = module.weight.shape[1]
+    elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+        known = module.weight if module.weight is not None else module.running_mean
+        module.num_features = module.num_features if known is None else len(known)
+    elif isinstance(module, nn.modules.conv._ConvNd):
+        first, second = module.weight.shape[:2]
+        if module.groups == module.in_channels == module.out_channels:  # depthwise
+            module.groups = first
+        first, second = (second, first) if module.transposed else (first, second)
+        scale_out, scale_in = (module.groups, 1) if module.transposed else (1, module.groups)
+        module.out_channels, module.in_channels = first * scale_out, second * scale_in
+
+
+def _adapt_attention(module: nn.Module, name: str, mask: ChannelMask) -> None:
+    """diffusers' Attention: heads and widths, and the softmax scale of the original head_dim where that changed."""
+    prefix = f"{name}." if name else ""
+    weight, value = f"{prefix}to_q.weight", f"{prefix}to_v.weight"
+    before = mask.plan.shapes.get(weight)
+    if before is None:
+        return
+    attn: Any = module
+    dense_head_dim = before[0] // attn.heads
+    for space, _ in mask.plan.by_parameter.get(weight, {}).get(0, []):
+        if space.unit == "head":
+            attn.heads = attn.sliceable_head_dim = int(mask.keep[space.name].sum())
+    attn.inner_dim, attn.query_dim = attn.to_q.weight.shape
+    if attn.to_k is not None:
+        attn.inner_kv_dim, attn.cross_attention_dim = attn.to_k.weight.shape
+    if attn.to_out is not None:
+        attn.out_dim = attn.to_out[0].weight.shape[0]
+    head_dim, value_dim = attn.inner_dim // attn.heads, attn.to_v.weight.shape[0] // attn.heads
+    pinned = isinstance(attn.processor, PinnedScaleProcessor)
+    follows_tensors = type(attn.processor).__name__ == "AttnProcessor"  # scales by attn.scale, a constant
+    changed = head_dim != dense_head_dim or value_dim != mask.plan.shapes[value][0] // (before[0] // dense_head_dim)
+    if changed and not pinned and not follows_tensors:
+        attn.set_processor(PinnedScaleProcessor(1 / sqrt(dense_head_dim)))

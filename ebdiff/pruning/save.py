@@ -1,0 +1,1 @@
+def shrunk_class(cls): return cls

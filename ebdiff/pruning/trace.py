@@ -1,0 +1,325 @@
+"""Run a model once on fake tensors and follow every axis: which slices of which parameters are one prunable axis."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..errors import EbdiffError
+from .axes import Atom, Axis, Place, Prod, freeze, places, resolve, size
+from .modules import refuse_wrapped, sizes_read_by, splits_its_own_axes
+from .plan import ChannelPlan, ChannelSpace, Frozen, Member, ModuleSize, Norm, Terms, Unit
+from .rules import rule_for
+
+__all__ = ["trace"]
+
+
+def trace(model: nn.Module, *args: Any, **kwargs: Any) -> ChannelPlan:
+    """Find every prunable axis of `model`, from one forward pass on fake tensors.
+
+    The model is called as ``model(*args, **kwargs)`` on a copy whose tensors hold no memory; the model itself, its mode,
+    gradients, hooks and device stay as they are.
+
+    Args:
+        model: any module; not wrapped by DistributedDataParallel, FSDP or torch.compile.
+        args, kwargs: what its forward takes; only shapes, dtypes and devices of tensors matter.
+
+    Returns:
+        The plan. What the tracer cannot follow is listed in ``plan.frozen`` by name, with the reason.
+
+    Raises:
+        EbdiffError: the model is wrapped, or its forward fails on fake tensors.
+    """
+    refuse_wrapped(model)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    shadow = _shadow(model, fake)
+    tracer = Tracer(shadow)
+    fake_args, fake_kwargs = _map_tensors(fake.from_tensor, (args, kwargs))
+    for tensor in _tensors((fake_args, fake_kwargs)):
+        tracer.label(tensor, [Atom(n, "an input of the model") for n in tensor.shape])
+    batch = next((t.shape[0] for t in _tensors((fake_args, fake_kwargs)) if t.dim() > 1), 1)
+    try:
+        with torch.no_grad(), fake, tracer.watching(), tracer:
+            output = shadow(*fake_args, **fake_kwargs)
+    except Exception as error:
+        where = tracer.where() or "the model"
+        raise EbdiffError(
+            f"cannot trace {type(model).__name__}",
+            expected="a forward pass that runs on the given arguments without reading tensor values",
+            got=f"{type(error).__name__} in {where}: {str(error).splitlines()[0] if str(error) else ''}",
+            remedy="call ebdiff.trace(model, ...) with the arguments that model(...) itself takes",
+        ) from error
+    for tensor in _tensors(output):
+        for axis in tracer.axes(tensor):
+            freeze(axis, "an output of the model")
+    return tracer.plan(max(batch, 1))
+
+
+class Tracer(TorchDispatchMode):
+    """Labels every dimension of every tensor of a forward pass with an axis, op by op (see rules.py)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.names = {id(module): name for name, module in model.named_modules()}
+        self.used: set[int] = set()
+        self.stack: list[nn.Module] = []
+        self.norms: dict[str, Norm] = {}
+        self.costs: list[list[Axis]] = []  # one multiply-accumulate per position of each product of axes
+        self.sizes: dict[tuple[str, str], Axis] = {}
+        self.parameters: dict[str, Tensor] = {}
+        self.aliases: dict[str, str] = {}
+        self._label_parameters()
+
+    # Labels -----------------------------------------------------------------------------------------------------------
+
+    def _label_parameters(self) -> None:
+        first: dict[int, str] = {}
+        named = (self.model.named_parameters(remove_duplicate=False), self.model.named_buffers(remove_duplicate=False))
+        for name, tensor in (pair for pairs in named for pair in pairs):
+            if id(tensor) in first:
+                self.aliases[name] = first[id(tensor)]
+                continue
+            first[id(tensor)] = name
+            self.parameters[name] = tensor
+            self.label(tensor, [Atom(n) for n in tensor.shape])
+
+    def label(self, tensor: Any, axes: list[Axis]) -> None:
+        """Say what the dimensions of a tensor are."""
+        if isinstance(tensor, Tensor):
+            assert [size(axis) for axis in axes] == list(tensor.shape), "a label that does not fit its tensor"
+            tensor._ebdiff_axes = axes  # type: ignore[attr-defined]
+
+    def axes(self, tensor: Tensor) -> list[Axis]:
+        """What the dimensions of a tensor are; those of a table that the forward itself makes are frozen."""
+        if not hasattr(tensor, "_ebdiff_axes"):
+            self.label(tensor, self.fixed(tensor, f"matched with a fixed table in {self.where()}"))
+        self.used.add(id(tensor))
+        axes: list[Axis] = tensor._ebdiff_axes
+        return axes
+
+    def fixed(self, tensor: Tensor, reason: str) -> list[Axis]:
+        """Fresh frozen axes for a tensor."""
+        return [Atom(n, reason) for n in tensor.shape]
+
+    # Where we are -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Keep track of the module that runs."""
+
+        def enter(module: nn.Module, args: Any) -> None:
+            self.stack.append(module)
+            self._watch_sizes(module, args, "input")
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            if self.stack and self.stack[-1] is module:
+                self.stack.pop()
+            self._watch_sizes(module, output, "output")
+
+        handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _watch_sizes(self, module: nn.Module, value: Any, side: str) -> None:
+        """Remember the axes whose sizes a module keeps as integers, so that `shrink` can update them."""
+        tensor = next(_tensors(value), None)
+        if id(module) in self.names and tensor is not None and tensor.dim() > 1:
+            for attribute in sizes_read_by(module, side):
+                self.sizes[self.names[id(module)], attribute] = self.axes(tensor)[1]
+
+    @property
+    def module(self) -> nn.Module:
+        """The innermost module that runs."""
+        return self.stack[-1] if self.stack else self.model
+
+    def where(self) -> str:
+        """The name and class of the innermost module that runs."""
+        name = self.names.get(id(self.module), "")
+        return f"{name} ({type(self.module).__name__})" if name else type(self.module).__name__
+
+    def name_of(self, tensor: Tensor | None) -> str | None:
+        """The name of a parameter or buffer."""
+        return next((name for name, parameter in self.parameters.items() if parameter is tensor), None)
+
+    def may_split(self) -> bool:
+        """Does a rule update the integers by which the running module views its channels as heads x head_dim?"""
+        return splits_its_own_axes(self.module)
+
+    def add_cost(self, output: Tensor, contraction: list[Axis]) -> None:
+        """Count one multiply-accumulate per output element and contracted position."""
+        self.costs.append([*self.axes(output), *contraction])
+
+    # Dispatch ---------------------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        rule_for(func)(self, func, args, kwargs, out)
+        return out
+
+    # The result -------------------------------------------------------------------------------------------------------
+
+    def plan(self, batch: int) -> ChannelPlan:
+        """The plan of everything seen; costs are divided by the batch size."""
+        members, frozen = self._members()
+        spaces: list[ChannelSpace] = []
+        names: dict[Atom, str] = {}
+        for atom, found in members.items():
+            rows = [m for m, _ in found if m.dim == 0]
+            matrices = [m for m in rows if self.parameters[m.parameter].dim() > 1]
+            producer = (matrices or rows or [found[0][0]])[0]
+            unit = _unit(atom, [place for _, place in found])
+            name = _space_name(producer, unit)
+            while name in names.values():
+                name += "'"
+            names[atom] = name
+            spaces.append(ChannelSpace(name, atom.length, tuple(m for m, _ in found), unit))
+        return ChannelPlan(
+            spaces=tuple(spaces),
+            frozen=tuple(frozen),
+            shapes={name: tuple(tensor.shape) for name, tensor in self.parameters.items()},
+            buffers=frozenset(name for name, t in self.parameters.items() if not isinstance(t, nn.Parameter)),
+            aliases=self.aliases,
+            norms=tuple(self.norms.values()),
+            cost=_cost(self.costs, names, batch),
+            sizes=tuple(
+                ModuleSize(module, attribute, _terms(_kept_size(resolve(axis), names)))
+                for (module, attribute), axis in self.sizes.items()
+            ),
+        )
+
+    def _members(self) -> tuple[dict[Atom, list[tuple[Member, Place]]], list[Frozen]]:
+        free: dict[Atom, list[tuple[Member, Place]]] = {}
+        frozen: dict[Atom, Frozen] = {}
+        for name, tensor in self.parameters.items():
+            unused = id(tensor) not in self.used
+            for dim, axis in enumerate(self.axes(tensor)):
+                if unused:
+                    freeze(axis, "not used in this forward pass")
+                for place in places(axis):
+                    member = Member(name, dim, place.offset, place.outer, place.period, place.inner)
+                    if place.atom.reason is None:
+                        free.setdefault(place.atom, []).append((member, place))
+                    elif dim < 2 and place.atom not in frozen:
+                        frozen[place.atom] = Frozen(f"{name}[{dim}]", place.atom.length, place.atom.reason)
+        return free, list(frozen.values())
+
+
+def _unit(atom: Atom, found: list[Place]) -> Unit:
+    if atom.kind == "head":
+        return "head"
+    return "head_dim" if any(other.kind == "head" for place in found for other in place.within) else "channel"
+
+
+def _space_name(producer: Member, unit: str) -> str:
+    name = producer.parameter.removesuffix(".weight")
+    if producer.dim:
+        name += f"[in {producer.dim}]"
+    if producer.offset:
+        name += f"[from {producer.offset}]"
+    return name if unit == "channel" else f"{name}.{unit}"
+
+
+Polynomial = dict[tuple[str, ...], float]
+
+
+def _terms(polynomial: Polynomial) -> Terms:
+    return tuple((value, key) for key, value in sorted(polynomial.items()))
+
+
+def _cost(costs: list[list[Axis]], names: dict[Atom, str], batch: int) -> Terms:
+    total: Polynomial = {}
+    for axes in costs:
+        term: Polynomial = {(): 1 / batch}
+        for axis in axes:
+            term = _times(term, _kept_size(resolve(axis), names))
+        for key, value in term.items():
+            total[key] = total.get(key, 0.0) + value
+    return _terms(total)
+
+
+def _kept_size(axis: Axis, names: dict[Atom, str]) -> Polynomial:
+    """How many positions of an axis are kept, as a polynomial in the kept sizes of the spaces."""
+    if isinstance(axis, Atom):
+        return {(names[axis],): 1.0} if axis in names else {(): float(axis.length)}
+    if isinstance(axis, Prod):
+        result: Polynomial = {(): 1.0}
+        for factor in axis.factors:
+            result = _times(result, _kept_size(factor, names))
+        return result
+    result = {}
+    for segment in axis.segments:
+        for key, value in _kept_size(segment, names).items():
+            result[key] = result.get(key, 0.0) + value
+    return result
+
+
+def _times(a: Polynomial, b: Polynomial) -> Polynomial:
+    result: Polynomial = {}
+    for left, x in a.items():
+        for right, y in b.items():
+            key = tuple(sorted((*left, *right)))
+            result[key] = result.get(key, 0.0) + x * y
+    return result
+
+
+def _shadow(model: nn.Module, fake: FakeTensorMode) -> nn.Module:
+    """A copy of the model whose tensors are fake and whose hooks, but for torch's own, are gone."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        held = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]
+        for tensor in held:
+            if isinstance(tensor, Tensor) and id(tensor) not in memo:
+                memo[id(tensor)] = _fake_like(tensor, fake)
+    shadow = copy.deepcopy(model, memo)
+    for module in shadow.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key, hook in list(hooks.items()):
+                if not type(hook).__module__.startswith("torch.nn.utils"):
+                    del hooks[key]
+    return shadow
+
+
+def _fake_like(tensor: Tensor, fake: FakeTensorMode) -> Tensor:
+    copied = fake.from_tensor(tensor.detach())
+    return nn.Parameter(copied, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
+
+
+def _map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return change(value.detach())
+    if isinstance(value, tuple | list):
+        return type(value)(_map_tensors(change, item) for item in value)
+    if isinstance(value, dict):
+        return {key: _map_tensors(change, item) for key, item in value.items()}
+    return value
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested containers and dataclasses."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            yield from _tensors(getattr(value, field.name))
