@@ -76,6 +76,8 @@ def __getattr__(name: str) -> Any:
         from .pruning.save import shrunk_class_named
 
         value = shrunk_class_named(name)
+    elif name == "ModelMixin":  # not public: diffusers' loader looks for it in the module of a pipeline's part
+        value = import_module("diffusers").ModelMixin
     else:
         raise AttributeError(f"module 'ebdiff' has no attribute {name!r}")
     globals()[name] = value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -166,7 +165,7 @@ class Partition:
             raise EbdiffError(
                 "timestep outside the partition", expected=f"0 <= t < {self.T}", got=str(t), remedy="check the schedule"
             )
-        return bisect_right(self.bounds, t) - 1
+        return sum(t >= bound for bound in self.bounds[1:])
 
     def of_t(self, t: Tensor) -> Tensor:
         """The number of the region that holds each timestep: any shape and dtype -> int64 of the same shape.
