@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +28,6 @@ class RaggedGroupNorm(nn.Module):
         EbdiffError: a negative size, or no channel at all.
     """
 
-    members: Tensor
-
     def __init__(
         self,
         group_sizes: Sequence[int],
@@ -38,19 +37,23 @@ class RaggedGroupNorm(nn.Module):
     ) -> None:
         super().__init__()
         if not sum(group_sizes) or min(group_sizes) < 0:
-            raise EbdiffError("RaggedGroupNorm", expected="sizes >= 0, not all 0", got=str(group_sizes), remedy="check them")
+            raise EbdiffError(
+                "RaggedGroupNorm", expected="sizes >= 0, not all 0", got=str(group_sizes), remedy="check them"
+            )
         self.group_sizes = tuple(int(size) for size in group_sizes if size)
         self.num_channels = sum(self.group_sizes)
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(self.num_channels, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(self.num_channels, device=device, dtype=dtype))
-        groups = torch.repeat_interleave(torch.arange(len(self.group_sizes)), torch.tensor(self.group_sizes))
-        self.register_buffer("members", membership(groups).to(self.weight.device), persistent=False)
+        self._members: Tensor | None = None  # derived from the sizes; made where it is first needed
 
     def forward(self, x: Tensor) -> Tensor:
         if len(set(self.group_sizes)) == 1:
             return F.group_norm(x, len(self.group_sizes), self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
-        return group_norm(x, self.members, self.weight, self.bias, self.eps)
+        if self._members is None or self._members.device != x.device:
+            groups = torch.repeat_interleave(torch.arange(len(self.group_sizes)), torch.tensor(self.group_sizes))
+            self._members = membership(groups).to(x.device)
+        return group_norm(x, self._members, self.weight, self.bias, self.eps)
 
     def extra_repr(self) -> str:
         return f"{len(self.group_sizes)} groups over {self.num_channels} channels, eps={self.eps}"
@@ -60,13 +63,13 @@ class MaskedGroupNorm(nn.Module):
     """Group normalisation with statistics over the kept channels, zero elsewhere: what RaggedGroupNorm gives, unshrunk.
 
     Args:
-        norm: the norm it stands in for; its weight and bias are taken over.
+        norm: the nn.GroupNorm or RaggedGroupNorm it stands in for; its weight and bias are taken over.
         groups: int64 [channels], the group of each channel, -1 where it is removed.
     """
 
     members: Tensor
 
-    def __init__(self, norm: nn.GroupNorm, groups: Tensor) -> None:
+    def __init__(self, norm: Any, groups: Tensor) -> None:
         super().__init__()
         self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
         self.register_buffer("members", membership(groups).to(norm.weight.device), persistent=False)

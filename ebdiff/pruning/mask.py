@@ -80,10 +80,10 @@ class ChannelMask:
 
     def _check_divides(self, norm: Norm) -> None:
         kept = int(self.kept_by(norm).sum())
-        if kept % norm.groups:
+        if kept % len(norm.group_sizes):
             raise EbdiffError(
                 f"balanced mask at {norm.module}",
-                expected=f"a multiple of its {norm.groups} groups",
+                expected=f"a multiple of its {len(norm.group_sizes)} groups",
                 got=f"{kept} kept channels",
                 remedy='draw with norm="balanced", or use norm="ragged"',
             )
@@ -152,6 +152,12 @@ class ChannelMask:
 
     __hash__ = None  # type: ignore[assignment]
 
+    def __deepcopy__(self, memo: object) -> ChannelMask:
+        return self  # immutable: a copied model shares it
+
+    def __reduce__(self) -> tuple[type[ChannelMask], tuple[object, ...]]:
+        return ChannelMask, (self.plan, dict(self.keep), self.norm, dict(self.asked))
+
     @property
     def size(self) -> int:
         """Channels of all spaces."""
@@ -172,17 +178,17 @@ class ChannelMask:
 
     def kept_by(self, norm: Norm) -> Tensor:
         """bool [channels]: which channels of a group normalisation are kept."""
-        name = f"{norm.module}.weight" if norm.module else "weight"
-        name = self.plan.aliases.get(name, name)
+        name = self.plan.aliases.get(norm.weight, norm.weight)
         whole = torch.ones(self.plan.shapes[name][0], dtype=torch.bool)
         return self.plan.kept(self.keep, name).get(0, whole)
 
     def groups_of(self, norm: Norm) -> Tensor:
         """int64 [channels]: the group each channel's statistics are taken over, -1 where it is removed."""
         kept = self.kept_by(norm)
-        groups = torch.arange(len(kept)) // (len(kept) // norm.groups)
+        count = len(norm.group_sizes)
+        groups = torch.repeat_interleave(torch.arange(count), torch.tensor(norm.group_sizes))
         if self.norm == "balanced":
-            groups[kept] = torch.arange(int(kept.sum())) // (int(kept.sum()) // norm.groups)
+            groups[kept] = torch.arange(int(kept.sum())) // (int(kept.sum()) // count)
         return groups.masked_fill(~kept, -1)
 
     def regroups(self, norm: Norm) -> bool:
@@ -214,12 +220,12 @@ def distance(a: ChannelMask, b: ChannelMask, corrected: bool = False) -> float:
     """Normalised Hamming distance: the share of channels kept by exactly one of the two masks.
 
     With `corrected`, divided by 2p(1-p), what two independent random masks that remove the share p differ by: 1 means
-    no better than chance, whatever the ratio (p is the mean share of the two; 0 where nothing or everything is removed).
+    no better than chance, whatever the ratio (p is the mean share of the two; 0 where p is 0 or 1).
     Source: Early-Bird tickets (You et al. 2020); the correction is ours.
     """
     _check_same(a, b)
     share = float((a.bits() ^ b.bits()).float().mean()) if a.size else 0.0
-    return _correct(share, (a.removed + b.removed) / 2) if corrected else share
+    return chance_corrected(share, (a.removed + b.removed) / 2) if corrected else share
 
 
 def distances(a: ChannelMask, b: ChannelMask, corrected: bool = False) -> dict[str, float]:
@@ -229,11 +235,12 @@ def distances(a: ChannelMask, b: ChannelMask, corrected: bool = False) -> dict[s
     for name in a:
         share = float((a.keep[name] ^ b.keep[name]).float().mean())
         removed = 1 - float((a.keep[name].float().mean() + b.keep[name].float().mean()) / 2)
-        result[name] = _correct(share, removed) if corrected else share
+        result[name] = chance_corrected(share, removed) if corrected else share
     return result
 
 
-def _correct(share: float, removed: float) -> float:
+def chance_corrected(share: float, removed: float) -> float:
+    """A Hamming distance divided by that of two independent masks that remove the share `removed`; 0 without chance."""
     chance = 2 * removed * (1 - removed)
     return share / chance if chance > 1e-12 else 0.0
 

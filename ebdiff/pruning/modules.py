@@ -28,10 +28,15 @@ def refuse_wrapped(model: nn.Module) -> None:
     """Refuse a model inside DistributedDataParallel, FSDP or torch.compile, whose wrapper would keep the old shapes."""
     name = type(model).__name__
     if name in _REMEDIES:
-        raise EbdiffError(f"the model is wrapped in {name}", expected="the module itself", got=name, remedy=_REMEDIES[name])
+        raise EbdiffError(
+            f"the model is wrapped in {name}", expected="the module itself", got=name, remedy=_REMEDIES[name]
+        )
     if getattr(model, "_compiled_call_impl", None) is not None:
         raise EbdiffError(
-            "the model was compiled in place", expected="a plain module", got="model.compile()", remedy="compile it afterwards"
+            "the model was compiled in place",
+            expected="a plain module",
+            got="model.compile()",
+            remedy="compile it afterwards",
         )
 
 
@@ -64,7 +69,7 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def adapt(model: nn.Module, mask: ChannelMask) -> None:
-    """After the parameters of `model` were sliced by `mask`: install the norms and update every integer a forward reads."""
+    """After `model` was sliced by `mask`: install the norms and update every integer that a forward reads."""
     plan = mask.plan
     widths = {name: int(kept.sum()) for name, kept in mask.keep.items()}
     for norm in plan.norms:
@@ -81,11 +86,10 @@ def adapt(model: nn.Module, mask: ChannelMask) -> None:
 
 
 def _adapt_norm(model: nn.Module, name: str, groups: Any) -> None:
-    norm = model.get_submodule(name)
+    norm: Any = model.get_submodule(name)
     sizes = groups[groups >= 0].bincount(minlength=1).tolist()
     sizes = [size for size in sizes if size]
-    assert isinstance(norm, nn.GroupNorm)
-    if len(set(sizes)) == 1:
+    if len(set(sizes)) == 1 and isinstance(norm, nn.GroupNorm):
         norm.num_channels, norm.num_groups = sum(sizes), len(sizes)
         return
     ragged = RaggedGroupNorm(sizes, norm.eps, device=norm.weight.device, dtype=norm.weight.dtype)

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ChannelPlan", "ChannelSpace", "Frozen", "Member", "ModuleSize", "Norm", "Terms"]
 
-# A polynomial in kept sizes: each term is (coefficient, names of spaces), its value the coefficient times the product of
-# those spaces' kept sizes.
+# A polynomial in kept sizes: each term is (coefficient, names of spaces), its value the coefficient times the product
+# of those spaces' kept sizes.
 Terms = tuple[tuple[float, tuple[str, ...]], ...]
 Unit = Literal["channel", "head", "head_dim"]
 
@@ -74,12 +74,17 @@ class Norm:
     """A group normalisation whose channels may be pruned: statistics depend on which channels share a group."""
 
     module: str
-    groups: int
+    group_sizes: tuple[int, ...]
+
+    @property
+    def weight(self) -> str:
+        """The name of its weight."""
+        return f"{self.module}.weight" if self.module else "weight"
 
 
 @dataclass(frozen=True)
 class ModuleSize:
-    """An integer that a module keeps about one of its axes, such as the `channels` that diffusers' Downsample2D asserts."""
+    """An integer that a module keeps about an axis, such as the `channels` that diffusers' Downsample2D asserts."""
 
     module: str
     attribute: str
@@ -243,7 +248,7 @@ class ChannelPlan:
                 shapes={name: tuple(shape) for name, shape in value["shapes"].items()},
                 buffers=frozenset(value["buffers"]),
                 aliases=dict(value["aliases"]),
-                norms=tuple(Norm(**norm) for norm in value["norms"]),
+                norms=tuple(Norm(n["module"], tuple(n["group_sizes"])) for n in value["norms"]),
                 cost=_terms_from(value["cost"]),
                 sizes=tuple(ModuleSize(s["module"], s["attribute"], _terms_from(s["terms"])) for s in value["sizes"]),
             )

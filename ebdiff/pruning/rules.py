@@ -144,9 +144,10 @@ def _view(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     while before or after:
         pending, wanted = ([before.pop(0)] if before else []), ([after.pop(0)] if after else [])
         while (left := prod(map(size, pending))) != (right := prod(wanted)):
-            pending, wanted = (
-                (pending + [before.pop(0)], wanted) if left < right else (pending, wanted + [after.pop(0)])
-            )
+            if left < right:
+                pending.append(before.pop(0))
+            else:
+                wanted.append(after.pop(0))
         result += _divide(tr, fuse(pending), wanted)
     tr.label(out, result)
 
@@ -314,7 +315,8 @@ def _group_norm(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None
         if affine is not None:
             unify(axes[1], tr.axes(affine)[0])
     if type(module) is nn.GroupNorm and weight is not None:
-        tr.norms[tr.names[id(module)]] = Norm(tr.names[id(module)], groups)
+        name, sizes = tr.names[id(module)], getattr(module, "group_sizes", (x.shape[1] // groups,) * groups)
+        tr.norms[name] = Norm(name, sizes)
     else:
         freeze(axes[1], f"group_norm without weights of an nn.GroupNorm in {tr.where()}")
     tr.label(out[0], list(axes))

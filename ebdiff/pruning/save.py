@@ -1,1 +1,199 @@
-def shrunk_class(cls): return cls
+"""A network on disk: JSON and safetensors, never pickle. Shrunken diffusers models as importable classes.
+
+A folder holds `ebdiff.json` (class or structure, plan fingerprint, kept indices) and `ebdiff.safetensors`, a name that
+stock loaders refuse: with ignore_mismatched_sizes they would fill a shrunken network with random layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import files
+from ..errors import EbdiffError
+from .mask import ChannelMask
+from .plan import ChannelPlan
+from .shrink import shrink_, shrinks_of
+from .structure import build, describe
+
+__all__ = ["load", "save", "shrunk_class", "shrunk_class_named"]
+
+_FACTS, _TENSORS, _PREFIX = "ebdiff.json", "ebdiff.safetensors", "Shrunk"
+
+
+def save(model: nn.Module, folder: str | Path) -> None:
+    """Write a network into a folder, so that `load` gives it back bit for bit.
+
+    Args:
+        model: any module. A dense diffusers model is written as diffusers does. Of other modules the structure is
+            written (classes by their import path, plain attributes), so their classes must be importable by name.
+        folder: made if need be; files are replaced atomically.
+
+    Raises:
+        EbdiffError: an attribute that is neither plain data nor importable; it is named.
+    """
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained(str(folder))
+        return
+    structure, extra = describe(model)
+    _write(model, Path(folder), {"structure": structure}, extra)
+
+
+def load(folder: str | Path) -> Any:
+    """The network that `save` wrote, in eval mode, on the CPU.
+
+    Classes are imported from torch, diffusers and ebdiff only; any other module must have been imported before.
+
+    Raises:
+        EbdiffError: the folder is missing, truncated or edited, or a class is not imported yet.
+    """
+    folder = Path(folder)
+    if not (folder / _FACTS).is_file() and (folder / "config.json").is_file():
+        return _diffusers_class(files.read_json(folder / "config.json").get("_class_name", "")).from_pretrained(
+            str(folder)
+        )
+    facts, tensors = _read(folder)
+    if "structure" not in facts:
+        return shrunk_class_named(facts["class"]).from_pretrained(str(folder))
+    model = build(facts["structure"], tensors)
+    vars(model)["_ebdiff_shrinks"] = _shrinks_from(facts)
+    return model.eval()
+
+
+# Diffusers models -----------------------------------------------------------------------------------------------------
+
+
+@cache
+def shrunk_class(dense: type) -> type:
+    """The class of a shrunken diffusers model: a subclass of its own class, found as ebdiff.Shrunk<Class>."""
+    if dense.__name__.startswith(_PREFIX):
+        return dense
+    body = {
+        "__module__": "ebdiff",
+        "__doc__": f"A {dense.__name__} with channels removed; its config is the dense one.",
+        "save_pretrained": _save_pretrained,
+        "from_pretrained": classmethod(_from_pretrained),
+    }
+    return type(_PREFIX + dense.__name__, (dense,), body)
+
+
+def shrunk_class_named(name: str) -> Any:
+    """ebdiff.Shrunk<Class> by its name, for a Class that diffusers has."""
+    return shrunk_class(_diffusers_class(name.removeprefix(_PREFIX)))
+
+
+def _diffusers_class(name: str) -> Any:
+    import diffusers
+
+    found = getattr(diffusers, name, None) if name else None
+    if not isinstance(found, type) or not issubclass(found, nn.Module):
+        raise AttributeError(f"diffusers has no model class {name!r}")
+    return found
+
+
+def _save_pretrained(self: Any, save_directory: str | Path, **_: Any) -> None:
+    """Write config.json (the dense config under this class's name), ebdiff.json and ebdiff.safetensors."""
+    folder = Path(save_directory)
+    _write(self, folder, {"class": type(self).__name__}, {})
+    files.write_bytes(folder / "config.json", self.to_json_string().encode())
+
+
+def _from_pretrained(
+    cls: Any,
+    pretrained_model_name_or_path: str | Path,
+    subfolder: str | None = None,
+    torch_dtype: torch.dtype | None = None,
+    **_: Any,
+) -> Any:
+    """Build the small network directly (the dense one only as shapes) and load its weights. Local folders only."""
+    from accelerate import init_empty_weights
+
+    folder = Path(pretrained_model_name_or_path) / (subfolder or "")
+    facts, tensors = _read(folder)
+    config = files.read_json(folder / "config.json")
+    with init_empty_weights(include_buffers=False):
+        model = cls.__mro__[1].from_config({**config, "_class_name": cls.__mro__[1].__name__})
+    for mask in _shrinks_from(facts):
+        shrink_(model, mask)
+    _assign(model, tensors, folder)
+    model.register_to_config(_name_or_path=str(folder))
+    return model.to(torch_dtype).eval() if isinstance(torch_dtype, torch.dtype) else model.eval()
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+def _write(model: nn.Module, folder: Path, facts: Mapping[str, Any], extra: Mapping[str, Tensor]) -> None:
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers()), **extra}
+    shrinks = [
+        {
+            "plan": mask.plan.to_json(),
+            "fingerprint": mask.plan.fingerprint(),
+            "norm": mask.norm,
+            "asked": dict(mask.asked),
+            "kept": {name: kept.nonzero()[:, 0].tolist() for name, kept in mask.keep.items()},
+        }
+        for mask in shrinks_of(model)
+    ]
+    files.write_tensors(folder / _TENSORS, tensors)
+    digest = files.checksum(folder / _TENSORS)
+    files.write_json(folder / _FACTS, {"format": 1, **facts, "shrinks": shrinks, "sha256": digest})
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    facts = files.read_json(folder / _FACTS)
+    if not isinstance(facts, dict) or facts.get("format") != 1:
+        raise EbdiffError(f"{folder / _FACTS}", expected="format 1", got="something else", remedy="save it again")
+    tensors, _ = files.read_tensors(folder / _TENSORS)
+    if files.checksum(folder / _TENSORS) != facts.get("sha256"):
+        raise EbdiffError(
+            f"{folder / _TENSORS} was edited or belongs to another save",
+            expected=f"sha256 {str(facts.get('sha256'))[:16]}",
+            got=files.checksum(folder / _TENSORS)[:16],
+            remedy="restore both files from the same save",
+        )
+    return facts, tensors
+
+
+def _shrinks_from(facts: Mapping[str, Any]) -> list[ChannelMask]:
+    masks = []
+    for record in facts["shrinks"]:
+        plan = ChannelPlan.from_json(record["plan"])
+        if plan.fingerprint() != record["fingerprint"]:
+            raise EbdiffError(
+                "edited channel plan", expected=record["fingerprint"], got=plan.fingerprint(), remedy="restore the file"
+            )
+        keep = {}
+        for name, indices in record["kept"].items():
+            keep[name] = torch.zeros(plan[name].size, dtype=torch.bool)
+            keep[name][indices] = True
+        masks.append(ChannelMask(plan, keep, record["norm"], record["asked"]))
+    return masks
+
+
+def _assign(model: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Give every parameter and buffer its saved value; names and shapes must be exactly the model's."""
+    expected = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name in {**expected, **tensors}:
+        if name not in tensors or name not in expected or tensors[name].shape != expected[name].shape:
+            shape = {
+                who: tuple(t[name].shape) if name in t else "absent" for who, t in (("e", expected), ("g", tensors))
+            }
+            raise EbdiffError(
+                f"{folder / _TENSORS} does not fit: {name}",
+                expected=str(shape["e"]),
+                got=str(shape["g"]),
+                remedy="save it again",
+            )
+    for name, tensor in expected.items():
+        parent, _, child = name.rpartition(".")
+        module = model.get_submodule(parent)
+        if name in dict(module.named_parameters(recurse=False)) or isinstance(tensor, nn.Parameter):
+            module._parameters[child] = nn.Parameter(tensors[name], requires_grad=tensor.requires_grad)
+        else:
+            module._buffers[child] = tensors[name]

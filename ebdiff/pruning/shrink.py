@@ -107,9 +107,7 @@ def masked(model: Module, mask: Ticket | ChannelMask) -> Module:
                 tensor.index_fill_(dim, (~kept).nonzero()[:, 0].to(tensor.device), 0)
     for norm in mask.plan.norms:
         if mask.regroups(norm):
-            module = dense.get_submodule(norm.module)
-            assert isinstance(module, nn.GroupNorm)
-            replace(dense, norm.module, MaskedGroupNorm(module, mask.groups_of(norm)))
+            replace(dense, norm.module, MaskedGroupNorm(dense.get_submodule(norm.module), mask.groups_of(norm)))
     return dense
 
 
@@ -175,7 +173,9 @@ def _resize_(tensor: Tensor, kept: Mapping[int, Tensor]) -> None:
     tensor.grad = None
     # A change of dtype makes autograd forget a gradient accumulator of the old shape, which a graph that is still
     # alive (the user's last `loss`) would otherwise hand to the next backward pass.
-    tensor.data = torch.empty(0, dtype=torch.float16 if new.dtype != torch.float16 else torch.float32, device=new.device)
+    tensor.data = torch.empty(
+        0, dtype=torch.float16 if new.dtype != torch.float16 else torch.float32, device=new.device
+    )
     tensor.data = new
     tensor.grad = gradient
 
@@ -221,7 +221,7 @@ def _optimizer_changes(model: nn.Module, optimizers: list[Any], kept: Kept) -> l
                         f"cannot shrink the state of {type(optimizer).__name__}",
                         expected=f"state of the shape of {name}, {tuple(parameter.shape)}",
                         got=f"{key} of shape {tuple(value.shape)}",
-                        remedy="use an optimizer with per-element state such as AdamW, or build a new one after shrink()",
+                        remedy="use an optimizer with per-element state such as AdamW, or build it after shrink()",
                     )
     return changes
 
@@ -230,7 +230,9 @@ def _ema_changes(model: nn.Module, ema: Any, mask: ChannelMask, kept: Kept) -> l
     if ema is None:
         return []
     if isinstance(ema, nn.Module):
-        inner = next((getattr(ema, n) for n in ("ema_model", "module") if isinstance(getattr(ema, n, None), nn.Module)), ema)
+        inner = next(
+            (getattr(ema, n) for n in ("ema_model", "module") if isinstance(getattr(ema, n, None), nn.Module)), ema
+        )
         mask.plan.check(inner)
         return [lambda: shrink_(inner, mask)]
     parameters = dict(model.named_parameters())
@@ -245,7 +247,7 @@ def _ema_changes(model: nn.Module, ema: Any, mask: ChannelMask, kept: Kept) -> l
     if not complete or any(holder[key].shape != shapes[name].shape for holder, key, name in pairs):
         raise EbdiffError(
             "the EMA does not belong to this model",
-            expected=f"{len(parameters)} tensors of the parameters' shapes, a copy of the model, or diffusers' EMAModel",
+            expected=f"{len(parameters)} tensors of the parameters' shapes, a copy of the model, or an EMAModel",
             got=type(ema).__name__,
             remedy="pass the EMA that follows this model",
         )

@@ -15,8 +15,9 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import EbdiffError
+from ..nn.group_norm import RaggedGroupNorm
 from .axes import Atom, Axis, Place, Prod, freeze, places, resolve, size
-from .modules import refuse_wrapped, sizes_read_by, splits_its_own_axes
+from .modules import refuse_wrapped, replace, sizes_read_by, splits_its_own_axes
 from .plan import ChannelPlan, ChannelSpace, Frozen, Member, ModuleSize, Norm, Terms, Unit
 from .rules import rule_for
 
@@ -26,8 +27,8 @@ __all__ = ["trace"]
 def trace(model: nn.Module, *args: Any, **kwargs: Any) -> ChannelPlan:
     """Find every prunable axis of `model`, from one forward pass on fake tensors.
 
-    The model is called as ``model(*args, **kwargs)`` on a copy whose tensors hold no memory; the model itself, its mode,
-    gradients, hooks and device stay as they are.
+    The model is called as ``model(*args, **kwargs)`` on a copy whose tensors hold no memory; the model itself, its
+    mode, gradients, hooks and device stay as they are.
 
     Args:
         model: any module; not wrapped by DistributedDataParallel, FSDP or torch.compile.
@@ -292,7 +293,18 @@ def _shadow(model: nn.Module, fake: FakeTensorMode) -> nn.Module:
             for key, hook in list(hooks.items()):
                 if not type(hook).__module__.startswith("torch.nn.utils"):
                     del hooks[key]
+    for name, module in list(shadow.named_modules()):
+        if isinstance(module, RaggedGroupNorm):
+            replace(shadow, name, _plain_stand_in(module))
     return shadow
+
+
+def _plain_stand_in(ragged: RaggedGroupNorm) -> nn.GroupNorm:
+    """An nn.GroupNorm of the same shape: one op instead of many, and shapes are all that a trace sees."""
+    norm = nn.GroupNorm(1, ragged.num_channels, affine=False)
+    norm.weight, norm.bias = ragged.weight, ragged.bias
+    norm.group_sizes = ragged.group_sizes
+    return norm
 
 
 def _fake_like(tensor: Tensor, fake: FakeTensorMode) -> Tensor:
