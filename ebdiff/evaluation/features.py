@@ -138,6 +138,7 @@ class InceptionExtractor:
         try:
             from torchmetrics.image.fid import NoTrainInceptionV3
 
+            torch.load(path, weights_only=True)  # torch-fidelity unpickles freely: let through nothing but tensors
             net = NoTrainInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path))
         except ModuleNotFoundError:
             raise EbdiffError(
