@@ -20,7 +20,7 @@ from .features import FeatureExtractor
 __all__ = ["Scores", "evaluate", "features_of", "fid", "kid", "precision_recall"]
 
 NEIGHBOURS = 3  # k of Kynkäänniemi et al.
-KID_SUBSETS, KID_SUBSET_SIZE = 50, 1000
+KID_SUBSETS, KID_SUBSET_SIZE = 20, 1000
 _references: OrderedDict[tuple[str, str], Tensor] = OrderedDict()  # the newest few; in a run there is one
 
 
@@ -91,7 +91,7 @@ def fid(real: Tensor, fake: Tensor, extractor: FeatureExtractor) -> float:
 
 
 def kid(real: Tensor, fake: Tensor, extractor: FeatureExtractor) -> float:
-    """Kernel inception distance (Bińkowski et al. 2018, eq. 4), the mean of 50 seeded subsets of up to 1000 images."""
+    """Kernel inception distance (Bińkowski et al. 2018, eq. 4), the mean of 20 seeded subsets of up to 1000 images."""
     return _kid(features_of(real, extractor), features_of(fake, extractor))
 
 
