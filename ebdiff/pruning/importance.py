@@ -105,7 +105,7 @@ def _gradients(weights: Mapping[str, Tensor], losses: Iterable[Tensor], threshol
     largest, count = 0.0, 0
     for loss in losses:
         largest = max(largest, float(loss.detach()))
-        if float(loss.detach()) < threshold * largest:
+        if threshold and float(loss.detach()) < threshold * largest:
             break
         found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
         for name, gradient in zip(trained, found, strict=True):

@@ -32,9 +32,10 @@ class EarlyBird:
     Criteria:
       - "magnitude", "magnitude-l1": from the weights, the same for every region; the initial mask is drawn here.
       - "taylor": per channel |sum of w * dL/dw| of one mini-batch (Molchanov et al. 2019), averaged over mini-batches
-        with an exponential fading of window / (fifo - 1) steps, so that the oldest mask of a window shares 2% of the
-        newest's data. The absolute value is taken per mini-batch: the signed mean tends to zero as training converges.
-        With `regions`, scores are kept apart by the region that `step` is told. The initial mask is the first drawn.
+        with an exponential fading of window / 2 steps: the oldest mask of a window shares 14% of the newest's data. The
+        absolute value is taken per mini-batch: the signed mean tends to zero as training converges. With `regions`,
+        scores are kept apart by the region that `step` is told. The initial mask is the first drawn; it rests on few
+        mini-batches, so its distance holds their noise too.
       - "random": new random scores at every draw. A control: a rule that settles on these is worth nothing.
 
     Args:
@@ -103,7 +104,7 @@ class EarlyBird:
         self.model, self.plan, self.ema = model, plan, ema
         self.steps = 0
         self._sums = ChannelSums(plan)
-        self._running = [RunningScores(self._sums.size, self.settings.spacing) for _ in range(self.settings.parts)]
+        self._running = [RunningScores(self._sums.size, self.settings.fading) for _ in range(self.settings.parts)]
         self._watched = [Watched(*key, MaskHistory(plan, self.settings.masks_kept)) for key in self.settings.watched()]
         self._draw(self._watched)
 
@@ -270,7 +271,7 @@ class EarlyBird:
         """
         tensors, facts = state["tensors"], state["facts"]
         refuse_other_settings(self._identity(), facts.get("settings", {}))
-        running = [RunningScores(self._sums.size, self.settings.spacing) for _ in self._running]
+        running = [RunningScores(self._sums.size, self.settings.fading) for _ in self._running]
         fresh = [Watched(*w.key, MaskHistory(self.plan, self.settings.masks_kept)) for w in self._watched]
         try:
             steps = int(facts["steps"])

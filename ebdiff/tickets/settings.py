@@ -78,9 +78,9 @@ class Settings:
         return len(self.regions) if self.regions is not None else 1
 
     @property
-    def spacing(self) -> float:
-        """Steps between two masks of the window."""
-        return self.window / (self.fifo - 1)
+    def fading(self) -> float:
+        """Steps after which a gradient weighs 1/e: short against the window, or the average would settle by itself."""
+        return self.window / 2
 
     @property
     def masks_kept(self) -> int:
