@@ -3,6 +3,7 @@
 import io
 import re
 import sys
+import zlib
 from importlib import resources
 from types import ModuleType, SimpleNamespace
 
@@ -87,6 +88,15 @@ def test_the_fingerprint_sees_a_byte_the_shape_and_the_split():
     assert Images(x[:4].clone(), x[4:].clone(), "y").fingerprint == prints[0]
 
 
+def test_images_that_do_not_fit_together_are_refused():
+    x = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+    for train, test in ((x, x[:, :1]), (x, x[:0]), (x.float(), x), (x[0], x)):
+        with pytest.raises(EbdiffError, match="images of z"):
+            Images(train, test, "z")
+    with pytest.raises(EbdiffError, match="labels of z"):
+        Images(x, x, "z", labels=torch.zeros(3))
+
+
 # Folders
 
 
@@ -156,9 +166,12 @@ def test_unreadable_images_are_all_named(tmp_path):
     (tmp_path / "class0" / "junk.png").write_bytes(b"this is no image")
     (tmp_path / "class0" / "empty.jpg").write_bytes(b"")
     (tmp_path / "class1" / "cut.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(EbdiffError, match="3 of 23") as error:
+    header = b"IHDR" + (60_000).to_bytes(4, "big") * 2 + whole[24:29]  # 3.6 gigapixels, which Pillow refuses
+    bomb = whole[:12] + header + zlib.crc32(header).to_bytes(4, "big") + whole[33:]
+    (tmp_path / "class1" / "bomb.png").write_bytes(bomb)
+    with pytest.raises(EbdiffError, match="4 of 24") as error:
         load_images(tmp_path)
-    for name in ("class0/junk.png", "class0/empty.jpg", "class1/cut.png"):
+    for name in ("class1/bomb.png", "class0/junk.png", "class0/empty.jpg", "class1/cut.png"):
         assert name in str(error.value)
     assert "\n" not in str(error.value)
 
