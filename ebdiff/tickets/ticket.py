@@ -99,9 +99,9 @@ class Ticket:
         value, (keep, _) = read_json(Path(folder) / _FACTS), read_tensors(Path(folder) / _MASKS)
         try:
             written, digest, stored = value.pop("fingerprint"), value.pop("digest"), value.pop("plan")
+            _same("edited ticket (digest of its content)", digest, _digest(value, stored, keep), folder)
             found = ChannelPlan.from_json(stored)
             _same("edited ticket (plan fingerprint)", written, found.fingerprint(), folder)
-            _same("edited ticket (digest of its content)", digest, _digest(value, stored, keep), folder)
             region = Region.from_json(value["region"]) if isinstance(value["region"], list) else value["region"]
             facts = {name: value[name] for name in ("ratio", "step", "criterion", "settled")}
             mask = ChannelMask(found, keep, value["norm"], value["asked"])

@@ -57,7 +57,8 @@ class Tickets:
         found = [watched for watched in self._watched if (watched.criterion, watched.ratio) == (criterion, ratio)]
         if region is not None:
             found = [watched for watched in found if watched.region in (region, None)]
-        if len(found) == 1 and len(rest) < 2:
+        found = found if len(rest) < 2 else []
+        if len(found) == 1:
             return found[0], region
         raise EbdiffError(
             "this key means several regions" if found else "nothing is watched under this key",

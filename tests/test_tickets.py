@@ -1,0 +1,556 @@
+"""Masks that settle make tickets: never too early, the same after an interruption, refused where they do not fit."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toys import hidden, mlp, rank
+from unets import unet
+
+import ebdiff
+from ebdiff import ChannelMask, EarlyBird, MaskHistory, Partition, Region, Ticket, distance, importance
+from ebdiff.errors import EbdiffError
+from ebdiff.tickets.budget import split_budget
+from ebdiff.tickets.scores import RunningScores
+
+HALVES = Partition(0, 500, 1000)
+UP, DOWN = [float(c + 1) for c in range(20)], [float(20 - c) for c in range(20)]  # masks at 0.5: complements
+NAN = float("nan")
+
+
+def mask_at(plan, *kept, size=20):
+    bits = torch.zeros(size, dtype=torch.bool)
+    bits[list(kept)] = True
+    return ChannelMask(plan, {"h1": bits})
+
+
+def gradients(model, batch=None):
+    model.zero_grad()
+    model(torch.ones(4, 1) if batch is None else batch).square().mean().backward()
+
+
+# History --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_history_gives_back_its_masks_and_their_distances():
+    plan = mlp(1, 9, 7, 1)[1]
+    history, masks = MaskHistory(plan, keep=3), []
+    for step in range(6):
+        g = torch.Generator().manual_seed(step)
+        scores = {s.name: torch.rand(s.size, generator=g) for s in plan}
+        masks.append(ChannelMask.draw(scores, plan=plan, ratio=0.5))
+        history.add(10 * step, masks[-1])
+    kept = [masks[0], *masks[3:]]
+    assert history.steps == (0, 30, 40, 50)
+    assert [history[i] for i in range(4)] == kept
+    assert history[-1].asked == {"ratio": 0.5}
+    for corrected in (False, True):
+        steps, map_ = history.heatmap(corrected)
+        expected = [[distance(a, b, corrected) for b in kept] for a in kept]
+        torch.testing.assert_close(map_, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-6)
+        assert history.distances(corrected) == pytest.approx(expected[-1][:-1])
+        assert steps == history.steps
+
+
+def test_a_history_holds_one_plan_one_recipe_and_rising_steps():
+    (_, plan), (_, other) = mlp(1, 4, 1), mlp(1, 5, 1)
+    scores = {"h1": torch.arange(4.0)}
+    history = MaskHistory(plan)
+    history.add(3, ChannelMask.draw(scores, plan=plan, ratio=0.5))
+    with pytest.raises(EbdiffError, match="one recipe"):
+        history.add(4, ChannelMask.draw(scores, plan=plan, ratio=0.75))
+    with pytest.raises(EbdiffError, match="one plan"):
+        history.add(4, ChannelMask.draw({"h1": torch.arange(5.0)}, plan=other, ratio=0.5))
+    with pytest.raises(EbdiffError, match="a step after 3"):
+        history.add(3, ChannelMask.draw(scores, plan=plan, ratio=0.5))
+    assert len(history) == 1
+
+
+@settings(derandomize=True, max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 30), max_size=60), st.integers(1, 100), st.integers(2, 6))
+def test_the_window_spans_what_it_must_however_often_masks_are_drawn(gaps, span, fifo):
+    plan = mlp(1, 2, 1)[1]
+    history, step = MaskHistory(plan, keep=1000), 0
+    for gap in (0, *gaps):
+        step += gap
+        history.add(step, mask_at(plan, 0, size=2))
+    window = history.window(span, fifo)
+    steps = [history.steps[place] for place in window]
+    if window:
+        assert len(set(steps)) == fifo
+        assert steps == sorted(steps, reverse=True)
+        assert steps[0] == step
+        assert steps[0] - steps[-1] >= span
+        assert 0 not in window, "the initial mask is compared by itself"
+    else:
+        assert len(history) <= fifo or history.steps[-1] - history.steps[1] < span + 30 * fifo
+
+
+def test_settling_by_hand():
+    plan = mlp(1, 20, 1)[1]
+
+    def settled(first, *later, eta=0.1, corrected=False):
+        history = MaskHistory(plan)
+        for step, kept in enumerate([first, *later]):
+            history.add(step, mask_at(plan, *kept))
+        return history.settled(2, eta=eta, fifo=3, corrected=corrected)
+
+    a, b, c = range(10), [*range(9), 10], [*range(8), 10, 11]  # 0.1 from neighbour to neighbour, 0.2 from a to c
+    far = range(10, 20)
+    assert settled(far, a, a, a)
+    assert settled(far, a, a, b), "0.1 is at most 0.1"
+    assert not settled(far, a, b, c), "the newest is 0.2 from the oldest"
+    assert settled(far, a, b, c, eta=0.2)
+    assert not settled(far, a, b, c, eta=0.2, corrected=True), "at half the channels 0.2 is 0.4 of chance"
+    assert settled(far, a, b, c, eta=0.4, corrected=True)
+    assert not settled(a, a, a, a), "has not moved yet"
+    assert not settled(c, b, a, a), "0.2 from the initial mask does not exceed twice 0.1"
+    assert settled(c, a, a, a)
+    assert not settled(far, a, a), "too short"
+
+
+# The search -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("every", [1, 2, 5, 10, 25, 40, None])
+def test_a_mask_that_jumps_once_settles_one_window_after_the_jump(every):
+    model, plan = hidden(*UP)
+    watch = EarlyBird(model, plan, ratios=(0.5,), window=40, every=every)
+    for step in range(1, 400):
+        if step == 12:
+            rank(model, DOWN)
+        watch.step()
+        if watch.settled:
+            break
+    ticket, every = watch.tickets[0.5], every or 2
+    assert ticket.step == step
+    assert 12 + 40 <= ticket.step < 12 + 40 + 5 * every
+    assert ticket.settled
+    assert ticket.mask["h1"].tolist() == [True] * 10 + [False] * 10
+
+
+def test_a_mask_that_never_moves_never_settles_and_is_drawn_at_the_end():
+    model, plan = hidden(*UP)
+    watch = EarlyBird(model, plan, ratios=(0.5, 0.8), window=8)
+    for _ in range(50):
+        watch.step()
+    assert watch.tickets[0.5] is None
+    assert not watch.settled
+    tickets = watch.finish()
+    assert not watch.settled
+    assert [tickets[r].settled for r in (0.5, 0.8)] == [False, False]
+    assert tickets[0.8].step == 50
+    assert tickets[0.8].mask.removed == 0.8
+    assert watch.finish()[0.8] is tickets[0.8]
+
+
+def test_a_drift_that_is_slow_between_draws_but_not_over_the_window_does_not_settle():
+    model, plan = hidden(*UP)
+    watch = EarlyBird(model, plan, ratios=(0.5,), window=40, every=1)
+    for step in range(1, 80):
+        rank(model, [1.0 if (c - step // 4) % 20 < 10 else 0.1 for c in range(20)])  # 0.1 further every four steps
+        watch.step()
+        if step % 4 == 0 and step > 1:
+            assert watch.history(0.5).distances()[-1] <= 0.1
+    assert watch.tickets[0.5] is None
+
+
+def test_random_masks_settle_nowhere_at_one_half():
+    model, plan = mlp(1, 200, 1)
+    watch = EarlyBird(model, plan, ratios=(0.5,), criteria=("random",), window=4, every=1, seed=3)
+    for _ in range(30):
+        watch.step()
+    _, map_ = watch.heatmap(0.5)
+    assert map_[~torch.eye(len(map_), dtype=torch.bool)].min() > 0.3
+    assert not watch.finish()[0.5].settled
+
+
+def test_magnitude_masks_are_those_of_importance():
+    model = unet("AttnDownBlock2D", "AttnUpBlock2D")
+    plan = ebdiff.trace(model, torch.randn(1, 2, 8, 8), torch.tensor([3]))
+    watch = EarlyBird(model, plan, criteria=("magnitude", "magnitude-l1"))
+    for criterion in ("magnitude", "magnitude-l1"):
+        expected = importance(model, plan, criterion)
+        torch.testing.assert_close(watch.scores(criterion), expected)
+        for ratio in (0.3, 0.6, 0.8):
+            mask = ChannelMask.draw(expected, plan=plan, ratio=ratio)
+            assert watch.history((criterion, ratio))[0] == mask
+
+
+def test_taylor_scores_of_one_batch_are_those_of_importance_and_batches_are_averaged_without_sign():
+    model = unet("AttnDownBlock2D", "AttnUpBlock2D")
+    plan = ebdiff.trace(model, torch.randn(1, 2, 8, 8), torch.tensor([3]))
+    x = torch.randn(2, 2, 8, 8)
+
+    def loss():
+        return model(x, torch.tensor([3, 500])).sample.square().mean()
+
+    watch = EarlyBird(model, plan, criteria=("taylor",), window=10, taylor_every=1)
+    loss().backward()
+    before = {name: p.grad.clone() for name, p in model.named_parameters()}
+    watch.step()
+    expected = importance(model, plan, "taylor", [loss()])
+    torch.testing.assert_close(watch.scores("taylor"), expected)
+    assert all(torch.equal(p.grad, before[name]) for name, p in model.named_parameters())
+    for p in model.parameters():
+        p.grad.neg_()
+    watch.step()
+    torch.testing.assert_close(watch.scores("taylor"), expected)
+
+
+def test_running_scores_fade():
+    running = RunningScores(1, horizon=10)
+    assert running.mean is None
+    for step, score in ((5, 1.0), (15, 3.0), (15, 5.0)):
+        running.add(step, torch.tensor([score], dtype=torch.float64))
+    e = 0.36787944117144233
+    assert float(running.mean) == pytest.approx((1 * e + 3 + 5) / (e + 2))
+
+
+def by_region(steps, **options):
+    """A search in which the loss of region 0 depends on the first ten channels and that of region 1 on the others."""
+    model, plan = hidden(*[1.0] * 20)
+    options = {"ratios": (0.5,), "criteria": ("taylor", "magnitude"), "window": 8, **options}
+    watch = EarlyBird(model, plan, regions=HALVES, **options)
+    for step in range(steps):
+        model.zero_grad()
+        h = model[0](torch.ones(1, 1)) * (torch.arange(20) // 10 == step % 2)
+        (model[1](h).square().sum() * (1 + step)).backward()
+        watch.step(step % 2)
+    return watch
+
+
+def test_regions_keep_the_channels_that_matter_to_them():
+    tickets = by_region(40).finish()
+    for region in (0, 1):
+        ticket = tickets["taylor", 0.5, region]
+        assert ticket.mask["h1"].tolist() == [c // 10 == region for c in range(20)]
+        assert ticket.region == HALVES[region]
+        assert tickets["taylor", 0.5, HALVES[region]] == ticket
+        assert tickets["magnitude", 0.5, region].region == HALVES[region]
+        assert tickets["magnitude", 0.5, region].mask == tickets["magnitude", 0.5].mask
+    assert tickets["magnitude", 0.5].region is None
+    assert sorted(map(str, tickets)) == ["('magnitude', 0.5, None)", "('taylor', 0.5, 0)", "('taylor', 0.5, 1)"]
+
+
+def test_a_region_without_new_gradients_draws_no_mask():
+    watch = by_region(40, every=2, taylor_every=1)
+    steps = watch.history(("taylor", 0.5, 0)).steps
+    for _ in range(30):
+        watch.step(1)
+    assert watch.history(("taylor", 0.5, 0)).steps == steps
+    assert watch.history(("taylor", 0.5, 1)).steps[-1] == 70
+    assert watch.finish()["taylor", 0.5, 0].step == steps[-1]
+
+
+def test_each_region_may_be_watched_at_its_own_ratio():
+    watch = by_region(20, ratios=None, region_ratios=(0.3, 0.8))
+    assert len(watch.tickets) == 4
+    tickets = watch.finish()
+    assert tickets[0.8].region == HALVES[1]
+    assert tickets[0.3].region == HALVES[0]
+    assert tickets["magnitude", 0.3, 0].mask.removed == pytest.approx(0.3)
+    with pytest.raises(EbdiffError, match="nothing is watched"):
+        tickets["taylor", 0.3, 1]
+
+
+@pytest.mark.parametrize(
+    "key", [0.7, ("magnitude", 0.5), ("taylor", 0.5, 7), ("taylor", 0.5, 0, 0), "taylor", (), None]
+)
+def test_keys_that_are_not_watched_are_refused_by_naming_those_that_are(key):
+    model, plan = hidden(*UP)
+    watch = EarlyBird(model, plan, ratios=(0.5,), criteria="taylor", regions=HALVES)
+    with pytest.raises(EbdiffError, match=r"0\.5, 0.*0\.5, 1|0 to 1"):
+        watch.tickets[key]
+
+
+def test_a_key_that_means_several_regions_is_refused():
+    with pytest.raises(EbdiffError, match=r"several regions.*\[\"taylor\", 0.5, 0\]"):
+        by_region(2).tickets[0.5]
+
+
+def test_missing_gradients_are_refused_before_anything_changes():
+    model, plan = hidden(*UP)
+    watch = EarlyBird(model, plan, criteria=("taylor",), window=4)
+    with pytest.raises(EbdiffError, match=r"got none; call step\(\) after backward.*before zero_grad"):
+        watch.step()
+    gradients(model)
+    model.zero_grad(set_to_none=False)
+    with pytest.raises(EbdiffError, match="got zeros"):
+        watch.step()
+    assert watch.steps == 0
+    with pytest.raises(EbdiffError, match="no Taylor scores"):
+        watch.finish()
+    with pytest.raises(EbdiffError, match="regions=Partition"):
+        watch.step(1)
+    gradients(model)
+    watch.step()
+    assert watch.finish()[0.3].step == 1
+
+
+def test_a_search_by_region_must_be_told_the_region():
+    watch = by_region(2)
+    for region in (None, 2, -1, Region(0, 3)):
+        with pytest.raises(EbdiffError, match="region"):
+            watch.step(region)
+    assert watch.steps == 2
+    model, plan = hidden(*UP)
+    EarlyBird(model, plan, regions=HALVES).step()  # magnitudes need no region
+
+
+def test_gradients_of_a_step_that_overflowed_do_not_count():
+    model, plan = hidden(*UP)
+    watch = EarlyBird(model, plan, criteria=("taylor",), window=4)
+    gradients(model)
+    watch.step()
+    before = watch.scores("taylor")
+    for p in model.parameters():
+        p.grad.fill_(NAN)
+    watch.step()
+    torch.testing.assert_close(watch.scores("taylor"), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda m: m, lambda m: SimpleNamespace(shadow_params=[p.data for p in m.parameters()])]
+)
+def test_magnitudes_come_from_the_ema_where_there_is_one(wrap):
+    (model, plan), (ema, _) = hidden(*UP), hidden(*DOWN)
+    watch = EarlyBird(model, plan, ratios=(0.5,), ema=wrap(ema))
+    assert watch.history(0.5)[0]["h1"].tolist() == [True] * 10 + [False] * 10
+    for foreign in (wrap(hidden(1, 2, 3)[0]), object()):
+        with pytest.raises(EbdiffError, match="EMA is not of this model"):
+            EarlyBird(model, plan, ema=foreign)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ratios": (1.0,)},
+        {"ratios": (0.5, 0.5)},
+        {"ratios": (NAN,)},
+        {"ratios": (), "criteria": ()},
+        {"criteria": ("beauty",)},
+        {"window": 0},
+        {"every": 0},
+        {"fifo": 1},
+        {"eta": 0.0},
+        {"region_ratios": (0.5, 0.6)},
+        {"region_ratios": (0.5,), "regions": HALVES},
+        {"ratios": (0.5,), "region_ratios": (0.5, 0.6), "regions": HALVES},
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(options):
+    model, plan = hidden(*UP)
+    with pytest.raises(EbdiffError):
+        EarlyBird(model, plan, **options)
+
+
+def test_a_wrapped_or_foreign_or_changed_model_is_refused():
+    (model, plan), (other, _) = hidden(*UP), hidden(1, 2, 3)
+    with pytest.raises(EbdiffError, match="wrapped in DataParallel"):
+        EarlyBird(torch.nn.DataParallel(model), plan)
+    with pytest.raises(EbdiffError, match="another architecture"):
+        EarlyBird(other, plan)
+    watch = EarlyBird(model, plan, criteria=("magnitude", "taylor"), every=1)
+    model[0], model[1] = other[0], other[1]
+    gradients(model)
+    with pytest.raises(EbdiffError, match="another architecture"):
+        watch.step()
+
+
+def test_eta_defaults_to_the_papers_and_to_its_share_of_chance():
+    model, plan = hidden(*UP)
+    assert EarlyBird(model, plan).settings.eta == 0.1
+    assert EarlyBird(model, plan, corrected=True).settings.eta == pytest.approx(0.1 / (2 * 0.5 * 0.5))
+
+
+# Resume ---------------------------------------------------------------------------------------------------------------
+
+
+def search(model, plan, steps, watch=None):
+    """Train on noise that depends on the step alone, from where `watch` is."""
+    options = {"criteria": ("magnitude", "taylor", "random"), "regions": HALVES, "window": 6, "eta": 0.3, "every": 2}
+    watch = watch or EarlyBird(model, plan, ratios=(0.3, 0.5), **options)
+    for step in range(watch.steps, steps):
+        g = torch.Generator().manual_seed(step)
+        gradients(model, torch.randn(8, 1, generator=g) + step % 2)
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 0.01 * p.grad + 0.05 * torch.randn(p.shape, generator=g)
+        watch.step(step % 2)
+    return watch
+
+
+@pytest.mark.parametrize("stop", [1, 7, 22])
+def test_an_interrupted_search_ends_as_an_uninterrupted_one(stop):
+    model, plan = mlp(1, 20, 1)
+    whole = search(model, plan, 40)
+    model, plan = mlp(1, 20, 1)
+    first = search(model, plan, stop)
+    state = first.state_dict()
+    state = {
+        "tensors": {k: t.clone() for k, t in state["tensors"].items()},
+        "facts": json.loads(json.dumps(state["facts"])),
+    }
+    saved = EarlyBird(model, plan, ratios=(0.3, 0.5), **options_of(first))
+    saved.load_state_dict(state)
+    again = search(model, plan, 40, saved)
+    ours, theirs = again.state_dict(), whole.state_dict()
+    assert ours["facts"] == theirs["facts"]
+    assert ours["tensors"].keys() == theirs["tensors"].keys()
+    assert all(torch.equal(ours["tensors"][name], theirs["tensors"][name]) for name in ours["tensors"])
+    found = [ticket for _, ticket in again.tickets.items()]
+    assert found == [ticket for _, ticket in whole.tickets.items()]
+    assert None in found, "random never settles"
+    assert any(found), "something does"
+
+
+def options_of(watch):
+    s = watch.settings
+    return {name: getattr(s, name) for name in ("criteria", "regions", "window", "eta", "every")}
+
+
+def test_a_state_of_another_search_is_refused_and_changes_nothing():
+    model, plan = hidden(*UP)
+    watch = EarlyBird(model, plan, ratios=(0.5,), window=40)
+    for _ in range(5):
+        watch.step()
+    before = watch.state_dict()["facts"]
+    for options in ({"window": 20}, {"ratios": (0.6,)}, {"ema": model}, {"criteria": ("random",)}):
+        other = EarlyBird(model, plan, **{"ratios": (0.5,), "window": 40, **options})
+        with pytest.raises(EbdiffError, match="had another"):
+            watch.load_state_dict(other.state_dict())
+    damaged = EarlyBird(model, plan, ratios=(0.5,), window=40).state_dict()
+    damaged["tensors"]["masks.0"] = damaged["tensors"]["masks.0"][:, :1]
+    with pytest.raises(EbdiffError, match="state of a mask history"):
+        watch.load_state_dict(damaged)
+    del damaged["tensors"]["masks.0"]
+    with pytest.raises(EbdiffError, match="damaged state"):
+        watch.load_state_dict(damaged)
+    assert watch.state_dict()["facts"] == before
+
+
+# Tickets on disk ------------------------------------------------------------------------------------------------------
+
+
+def ticket_of(region=None, seed=0):
+    _, plan = mlp(2, 10, 5, 2)
+    torch.manual_seed(seed)
+    mask = ChannelMask.draw({"h1": torch.rand(10), "h2": torch.rand(5)}, plan=plan, ratio=0.6)
+    return Ticket(mask, 0.6, 120, "taylor", region, settled=False)
+
+
+@pytest.mark.parametrize("region", [None, 2, Region(240, 440)])
+def test_a_ticket_survives_the_disk(tmp_path, region):
+    ticket = ticket_of(region)
+    ticket.save(tmp_path)
+    again = Ticket.load(tmp_path, ticket.plan)
+    assert again == ticket
+    assert again.mask.plan == ticket.plan
+    assert again.mask.asked == {"ratio": 0.6}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ticket.json", "ticket.safetensors"]
+
+
+def test_a_ticket_says_what_was_asked_and_what_was_reached():
+    text = str(ticket_of(Region(240, 440)))
+    assert "\n" not in text
+    for part in ("taylor", "[240, 440)", "NOT settled", "step 120", "60.0% asked", "60.0% of the channels", "MACs"):
+        assert part in text
+
+
+def test_an_edited_or_foreign_ticket_is_refused_by_naming_both(tmp_path):
+    ticket = ticket_of()
+    ticket.save(tmp_path)
+    text = (tmp_path / "ticket.json").read_text()
+    other = mlp(2, 10, 6, 2)[1]
+    with pytest.raises(EbdiffError, match=f"{other.fingerprint()}.*{ticket.plan.fingerprint()}"):
+        Ticket.load(tmp_path, other)
+    value = json.loads(text)
+    value["plan"]["shapes"]["1.weight"] = [5, 11]
+    (tmp_path / "ticket.json").write_text(json.dumps(value))
+    with pytest.raises(EbdiffError, match=f"edited.*{value['digest']}.*got [0-9a-f]{{16}}"):
+        Ticket.load(tmp_path)
+    value["plan"]["shapes"]["1.weight"], value["fingerprint"] = [5, 10], "0" * 16
+    (tmp_path / "ticket.json").write_text(json.dumps(value))
+    with pytest.raises(EbdiffError, match=f"edited.*{'0' * 16}.*got {ticket.plan.fingerprint()}"):
+        Ticket.load(tmp_path)
+    for old, new in (
+        ('"ratio": 0.6', '"ratio": 0.7'),
+        ('"settled": false', '"settled": true'),
+        ('"dim": 1', '"dim": 0'),
+    ):
+        assert old in text
+        (tmp_path / "ticket.json").write_text(text.replace(old, new))
+        with pytest.raises(EbdiffError, match="edited"):
+            Ticket.load(tmp_path)
+    (tmp_path / "ticket.json").write_text(text[: len(text) // 2])
+    with pytest.raises(EbdiffError, match="damaged"):
+        Ticket.load(tmp_path)
+    (tmp_path / "ticket.json").write_text("[]")
+    with pytest.raises(EbdiffError, match="no ticket"):
+        Ticket.load(tmp_path)
+    (tmp_path / "ticket.json").write_text(text)
+    ticket_of(seed=1).save(tmp_path / "other")
+    (tmp_path / "ticket.safetensors").write_bytes((tmp_path / "other" / "ticket.safetensors").read_bytes())
+    with pytest.raises(EbdiffError, match="edited"):
+        Ticket.load(tmp_path)
+    (tmp_path / "ticket.safetensors").unlink()
+    with pytest.raises(EbdiffError, match="missing"):
+        Ticket.load(tmp_path)
+
+
+# One budget for all regions -------------------------------------------------------------------------------------------
+
+
+def kept_macs(plan, scores, shares):
+    return [
+        plan.macs(ChannelMask.draw(s, plan=plan, macs=m)) / plan.macs() for s, m in zip(scores, shares, strict=True)
+    ]
+
+
+def predicted(plan, scores, shares):
+    """The summed first-order increase of the loss."""
+    masks = [ChannelMask.draw(s, plan=plan, macs=m) for s, m in zip(scores, shares, strict=True)]
+    return sum(float(s["h1"][~m["h1"]].sum()) for s, m in zip(scores, masks, strict=True))
+
+
+def test_a_region_that_matters_little_is_pruned_more_and_the_budget_is_met():
+    plan = mlp(2, 100, 2)[1]
+    g = torch.Generator().manual_seed(0)
+    scores = [{"h1": torch.rand(100, generator=g) * scale} for scale in (1.0, 1.0, 1e-3)]
+    shares = split_budget(plan, scores, [1, 1, 2], 0.5)
+    assert (shares[0] + shares[1] + 2 * shares[2]) / 4 == pytest.approx(0.5)
+    assert shares[2] < 0.1 < 0.8 < min(shares[:2])
+    reached = kept_macs(plan, scores, shares)
+    assert 0.48 < (reached[0] + reached[1] + 2 * reached[2]) / 4 <= 0.5
+
+
+@pytest.mark.parametrize("budget", [0.2, 0.35, 0.5, 0.8, 0.95])
+def test_no_other_split_predicts_a_smaller_loss(budget):
+    plan = mlp(2, 200, 2)[1]
+    g = torch.Generator().manual_seed(1)
+    scores = [{"h1": torch.rand(200, generator=g) ** power} for power in (0.5, 3.0)]
+    best = predicted(plan, scores, split_budget(plan, scores, [1, 1], budget))
+    others = [(a / 100, 2 * budget - a / 100) for a in range(6, 101) if 0.06 <= 2 * budget - a / 100 <= 1]
+    assert best <= 1.02 * min(predicted(plan, scores, shares) for shares in others)
+    assert best < predicted(plan, scores, [budget, budget])
+
+
+def test_equal_regions_share_equally_and_a_whole_budget_prunes_nothing():
+    plan = mlp(2, 40, 2)[1]
+    scores = [{"h1": torch.arange(40.0)}] * 2
+    assert split_budget(plan, scores, [1, 1], 1.0) == [1.0, 1.0]
+    assert split_budget(plan, scores, [3, 1], 0.5) == pytest.approx([0.5, 0.5], abs=0.1)
+
+
+def test_budgets_that_cannot_be_split_are_refused():
+    plan = mlp(2, 40, 2)[1]
+    scores = [{"h1": torch.arange(40.0)}] * 2
+    for weights, macs in (([1], 0.5), ([1, -1], 0.5), ([0, 0], 0.5), ([1, NAN], 0.5), ([1, 1], 0.0), ([1, 1], 1.5)):
+        with pytest.raises(EbdiffError):
+            split_budget(plan, scores, weights, macs)
+    with pytest.raises(EbdiffError, match=r"at least 0\.500"):
+        split_budget(plan, scores, [1, 1], 0.4, ratios=(0.0, 0.5))
