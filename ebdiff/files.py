@@ -80,7 +80,9 @@ def read_tensors(path: str | Path, device: str | torch.device = "cpu") -> tuple[
         raise EbdiffError("file missing", expected=str(path), got="nothing there", remedy="check the path")
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            # Clones are aligned; tensors as they lie in the file are not, and CPU convolutions round by alignment.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            return tensors, dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise EbdiffError(
             f"{path} is damaged", expected="a whole safetensors file", got=str(error), remedy="restore it or write it again"

@@ -9,13 +9,13 @@ __all__ = ["group_norm", "membership"]
 
 
 def membership(groups: Tensor) -> Tensor:
-    """float32 [channels, groups]: 1 / (size of the group) where a channel belongs to it, 0 elsewhere.
+    """float64 [channels, groups]: 1 / (size of the group) where a channel belongs to it, 0 elsewhere.
 
     Args:
         groups: int64 [channels], the group of each channel, -1 where the channel is removed. Empty groups are dropped.
     """
     present = groups.unique()
-    table = (groups[:, None] == present[present >= 0]).float()
+    table = (groups[:, None] == present[present >= 0]).double()
     return table / table.sum(0)
 
 
@@ -27,7 +27,7 @@ def group_norm(x: Tensor, members: Tensor, weight: Tensor, bias: Tensor, eps: fl
 
     Args:
         x: [N, C, *], floating.
-        members: float32 [C, G] as `membership` gives; a channel without a group is removed.
+        members: float64 [C, G] as `membership` gives; a channel without a group is removed.
         weight, bias: [C].
         eps: added to the variance.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -103,12 +104,25 @@ def masked(model: Module, mask: Ticket | ChannelMask) -> Module:
     dense = copy.deepcopy(model)
     with torch.no_grad():
         for name, tensor in _tensors(dense):
-            for dim, kept in mask.plan.kept(mask.keep, name).items():
-                tensor.index_fill_(dim, (~kept).nonzero()[:, 0].to(tensor.device), 0)
+            kept = mask.plan.kept(mask.keep, name)
+            _zero_removed(tensor, kept)
+            if tensor.requires_grad and kept:
+                tensor.register_hook(partial(_without_removed, kept=kept))
     for norm in mask.plan.norms:
         if mask.regroups(norm):
             replace(dense, norm.module, MaskedGroupNorm(dense.get_submodule(norm.module), mask.groups_of(norm)))
     return dense
+
+
+def _zero_removed(tensor: Tensor, kept: Mapping[int, Tensor]) -> None:
+    for dim, alive in kept.items():
+        tensor.index_fill_(dim, (~alive).nonzero()[:, 0].to(tensor.device), 0)
+
+
+def _without_removed(gradient: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
+    gradient = gradient.clone()
+    _zero_removed(gradient, kept)
+    return gradient
 
 
 def shrinks_of(model: nn.Module) -> list[ChannelMask]:

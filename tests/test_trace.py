@@ -1,0 +1,329 @@
+"""The tracer: which axes are one space, what is frozen and why, and that the user's model is left alone."""
+
+from __future__ import annotations
+
+import copy
+from itertools import chain
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+from diffusers.models.attention_processor import Attention, AttnProcessor
+from torch import Tensor, nn
+from torch.nn import functional as F
+from unets import inputs, unet
+
+import ebdiff
+from ebdiff.pruning.axes import Atom, Cat, Prod, cut, freeze, leaves, places, size, split, unify
+
+CIFAR: dict[str, Any] = {
+    "sample_size": 32,
+    "block_out_channels": (128, 256, 256, 256),
+    "layers_per_block": 2,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    "norm_num_groups": 32,
+    "attention_head_dim": None,
+}
+
+
+def sizes(plan: ebdiff.ChannelPlan) -> dict[str, int]:
+    return {space.name: space.size for space in plan}
+
+
+# The algebra ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_atom_cut_once_is_cut_everywhere() -> None:
+    whole = Atom(10)
+    both = Prod((Atom(3, "batch"), whole))
+    left, right = cut(whole, 4) or pytest.fail("an atom can be cut anywhere")
+    unify(left, Atom(4, "fixed"))
+    assert [(p.atom.reason, p.offset, p.outer, p.period, p.inner) for p in places(both) if p.atom.length in (4, 6)] == [
+        ("fixed", 0, 3, 10, 1),
+        (None, 4, 3, 10, 1),
+    ]
+    assert size(right) == 6
+
+
+def test_heads_times_head_dim_splits_a_linear_output() -> None:
+    output = Atom(12)
+    heads, dim = split(output, 4) or pytest.fail("12 = 3 x 4")
+    assert [(p.offset, p.outer, p.period, p.inner) for p in places(output)] == [(0, 1, 0, 4), (0, 3, 4, 1)]
+    assert (size(heads), size(dim)) == (3, 4)
+
+
+def test_a_product_divided_two_ways_has_a_common_refinement() -> None:
+    a, b = Prod((Atom(4), Atom(6))), Prod((Atom(8), Atom(3)))
+    unify(a, b)
+    assert [atom.length for atom in leaves(a)] == [4, 2, 3]
+    assert list(leaves(a)) == list(leaves(b))
+
+
+def test_divisions_that_do_not_fit_are_frozen() -> None:
+    a, b = Prod((Atom(2), Atom(3))), Prod((Atom(3), Atom(2)))
+    unify(a, b)
+    assert all(atom.reason for axis in (a, b) for atom in leaves(axis))
+
+
+def test_equal_segments_viewed_as_a_stack_are_tied() -> None:
+    q, k = Atom(5), Atom(5)
+    stack, each = split(Cat((q, k)), 5) or pytest.fail("10 = 2 x 5")
+    assert next(iter(leaves(stack))).reason
+    assert list(leaves(q)) == list(leaves(k)) == list(leaves(each))
+
+
+def test_the_first_reason_stays_through_unions() -> None:
+    a, b = Atom(4), Atom(4)
+    unify(a, b)
+    freeze(a, "first")
+    freeze(b, "second")
+    assert next(iter(leaves(b))).reason == "first"
+
+
+# Spaces ---------------------------------------------------------------------------------------------------------------
+
+
+def test_spaces_of_a_small_unet_by_hand() -> None:
+    model = unet("AttnDownBlock2D", "UpBlock2D", widths=(16,), add_attention=False)
+    plan = ebdiff.trace(model, *inputs(model)[0])
+    assert sizes(plan) == {
+        "conv_in": 16,
+        "time_embedding.linear_1": 64,
+        "time_embedding.linear_2": 64,
+        "down_blocks.0.resnets.0.conv1": 16,
+        "down_blocks.0.attentions.0.to_q.head": 2,
+        "down_blocks.0.attentions.0.to_q.head_dim": 8,
+        "down_blocks.0.attentions.0.to_v.head_dim": 8,
+        **{f"up_blocks.0.resnets.{i}.conv{j}": 16 for i in (0, 1) for j in (1, 2)},
+        **{f"mid_block.resnets.{i}.conv1": 16 for i in (0, 1)},
+    }
+    skip = [
+        (m.parameter, m.dim, m.offset)
+        for m in plan["conv_in"].members
+        if m.parameter.startswith("up_blocks.0.resnets.1.")
+    ]
+    assert ("up_blocks.0.resnets.1.conv1.weight", 1, 16) in skip, "conv_in is the second half of the last skip-concat"
+    assert {axis.name for axis in plan.frozen} == {
+        "conv_in.weight[1]",
+        "time_embedding.linear_1.weight[1]",
+        "conv_out.weight[0]",
+    }
+
+
+def test_time_scale_shift_follows_its_channels_twice() -> None:
+    model = unet(resnet_time_scale_shift="scale_shift")
+    plan = ebdiff.trace(model, *inputs(model)[0])
+    members = plan["down_blocks.0.resnets.0.conv1"].members
+    halves = [m.offset for m in members if m.parameter == "down_blocks.0.resnets.0.time_emb_proj.weight"]
+    assert halves == [0, 16]
+
+
+def test_one_head_prunes_head_dim_and_the_old_processor_too() -> None:
+    model = unet("AttnDownBlock2D", "AttnUpBlock2D", attention_head_dim=None)
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.set_processor(AttnProcessor())
+    args = inputs(model)[0]
+    plan = ebdiff.trace(model, *args)
+    q, v = plan["down_blocks.0.attentions.0.to_q"], plan["down_blocks.0.attentions.0.to_v"]
+    assert q.unit == v.unit == "channel"
+    assert {m.parameter.split(".")[4] for m in q.members} == {"to_q", "to_k"}
+    assert {m.parameter.split(".")[4] for m in v.members} == {"to_v", "to_out"}
+    mask = ebdiff.ChannelMask(plan, {q.name: torch.arange(16) < 5, v.name: torch.arange(16) < 9})
+    ours, theirs = ebdiff.shrink(model, mask)(*args).sample, ebdiff.masked(model, mask)(*args).sample
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_macs_are_counted_by_hand() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.out = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 6, 1), nn.Linear(6 * 4, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(F.avg_pool2d(self.b(self.a(x)), 2).flatten(1))
+
+    plan = ebdiff.trace(Net(), torch.randn(2, 3, 4, 4))
+    assert plan.macs() == 16 * 3 * 8 * 9 + 16 * 8 * 6 + 24 * 5
+    half = ebdiff.ChannelMask(plan, {"a": torch.arange(8) < 3})
+    assert plan.macs(half) == 16 * 3 * 3 * 9 + 16 * 3 * 6 + 24 * 5
+
+
+def test_macs_of_ddpm_cifar_agree_with_the_paper() -> None:
+    model = UNet2DModel(**CIFAR)
+    plan = ebdiff.trace(model, torch.randn(2, 3, 32, 32), torch.tensor([5, 9]))
+    assert plan.parameters() == sum(p.numel() for p in model.parameters()) == 35_746_307
+    attention = 2 * (5 * 256**2 * 256 + 1 * 16**2 * 256)  # 5 at 16x16, one at 4x4; Torch-Pruning leaves these out
+    assert abs((plan.macs() - attention) / 1e9 - 6.06) < 0.01
+    balanced = ebdiff.ChannelMask.draw(ebdiff.importance(model, plan), plan=plan, ratio=0.5, norm="balanced")
+    assert abs(plan.parameters(balanced) / 1e6 - 8.97) < 0.01
+
+
+Slices = frozenset[tuple[str, int, int]]  # (module, dim, position)
+
+
+def test_groups_agree_with_torch_pruning_but_for_attention() -> None:
+    """Index for index; Torch-Pruning ties q/k to v/out, the tracer keeps them apart."""
+    tp = pytest.importorskip("torch_pruning")
+    model = UNet2DModel(**CIFAR)
+    args = (torch.randn(1, 3, 32, 32), torch.tensor([5]))
+    plan = ebdiff.trace(model, *args)
+    names = {module: name for name, module in model.named_modules()}
+    graph = tp.DependencyGraph().build_dependency(model, args, output_transform=lambda out: out.sample)
+
+    def of_group(group: Any) -> Slices:
+        return frozenset(
+            (names[d.target.module], 0 if graph.is_out_channel_pruning_fn(d.handler) else 1, index)
+            for d, indices in group
+            for index in indices
+            if isinstance(d.target.module, nn.Conv2d | nn.Linear)
+        )
+
+    def of_space(space: ebdiff.ChannelSpace, channel: int) -> Slices:
+        return frozenset(
+            (member.parameter.removesuffix(".weight"), member.dim, int(position))
+            for member in space.members
+            if len(plan.shapes[member.parameter]) > 1
+            for position in member.positions(space.size)[:, channel].flatten()
+        )
+
+    groups = list(graph.get_all_groups(ignored_layers=[model.conv_out], root_module_types=[nn.Conv2d, nn.Linear]))
+    for channel in (0, 5, 127):
+        theirs = {of_group(graph.get_pruning_group(g[0][0].target.module, g[0][0].handler, [channel])) for g in groups}
+        ours = {of_space(space, channel) for space in plan}
+        same = ours & theirs
+        tied = {frozenset(chain.from_iterable(o for o in ours - same if o < t)) for t in theirs - same}
+        assert (len(theirs), len(same), len(theirs - same), len(ours - same)) == (50, 44, 6, 12)
+        assert tied == theirs - same, "each of the six others is one attention, q/k and v/out together"
+
+
+# Frozen, by name and with the reason ------------------------------------------------------------------------------------
+
+
+class _Table(nn.Module):
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what, self.a, self.b = what, nn.Conv2d(2, 6, 1), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        if self.what == "arange":
+            h = h + torch.arange(6.0)[:, None, None]
+        elif self.what == "softmax":
+            h = h.softmax(1)
+        elif self.what == "mean":
+            h = h * h.mean(1, keepdim=True)
+        elif self.what == "strided slice":
+            h = h[:, ::2].repeat_interleave(2, 1)
+        elif self.what == "view":
+            h = h.view(len(x), 2, 3, *h.shape[2:]).flip(1).flatten(1, 2)
+        elif self.what == "sort":
+            h = h.sort(1).values
+        elif self.what == "fft":
+            h = torch.fft.fft(h, dim=1).real
+        return self.b(h)
+
+
+@pytest.mark.parametrize("what", ["arange", "softmax", "mean", "strided slice", "view", "sort", "fft"])
+def test_what_cannot_be_followed_is_frozen_with_a_reason(what: str) -> None:
+    plan = ebdiff.trace(_Table(what), torch.randn(2, 2, 4, 4))
+    assert len(plan) == 0
+    reasons = {axis.name: axis.reason for axis in plan.frozen}
+    assert (
+        what.split()[0] in reasons["a.weight[0]"]
+        or "viewed" in reasons["a.weight[0]"]
+        or "integers" in reasons["a.weight[0]"]
+    )
+
+
+def test_attention_without_a_rule_keeps_its_heads() -> None:
+    model = nn.Sequential(
+        nn.Linear(8, 16), nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), nn.Linear(16, 3)
+    ).train()
+    plan = ebdiff.trace(model, torch.randn(2, 5, 8))
+    assert sizes(plan) == {"1.linear1": 32}
+
+
+def test_depthwise_convolutions_follow_and_grouped_ones_keep_their_groups() -> None:
+    depthwise = nn.Sequential(nn.Conv2d(2, 6, 1), nn.Conv2d(6, 6, 3, groups=6), nn.Conv2d(6, 2, 1))
+    plan = ebdiff.trace(depthwise, torch.randn(2, 2, 8, 8))
+    assert sizes(plan) == {"0": 6}
+    mask = ebdiff.ChannelMask(plan, {"0": torch.tensor([1, 0, 1, 1, 0, 0]).bool()})
+    x = torch.randn(2, 2, 8, 8)
+    torch.testing.assert_close(ebdiff.shrink(depthwise, mask)(x), ebdiff.masked(depthwise, mask)(x))
+    grouped = nn.Sequential(nn.Conv2d(2, 8, 1), nn.Conv2d(8, 12, 1, groups=2), nn.Conv2d(12, 2, 1))
+    plan = ebdiff.trace(grouped, x)
+    assert sorted(space.size for space in plan) == [4, 6]
+    mask = ebdiff.ChannelMask(plan, {s.name: torch.arange(s.size) < 3 for s in plan})
+    torch.testing.assert_close(ebdiff.shrink(grouped, mask)(x), ebdiff.masked(grouped, mask)(x))
+
+
+def test_tied_parameters_are_one_space() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.out = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 2)
+            self.b.weight = self.a.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.a(x).relu() + self.b(x).relu())
+
+    model, x = Tied(), torch.randn(3, 4)
+    plan = ebdiff.trace(model, x)
+    mask = ebdiff.ChannelMask(plan, {"a": torch.tensor([1, 0, 1, 1, 0, 1]).bool()})
+    small = ebdiff.shrink(model, mask)
+    assert small.a.weight is small.b.weight
+    torch.testing.assert_close(small(x), ebdiff.masked(model, mask)(x))
+
+
+def test_unused_parameters_stay_whole() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    model.register_module("spare", nn.Identity())
+    model.spare.extra = nn.Parameter(torch.randn(5, 6))
+    plan = ebdiff.trace(model, torch.randn(2, 3))
+    assert {axis.name: axis.reason for axis in plan.frozen}["spare.extra[0]"] == "not used in this forward pass"
+
+
+# The user's model -------------------------------------------------------------------------------------------------------
+
+
+def test_the_model_is_left_alone() -> None:
+    model = unet("AttnDownBlock2D", "AttnUpBlock2D").train()
+    seen: list[str] = []
+    model.conv_in.register_forward_hook(lambda *_: seen.append("hook"))
+    model.conv_in.weight.grad = torch.ones_like(model.conv_in.weight)
+    model.mid_block.requires_grad_(False)
+    before = {name: (id(p), p.data_ptr(), p.requires_grad, p.clone()) for name, p in model.named_parameters()}
+    rng = torch.get_rng_state()
+    ebdiff.trace(model, *inputs(model)[0])
+    assert model.training
+    assert not seen, "the user's hooks saw fake tensors"
+    assert torch.equal(torch.get_rng_state(), rng)
+    for name, parameter in model.named_parameters():
+        identity, pointer, trained, value = before[name]
+        assert (id(parameter), parameter.data_ptr(), parameter.requires_grad) == (identity, pointer, trained)
+        assert torch.equal(parameter, value)
+    assert torch.equal(model.conv_in.weight.grad, torch.ones_like(model.conv_in.weight))
+    assert len(model.conv_in._forward_hooks) == 1
+
+
+def test_plan_is_the_same_for_every_dtype_mode_and_batch() -> None:
+    model = unet("AttnDownBlock2D", "AttnUpBlock2D")
+    plan = ebdiff.trace(model, *inputs(model)[0])
+    args = inputs(model, batch=4)[0]
+    half = ebdiff.trace(copy.deepcopy(model).train().bfloat16(), args[0].bfloat16(), args[1])
+    assert half.fingerprint() == plan.fingerprint()
+    assert half.spaces == plan.spaces
+    assert half.macs() == pytest.approx(plan.macs())
+
+
+def test_wrapped_and_broken_models_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    with pytest.raises(ebdiff.EbdiffError, match="_orig_mod"):
+        ebdiff.trace(torch.compile(model), torch.randn(2, 3))
+    with pytest.raises(ebdiff.EbdiffError, match=r"model\.module"):
+        ebdiff.trace(nn.DataParallel(model), torch.randn(2, 3))
+    with pytest.raises(ebdiff.EbdiffError, match=r"0 \(Linear\)"):
+        ebdiff.trace(model, torch.randn(2, 7))
