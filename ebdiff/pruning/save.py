@@ -54,15 +54,24 @@ def load(folder: str | Path) -> Any:
     """
     folder = Path(folder)
     if not (folder / _FACTS).is_file() and (folder / "config.json").is_file():
-        return _diffusers_class(files.read_json(folder / "config.json").get("_class_name", "")).from_pretrained(
-            str(folder)
-        )
+        config = files.read_json(folder / "config.json")
+        return _class_in(folder / "config.json", {"class": config.get("_class_name")}).from_pretrained(str(folder))
     facts, tensors = _read(folder)
     if "structure" not in facts:
-        return shrunk_class_named(facts["class"]).from_pretrained(str(folder))
+        return _class_in(folder / _FACTS, facts).from_pretrained(str(folder))
     model = build(facts["structure"], tensors)
     vars(model)["_ebdiff_shrinks"] = _shrinks_from(facts)
     return model.eval()
+
+
+def _class_in(path: Path, facts: Mapping[str, Any]) -> Any:
+    name = str(facts.get("class"))
+    try:
+        return shrunk_class_named(name) if name.startswith(_PREFIX) else _diffusers_class(name)
+    except AttributeError as error:
+        raise EbdiffError(
+            f"{path}", expected="the class of a diffusers model", got=str(error), remedy="save the network again"
+        ) from None
 
 
 # Diffusers models -----------------------------------------------------------------------------------------------------

@@ -127,18 +127,12 @@ class _Writer:
             return {kind: [self.value(item, f"{name}[{i}]") for i, item in enumerate(value)]}
         if type(value) in (dict, OrderedDict):
             return {"dict": [[self.value(k, name), self.value(v, f"{name}[{k!r}]")] for k, v in value.items()]}
-        if callable(value) and hasattr(value, "__qualname__") and "<" not in value.__qualname__:
+        if hasattr(value, "__qualname__") and "<" not in value.__qualname__:
             return {"named": _path_of(value)}
-        if (
-            hasattr(value, "__dict__")
-            and "<" not in type(value).__qualname__
-            and not callable(type(value).__dict__.get("__slots__"))
-        ):
+        if hasattr(value, "__dict__") and not hasattr(value, "__qualname__"):
             self._check_class(type(value), name)
-            return {
-                "object": _path_of(type(value)),
-                "attributes": {k: self.value(v, f"{name}.{k}") for k, v in vars(value).items()},
-            }
+            attributes = {key: self.value(item, f"{name}.{key}") for key, item in vars(value).items()}
+            return {"object": _path_of(type(value)), "attributes": attributes}
         raise EbdiffError(
             f"cannot save attribute {name}",
             expected="plain data, a tensor, a module or something importable by name",

@@ -1,0 +1,134 @@
+"""Networks on disk: bit-equal, refused by stock loaders, and never believed when edited."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+from test_law import random_mask
+from torch import Tensor, nn
+from unets import inputs, scatter, unet
+
+import ebdiff
+from ebdiff.pruning.shrink import shrinks_of
+
+
+@pytest.fixture(scope="module")
+def small() -> UNet2DModel:
+    model = unet("AttnDownBlock2D", "AttnUpBlock2D", attention_head_dim=None)
+    return ebdiff.shrink(model, random_mask(ebdiff.trace(model, *inputs(model)[0]), seed=3))
+
+
+class Ours(nn.Module):
+    """A model of the user's own: tied weights, a buffer, a plain tensor, a function and a tuple as attributes."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(2, width, 3, padding=1), nn.GroupNorm(2, width)
+        self.left, self.out = nn.Conv2d(width, width, 1), nn.Conv2d(width, 2, 1)
+        self.right = self.left
+        self.act, self.sizes, self.table = nn.functional.silu, (1, 2), torch.arange(3.0)
+        self.register_buffer("shift", torch.ones(1), persistent=False)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h = self.act(self.norm(self.conv(x)))
+        return self.out(self.right(self.left(h))) + self.table[1] * self.shift + t.reshape(-1, 1, 1, 1)
+
+
+def test_a_shrunken_diffusers_model_comes_back_bit_equal(small: UNet2DModel, tmp_path: Path) -> None:
+    ebdiff.save(small, tmp_path)
+    args = inputs(small)[0]
+    for loaded in (ebdiff.load(tmp_path), ebdiff.ShrunkUNet2DModel.from_pretrained(tmp_path)):  # type: ignore[attr-defined]
+        assert type(loaded) is type(small)
+        assert torch.equal(loaded(*args).sample, small(*args).sample)
+        assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), small.parameters(), strict=True))
+        assert shrinks_of(loaded)[0] == shrinks_of(small)[0]
+        assert not loaded.training
+    assert json.loads((tmp_path / "config.json").read_text())["_class_name"] == "ShrunkUNet2DModel"
+    half = ebdiff.ShrunkUNet2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)  # type: ignore[attr-defined]
+    assert half.dtype == torch.bfloat16
+
+
+def test_a_network_shrunken_twice_comes_back(small: UNet2DModel, tmp_path: Path) -> None:
+    args = inputs(small)[0]
+    twice = ebdiff.shrink(small, random_mask(ebdiff.trace(small, *args), seed=4, ratio=0.3))
+    ebdiff.save(twice, tmp_path)
+    loaded = ebdiff.load(tmp_path)
+    assert torch.equal(loaded(*args).sample, twice(*args).sample)
+    assert len(shrinks_of(loaded)) == 2
+
+
+def test_stock_loaders_refuse_it(small: UNet2DModel, tmp_path: Path) -> None:
+    ebdiff.save(small, tmp_path)
+    for options in ({}, {"ignore_mismatched_sizes": True, "low_cpu_mem_usage": False}):
+        with pytest.raises(OSError, match="no file named"):
+            UNet2DModel.from_pretrained(tmp_path, **options)
+
+
+def test_a_dense_diffusers_model_is_saved_as_diffusers_does(tmp_path: Path) -> None:
+    model = unet()
+    ebdiff.save(model, tmp_path)
+    assert torch.equal(ebdiff.load(tmp_path)(*inputs(model)[0]).sample, model(*inputs(model)[0]).sample)
+    assert isinstance(UNet2DModel.from_pretrained(tmp_path), UNet2DModel)
+
+
+@pytest.mark.parametrize("shrunken", [False, True])
+def test_any_module_comes_back_without_its_constructor(shrunken: bool, tmp_path: Path) -> None:
+    model = scatter(Ours(12)).eval()
+    args = (torch.randn(2, 2, 5, 5), torch.tensor([1.0, 2.0]))
+    if shrunken:
+        model = ebdiff.shrink(model, random_mask(ebdiff.trace(model, *args), seed=1))
+    ebdiff.save(model, tmp_path)
+    loaded = ebdiff.load(tmp_path)
+    assert torch.equal(loaded(*args), model(*args))
+    assert loaded.left is loaded.right
+    assert (loaded.act, loaded.sizes) == (nn.functional.silu, (1, 2))
+    assert len(shrinks_of(loaded)) == shrunken
+
+
+def test_another_process_must_import_the_class_itself(tmp_path: Path) -> None:
+    ebdiff.save(scatter(Ours(4)), tmp_path)
+    code = f"import ebdiff\ntry: ebdiff.load({str(tmp_path)!r})\nexcept ebdiff.EbdiffError as e: print(e)"
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True).stdout
+    assert "import test_save first" in out
+
+
+def test_what_cannot_be_saved_is_named(tmp_path: Path) -> None:
+    model = Ours(4)
+    model.act = lambda x: x
+    with pytest.raises(ebdiff.EbdiffError, match="cannot save attribute act"):
+        ebdiff.save(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("damage", ["truncate tensors", "other tensors", "truncate json", "kept", "class", "missing"])
+def test_damage_is_one_error(damage: str, small: UNet2DModel, tmp_path: Path) -> None:
+    ebdiff.save(small, tmp_path)
+    facts, tensors = tmp_path / "ebdiff.json", tmp_path / "ebdiff.safetensors"
+    content = json.loads(facts.read_text())
+    if damage == "truncate tensors":
+        tensors.write_bytes(tensors.read_bytes()[:-100])
+    elif damage == "other tensors":
+        raw = bytearray(tensors.read_bytes())
+        raw[-5] ^= 1
+        tensors.write_bytes(bytes(raw))
+    elif damage == "truncate json":
+        facts.write_text(facts.read_text()[:500])
+    elif damage == "kept":
+        name = next(iter(content["shrinks"][0]["kept"]))
+        content["shrinks"][0]["kept"][name] = content["shrinks"][0]["kept"][name][:-1] or [0, 1]
+        facts.write_text(json.dumps(content))
+    elif damage == "class":
+        content["class"] = "ShrunkNothing"
+        facts.write_text(json.dumps(content))
+    else:
+        tensors.unlink()
+    with pytest.raises(ebdiff.EbdiffError, match="expected"):
+        ebdiff.load(tmp_path)
