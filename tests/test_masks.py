@@ -1,6 +1,7 @@
 """Masks hold what was asked: exact, monotone, feasible; scores and distances as computed by hand."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import ebdiff
 from ebdiff import ChannelMask, ChannelPlan, ChannelSpace, distance, importance
 from ebdiff.errors import EbdiffError
 from ebdiff.pruning.mask import distances
-from ebdiff.pruning.plan import Member
+from ebdiff.pruning.plan import Member, Norm
 
 RATIO = st.floats(0, 0.99)
 SIZES = st.lists(st.integers(2, 40), min_size=1, max_size=3)
@@ -139,6 +140,15 @@ def test_balanced_masks_fill_every_group_equally(a, b, groups, ratio):
     members = mask.groups_of(plan.norms[0])
     assert len(set(torch.bincount(members[members >= 0], minlength=groups).tolist())) == 1
     assert all(kept >= 1 for kept in widths(mask).values())
+
+
+def test_a_space_in_several_norms_balances_them_all():
+    spaces = (ChannelSpace("s", 12, (Member("two.weight", 0), Member("three.weight", 0), Member("w", 0))),)
+    shapes = {"two.weight": (12,), "three.weight": (12,), "w": (12, 1)}
+    plan = ChannelPlan(spaces, (), shapes, norms=(Norm("three", (4, 4, 4)), Norm("two", (6, 6))))
+    for ratio, kept in ((0.2, 12), (0.4, 6), (0.9, 6)):
+        drawn = ChannelMask.draw(scores_of(plan), plan=plan, ratio=ratio, norm="balanced")
+        assert widths(drawn) == {"s": kept}
 
 
 def test_groups_of_ragged_and_balanced_masks_by_hand():
@@ -321,7 +331,8 @@ def test_random_scores_follow_their_generator():
 
 def test_a_plan_survives_json():
     traced = ebdiff.trace(unet("AttnDownBlock2D", "AttnUpBlock2D"), torch.randn(1, 2, 8, 8), torch.tensor([3]))
-    for plan in (traced, joined(4, 8, 4)):
+    odd = replace(joined(4, 8, 4), aliases={"tied": "a.weight"}, buffers=frozenset({"norm.weight"}))
+    for plan in (traced, odd):
         again = ChannelPlan.from_json(json.loads(json.dumps(plan.to_json())))
         assert again == plan
         assert again.fingerprint() == plan.fingerprint()

@@ -13,8 +13,9 @@ from unets import unet
 import ebdiff
 from ebdiff import ChannelMask, EarlyBird, MaskHistory, Partition, Region, Ticket, distance, importance
 from ebdiff.errors import EbdiffError
-from ebdiff.tickets.budget import split_budget
-from ebdiff.tickets.scores import RunningScores
+from ebdiff.tickets import early_bird
+from ebdiff.tickets.budget import _hull, split_budget
+from ebdiff.tickets.scores import RunningScores, gradient_scores
 
 HALVES = Partition(0, 500, 1000)
 UP, DOWN = [float(c + 1) for c in range(20)], [float(20 - c) for c in range(20)]  # masks at 0.5: complements
@@ -115,10 +116,10 @@ def test_settling_by_hand():
 # The search -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("every", [1, 2, 5, 10, 25, 40, None])
-def test_a_mask_that_jumps_once_settles_one_window_after_the_jump(every):
+@pytest.mark.parametrize(("window", "every"), [(40, e) for e in (1, 2, 5, 10, 25, 40, None)] + [(150, 1), (3, 7)])
+def test_a_mask_that_jumps_once_settles_one_window_after_the_jump(window, every):
     model, plan = hidden(*UP)
-    watch = EarlyBird(model, plan, ratios=(0.5,), window=40, every=every)
+    watch = EarlyBird(model, plan, ratios=(0.5,), window=window, every=every)
     for step in range(1, 400):
         if step == 12:
             rank(model, DOWN)
@@ -127,9 +128,14 @@ def test_a_mask_that_jumps_once_settles_one_window_after_the_jump(every):
             break
     ticket, every = watch.tickets[0.5], every or 2
     assert ticket.step == step
-    assert 12 + 40 <= ticket.step < 12 + 40 + 5 * every
+    assert 12 + window <= ticket.step < 12 + window + 5 * every
     assert ticket.settled
     assert ticket.mask["h1"].tolist() == [True] * 10 + [False] * 10
+    rank(model, UP)
+    for _ in range(10 * every):
+        watch.step()
+    assert watch.finish()[0.5] is ticket
+    assert watch.history(0.5).steps[-1] == ticket.step
 
 
 def test_a_mask_that_never_moves_never_settles_and_is_drawn_at_the_end():
@@ -199,6 +205,37 @@ def test_taylor_scores_of_one_batch_are_those_of_importance_and_batches_are_aver
         p.grad.neg_()
     watch.step()
     torch.testing.assert_close(watch.scores("taylor"), expected)
+
+
+def test_raw_taylor_scores_predict_the_change_of_the_loss_by_hand():
+    model, plan = mlp(1, 2, 1)
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[2.0], [-3.0]]))
+        model[1].weight.copy_(torch.tensor([[5.0, 7.0]]))
+    model(torch.ones(1)).sum().backward()  # y = 2 * 5 - 3 * 7: without a channel, its term is gone
+    watch = EarlyBird(model, plan, criteria=("taylor",))
+    watch.step()
+    assert watch.scores("taylor", raw=True)["h1"].tolist() == [10.0, 21.0]
+    torch.testing.assert_close(watch.scores("taylor")["h1"], torch.tensor([10.0, 21.0]) / 15.5)
+
+
+def test_taylor_masks_follow_a_change_within_one_window():
+    model, plan = hidden(*[1.0] * 20)
+    watch = EarlyBird(model, plan, ratios=(0.5,), criteria=("taylor",), window=40)
+    for step in range(140):
+        model.zero_grad()
+        h = model[0](torch.ones(1, 1)) * (torch.arange(20) // 10 == step // 100)
+        model[1](h).square().sum().backward()
+        watch.step()
+    assert watch.history(0.5)[0]["h1"].tolist() == [True] * 10 + [False] * 10
+    assert watch.history(0.5)[-1]["h1"].tolist() == [False] * 10 + [True] * 10
+
+
+def test_regions_share_the_reading_of_gradients(monkeypatch):
+    count = []
+    monkeypatch.setattr(early_bird, "gradient_scores", lambda *a: count.append(1) or gradient_scores(*a))
+    by_region(60, taylor_every=3)
+    assert 18 <= len(count) <= 22
 
 
 def test_running_scores_fade():
@@ -544,6 +581,11 @@ def test_equal_regions_share_equally_and_a_whole_budget_prunes_nothing():
     scores = [{"h1": torch.arange(40.0)}] * 2
     assert split_budget(plan, scores, [1, 1], 1.0) == [1.0, 1.0]
     assert split_budget(plan, scores, [3, 1], 0.5) == pytest.approx([0.5, 0.5], abs=0.1)
+
+
+def test_steps_that_cost_more_than_the_next_are_taken_together():
+    points = [(1.0, 0.0), (0.9, 5.0), (0.9, 6.0), (0.8, 6.0), (0.5, 7.5), (0.4, 20.0), (0.1, 23.0)]
+    assert _hull(points) == [(1.0, 0.0), (0.5, 7.5), (0.1, 23.0)]
 
 
 def test_budgets_that_cannot_be_split_are_refused():
