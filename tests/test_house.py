@@ -179,14 +179,14 @@ FOREIGN = {"evaluation.features": ["torch.load"]}
 
 
 def pickles_in(source: str) -> Iterator[str]:
-    """Everything in `source` that pickles or unpickles."""
+    """Everything in `source` that pickles or unpickles, accelerate's save_state included."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.split(".")[0] in PICKLERS | PICKLING)
         elif isinstance(node, ast.ImportFrom):
             names = [str(node.module).split(".")[0], *(f"{node.module}.{alias.name}" for alias in node.names)]
             yield from (name for name in names if name in PICKLERS | PICKLING)
-        elif isinstance(node, ast.Attribute) and (ast.unparse(node) in PICKLING or node.attr == "save_state"):  # accelerate's
+        elif isinstance(node, ast.Attribute) and (ast.unparse(node) in PICKLING or node.attr == "save_state"):
             yield ast.unparse(node)
         elif isinstance(node, ast.keyword) and isinstance(node.value, ast.Constant):
             yield from (f"{key}={value}" for key, value in UNSAFE if (node.arg, node.value.value) == (key, value))

@@ -27,7 +27,7 @@ class Built(NamedTuple):
 
 
 def python(*args: str, cwd: Path, **environment: str) -> list[str]:
-    """The lines that a fresh interpreter prints; it sees this environment's packages, but nothing of `cwd` or `tests`."""
+    """The lines a fresh interpreter prints; it sees this environment's packages, but nothing of `cwd` or `tests`."""
     flags = ["-P"] if args[0] == "-c" else []
     result = subprocess.run(
         [sys.executable, *flags, *args], cwd=cwd, env=environment, capture_output=True, text=True, check=False

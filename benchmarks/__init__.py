@@ -1,0 +1,131 @@
+"""What the benchmarks share: the models, Torch-Pruning's half of one, and timing several things side by side."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# google/ddpm-cifar10-32
+DDPM_CIFAR10: dict[str, Any] = {
+    "sample_size": 32,
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": (128, 256, 256, 256),
+    "layers_per_block": 2,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    "norm_num_groups": 32,
+    "attention_head_dim": None,
+    "time_embedding_type": "positional",
+    "freq_shift": 1,
+    "flip_sin_to_cos": False,
+    "downsample_padding": 0,
+}
+
+
+def ddpm_cifar10() -> nn.Module:
+    """google/ddpm-cifar10-32's network, seeded random weights."""
+    from diffusers import UNet2DModel
+
+    torch.manual_seed(0)
+    return UNet2DModel(**DDPM_CIFAR10)
+
+
+def halved_by_torch_pruning(model: nn.Module, example: Mapping[str, Tensor]) -> nn.Module:
+    """Prune half of the channels of a diffusers UNet with Torch-Pruning, in place.
+
+    As it comes, the result does not run: diffusers asserts the widths that its resamplers remember, so they are
+    corrected here, as Diff-Pruning does. Fresh dicts, because Torch-Pruning's default arguments are shared.
+
+    Raises:
+        ModuleNotFoundError: Torch-Pruning (the test extra) is not installed.
+    """
+    import torch_pruning
+    from diffusers.models.downsampling import Downsample2D
+    from diffusers.models.upsampling import Upsample2D
+
+    torch_pruning.pruner.BasePruner(
+        model,
+        dict(example),
+        importance=torch_pruning.importance.MagnitudeImportance(),
+        pruning_ratio=0.5,
+        ignored_layers=[model.conv_out],
+        in_channel_groups={},
+        out_channel_groups={},
+    ).step()
+    for module in model.modules():
+        if isinstance(module, Downsample2D | Upsample2D) and isinstance(module.conv, nn.Conv2d):
+            module.channels, module.out_channels = module.conv.in_channels, module.conv.out_channels
+    return model.train()
+
+
+def synchronize(device: torch.device | str) -> None:
+    """Wait for a GPU, so that the clock sees what was queued."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+
+
+@dataclass
+class SideBySide:
+    """Wall-clock seconds of several candidates, one of each per round, so that a busy spell hits all of them."""
+
+    candidates: Mapping[str, Callable[[], Any]]
+    device: torch.device | str = "cpu"
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    def __call__(self) -> None:
+        """One round."""
+        for name, call in self.candidates.items():
+            synchronize(self.device)
+            start = time.perf_counter()
+            call()
+            synchronize(self.device)
+            self.seconds.setdefault(name, []).append(time.perf_counter() - start)
+
+    def run(self, benchmark: Any, rounds: int, warmup_rounds: int = 1) -> None:
+        """`rounds` rounds under pytest-benchmark, whose own figure is the time of a whole round."""
+        benchmark.pedantic(self, rounds=rounds, iterations=1, warmup_rounds=warmup_rounds)
+        self.seconds = {name: times[warmup_rounds:] for name, times in self.seconds.items()}
+
+    def median(self, name: str) -> float:
+        """Median seconds of a candidate."""
+        return statistics.median(self.seconds[name])
+
+    def least(self, name: str) -> float:
+        """Least seconds of a candidate: what is left to compare by when the machine was busy."""
+        return min(self.seconds[name])
+
+    def ratio(self, slow: str, fast: str) -> float:
+        """Median over rounds of slow / fast within the same round."""
+        pairs = zip(self.seconds[slow], self.seconds[fast], strict=True)
+        return statistics.median(a / b for a, b in pairs)
+
+
+def machine(device: torch.device | str) -> dict[str, Any]:
+    """Where a number was measured, and what else the machine was doing."""
+    cpu = Path("/proc/cpuinfo")
+    models = [line.partition(":")[2].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")]
+    return {
+        "device": torch.cuda.get_device_name() if torch.device(device).type == "cuda" else "cpu",
+        "cpu": models[0] if models else platform.processor(),
+        "threads": torch.get_num_threads(),
+        "load_at_the_start": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def write_results(folder: Path, name: str, facts: Mapping[str, Any]) -> None:
+    """Write `folder`/`name`.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,65 @@
+"""Options and fixtures of the benchmarks. They report; nothing here asserts a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import machine, write_results
+
+Row = Mapping[str, Any]
+Report = Callable[[Sequence[Row], Mapping[str, Any]], None]
+_TABLES = pytest.StashKey[list[str]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    folder = os.environ.get("EBDIFF_RESULTS")
+    parser.addoption("--results", metavar="DIR", default=folder, help="write one JSON file per benchmark here")
+    parser.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, or cuda if there")
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """The device to measure on, all cores of it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    yield torch.device(request.config.getoption("--device"))
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def report(request: pytest.FixtureRequest, benchmark: Any, device: torch.device) -> Report:
+    """report(rows, facts): print a table after the run, add the facts to the benchmark, write JSON when asked to."""
+    where, name = machine(device), request.node.name.removeprefix("test_")
+
+    def finish(rows: Sequence[Row], facts: Mapping[str, Any]) -> None:
+        benchmark.extra_info.update({**facts, "rows": list(rows)})
+        request.config.stash.setdefault(_TABLES, []).append(_table(name, rows, {**facts, **where}))
+        folder = request.config.getoption("--results")
+        if folder:
+            command = f"pytest benchmarks/ --benchmark-only -k {name} --results DIR"
+            write_results(Path(folder), name, {"command": command, "machine": where, **facts, "rows": list(rows)})
+
+    return finish
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    for table in config.stash.get(_TABLES, []):
+        terminalreporter.write_line(table)
+
+
+def _table(name: str, rows: Sequence[Row], facts: Mapping[str, Any]) -> str:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [columns, *[[_shown(row.get(column, "")) for column in columns] for row in rows]]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
+    return "\n".join(["", name, *lines, ", ".join(f"{key}: {_shown(value)}" for key, value in facts.items())])
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
