@@ -1,0 +1,114 @@
+"""Checkpoints that are either whole or not there: safetensors and JSON, checksummed, a few newest kept."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import EbdiffError
+from ..files import checksum, read_json, read_tensors, write_json, write_tensors
+
+__all__ = ["Checkpoints", "Saved"]
+
+_TENSORS, _FACTS = "state.safetensors", "state.json"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a checkpoint holds."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run, a folder each (step-00001234), written beside and renamed into place.
+
+    Args:
+        folder: where they live; made at the first `save`.
+        keep: how many of the newest stay.
+    """
+
+    def __init__(self, folder: str | Path, keep: int = 2) -> None:
+        if keep < 1:
+            raise EbdiffError(
+                "Checkpoints", expected="keep of at least 1", got=str(keep), remedy="keep=2 is the default"
+            )
+        self.folder, self.keep = Path(folder), keep
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Write a checkpoint, then remove all but the newest and what a killed write left."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._clean()
+        place, beside = self.folder / f"step-{step:08d}", self.folder / f".new-{step:08d}"
+        write_tensors(beside / _TENSORS, tensors)
+        facts = {"step": step, "sha256": checksum(beside / _TENSORS), "facts": dict(facts)}
+        write_json(beside / _FACTS, facts)
+        if place.exists():  # the same step again: the old one goes only when the new one is whole
+            os.rename(place, self.folder / f".old-{step:08d}")
+        os.rename(beside, place)
+        _sync(self.folder)
+        for old in self._places()[self.keep :]:
+            shutil.rmtree(old)
+        self._clean()
+
+    def newest(self) -> Saved | None:
+        """The newest checkpoint that is whole; None where there is none at all. Damaged ones are named in a warning.
+
+        Raises:
+            EbdiffError: there are checkpoints, and every one is damaged.
+        """
+        problems = []
+        for place in self._places():
+            try:
+                return _read(place)
+            except EbdiffError as error:
+                problems.append(str(error))
+                warnings.warn(f"skipping a damaged checkpoint: {error}", stacklevel=2)
+        if problems:
+            raise EbdiffError(
+                f"no whole checkpoint in {self.folder}",
+                expected="one whole checkpoint",
+                got=problems[0],
+                remedy="restore one, or remove the folder to start again",
+            )
+        return None
+
+    def newest_step(self) -> int | None:
+        """The step of the newest checkpoint, unread."""
+        places = self._places()
+        return int(places[0].name.removeprefix("step-")) if places else None
+
+    def _places(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*"), reverse=True)
+
+    def _clean(self) -> None:
+        for left in [*self.folder.glob(".new-*"), *self.folder.glob(".old-*")]:
+            shutil.rmtree(left)
+
+
+def _read(place: Path) -> Saved:
+    facts = read_json(place / _FACTS)
+    if not isinstance(facts, dict) or not {"step", "sha256", "facts"} <= facts.keys():
+        raise EbdiffError(f"{place / _FACTS} is damaged", expected="step, sha256 and facts", got="something else")
+    tensors, _ = read_tensors(place / _TENSORS)
+    found = checksum(place / _TENSORS)
+    if found != facts["sha256"]:
+        raise EbdiffError(f"{place / _TENSORS} was changed", expected=f"sha256 {facts['sha256'][:16]}", got=found[:16])
+    return Saved(facts["step"], tensors, facts["facts"])
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

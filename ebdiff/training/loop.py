@@ -1,0 +1,233 @@
+"""Diffusion training as a generator: one StepReport per optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ..data import to_model
+from ..errors import EbdiffError
+from ..timesteps.region import Partition
+from ..timesteps.sampler import Sampler, Within
+from .checkpoint import Checkpoints
+from .seeds import DataOrder, generator, seed_for
+from .state import TrainConfig, TrainState
+
+__all__ = ["StepReport", "TrainConfig", "TrainState", "train"]
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimizer step.
+
+    Args:
+        step: how many steps are finished.
+        loss: weighted mean over the step's images and all processes.
+        grad_norm: of all gradients together, before clipping.
+        lr: of the first parameter group.
+        images: images seen so far.
+        region: index of the region all timesteps came from, where regions were given.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    images: int
+    region: int | None = None
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What one optimizer step sees, over all micro-batches and processes: [n, C, H, W], [n], [n]."""
+
+    clean: Tensor
+    noise: Tensor
+    t: Tensor
+    weight: Tensor
+
+    def part(self, start: int, count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        stop = start + count
+        return tuple(x[start:stop].to(device) for x in (self.clean, self.noise, self.t, self.weight))  # type: ignore[return-value]
+
+
+def train(
+    state: TrainState,
+    images: Tensor,
+    *,
+    scheduler: Any,
+    sampler: Sampler,
+    config: TrainConfig,
+    until: int,
+    checkpoints: Checkpoints | None = None,
+    checkpoint_every: int | None = None,
+    regions: Partition | None = None,
+    accelerator: Accelerator | None = None,
+) -> Iterator[StepReport]:
+    """Train until ``state.step == until``, yielding after every optimizer and EMA step, before gradients are cleared.
+
+    Data order, flips, noise, timesteps, regions and dropout depend on (seed, step) alone and are drawn for all
+    processes together, so a run goes on exactly after `TrainState.restore` and sees the same with any number of
+    processes. `state` stays the caller's: its model may be shrunken between steps.
+
+    Args:
+        state: what is trained, in place; moved to the accelerator's device.
+        images: uint8 [N, C, H, W], on the CPU.
+        scheduler: diffusers' DDPMScheduler or its like: add_noise, get_velocity and config.prediction_type
+            ("epsilon", "v_prediction" or "sample").
+        sampler: draws timesteps and weights on that prediction's squared error.
+        config: how to train.
+        until: the step to stop at.
+        checkpoints: where to write state every `checkpoint_every` steps and at the end.
+        regions: let all timesteps of a step come from one region, drawn with the mass that `sampler` gives it; the
+            distribution of timesteps over many steps stays that of `sampler`.
+        accelerator: of accelerate; made here if not given.
+
+    Raises:
+        EbdiffError: sizes that do not fit (before the first step); a loss or gradient that is not finite: that step is
+            not applied.
+    """
+    accelerator = accelerator or Accelerator()
+    total = config.batch_size * config.accumulate
+    _check(state, images, sampler, config, scheduler, accelerator.num_processes)
+    state.to(accelerator.device)
+    order, network, shapes = DataOrder(len(images), config.seed), None, None
+    while state.step < until:
+        step, region = state.step, None
+        drawn_by = sampler
+        if regions is not None:
+            region = _draw_region(regions, sampler, config.seed, step)
+            drawn_by = Within(regions[region], sampler)
+        batch = _draw(images, order, drawn_by, config, step, total)
+        if shapes != [p.shape for p in state.model.parameters()]:  # the first step, or shrunken since
+            network = accelerator.prepare_model(state.model) if accelerator.num_processes > 1 else state.model
+            shapes = [p.shape for p in state.model.parameters()]
+        assert network is not None
+        network.train()
+        state.optimizer.zero_grad(set_to_none=True)
+        loss = _backward(network, batch, scheduler, config, step, accelerator)
+        parameters = [p for p in state.model.parameters() if p.requires_grad]
+        norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip or float("inf"))
+        _check_finite(float(loss), float(norm), step + 1, config, checkpoints)
+        state.optimizer.step()
+        state.ema.step(state.model.parameters())
+        state.step += 1
+        due = state.step == until or (checkpoint_every and state.step % checkpoint_every == 0)
+        if checkpoints is not None and due and accelerator.is_main_process:
+            checkpoints.save(state.step, state.tensors(), state.facts())
+        lr = float(state.optimizer.param_groups[0]["lr"])
+        yield StepReport(state.step, float(loss), float(norm), lr, state.step * total, region)
+
+
+def _check(
+    state: TrainState, images: Tensor, sampler: Sampler, config: TrainConfig, scheduler: Any, processes: int
+) -> None:
+    if images.dtype != torch.uint8 or images.dim() != 4 or not len(images):
+        got = f"{images.dtype} {list(images.shape)}"
+        raise EbdiffError(
+            "images", expected="uint8 [N, C, H, W], N >= 1", got=got, remedy="see ebdiff.data.load_images"
+        )
+    if config.batch_size % processes:
+        raise EbdiffError(
+            "batch_size",
+            expected=f"a multiple of {processes} processes",
+            got=str(config.batch_size),
+            remedy="change it",
+        )
+    if scheduler.config.num_train_timesteps != sampler.T:
+        got = f"{scheduler.config.num_train_timesteps}"
+        raise EbdiffError(
+            "scheduler", expected=f"{sampler.T} timesteps, the sampler's", got=got, remedy="make them agree"
+        )
+    if scheduler.config.prediction_type not in ("epsilon", "v_prediction", "sample"):
+        raise EbdiffError(
+            "prediction_type",
+            expected="epsilon, v_prediction or sample",
+            got=str(scheduler.config.prediction_type),
+            remedy="use a scheduler of one of these",
+        )
+    held = {id(p) for group in state.optimizer.param_groups for p in group["params"]}
+    if not any(id(p) in held for p in state.model.parameters()):
+        raise EbdiffError(
+            "optimizer", expected="the model's parameters", got="others", remedy="build it from this model"
+        )
+
+
+def _draw_region(regions: Partition, sampler: Sampler, seed: int, step: int) -> int:
+    masses = torch.tensor([sampler.mass(region) for region in regions], dtype=torch.float64)
+    return int(torch.multinomial(masses, 1, generator=generator(seed, "region", step)))
+
+
+def _draw(images: Tensor, order: DataOrder, sampler: Sampler, config: TrainConfig, step: int, total: int) -> _Batch:
+    clean = to_model(images[order(step * total, total)])
+    if config.flip:
+        flipped = torch.rand(total, generator=generator(config.seed, "flip", step)) < 0.5
+        clean = torch.where(flipped[:, None, None, None], clean.flip(-1), clean)
+    noise = torch.randn(clean.shape, generator=generator(config.seed, "noise", step))
+    t, weight = sampler.sample(total, generator=generator(config.seed, "timesteps", step))
+    return _Batch(clean, noise, t, weight)
+
+
+def _backward(
+    network: nn.Module, batch: _Batch, scheduler: Any, config: TrainConfig, step: int, accelerator: Accelerator
+) -> Tensor:
+    """Accumulate the gradients of one step; returns the mean loss over all micro-batches and processes."""
+    share = config.batch_size // accelerator.num_processes
+    losses = []
+    for micro in range(config.accumulate):
+        start = micro * config.batch_size + accelerator.process_index * share
+        parts = batch.part(start, share, accelerator.device)
+        last = micro == config.accumulate - 1
+        dropout = seed_for(config.seed, "dropout", step, micro, accelerator.process_index)
+        with _seeded(dropout, accelerator.device), nullcontext() if last else accelerator.no_sync(network):
+            loss = _loss(network, *parts, scheduler=scheduler, precision=config.precision)
+            (loss / config.accumulate).backward()
+        losses.append(loss.detach())
+    return accelerator.reduce(torch.stack(losses).mean(), "mean")  # type: ignore[no-any-return]
+
+
+def _loss(
+    network: nn.Module, clean: Tensor, noise: Tensor, t: Tensor, weight: Tensor, *, scheduler: Any, precision: str
+) -> Tensor:
+    noisy = scheduler.add_noise(clean, noise, t)
+    with torch.autocast(clean.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        output = network(noisy, t)
+    predicted = getattr(output, "sample", output)
+    predicted = predicted[0] if isinstance(predicted, tuple) else predicted
+    kind = scheduler.config.prediction_type
+    target = {"epsilon": noise, "sample": clean}.get(kind)
+    target = scheduler.get_velocity(clean, noise, t) if target is None else target
+    return (weight * (predicted.float() - target).square().flatten(1).mean(1)).mean()
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed the global generators for dropout, and give the user's back afterwards."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        yield
+
+
+def _check_finite(loss: float, norm: float, step: int, config: TrainConfig, checkpoints: Checkpoints | None) -> None:
+    sums = {"loss": loss, "gradient norm": norm}
+    bad = next((name for name, value in sums.items() if not abs(value) < float("inf")), None)
+    if bad is None:
+        return
+    good = checkpoints.newest_step() if checkpoints is not None else None
+    remedies = ["lower lr"]
+    remedies += ["set grad_clip (1.0 is usual)"] if config.grad_clip is None else []
+    remedies += ['train in float32 (precision "no")'] if config.precision != "no" else []
+    kept = f"; the checkpoint of step {good} is whole" if good is not None else ""
+    raise EbdiffError(
+        f"training stopped at step {step}",
+        expected=f"a finite {bad}",
+        got=str(sums[bad]),
+        remedy=" or ".join(remedies) + kept,
+    )

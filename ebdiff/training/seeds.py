@@ -1,0 +1,46 @@
+"""Random numbers from (seed, purpose, step): nothing has to be stored to go on exactly where a run stopped."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+__all__ = ["DataOrder", "generator", "seed_for"]
+
+
+def seed_for(seed: int, purpose: str, *counters: int) -> int:
+    """63 bits that depend on every argument."""
+    digest = hashlib.sha256(repr((seed, purpose, *counters)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def generator(seed: int, purpose: str, *counters: int) -> torch.Generator:
+    """A fresh CPU generator for one purpose at one step."""
+    return torch.Generator().manual_seed(seed_for(seed, purpose, *counters))
+
+
+class DataOrder:
+    """Every image once per epoch, in an order of its own for each epoch.
+
+    Args:
+        length: number of images.
+        seed: of all epochs.
+    """
+
+    def __init__(self, length: int, seed: int) -> None:
+        self.length, self.seed = length, seed
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+
+    def __call__(self, start: int, count: int) -> Tensor:
+        """int64 [count]: the images at places start, start + 1, ... of the endless sequence."""
+        places = torch.arange(start, start + count)
+        return torch.cat([self._of_epoch(int(e))[places[places // self.length == e] % self.length] for e in
+                          (places // self.length).unique()])  # fmt: skip
+
+    def _of_epoch(self, epoch: int) -> Tensor:
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = torch.randperm(self.length, generator=generator(self.seed, "order", epoch))
+        return self._order
