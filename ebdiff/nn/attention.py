@@ -47,7 +47,7 @@ class PinnedScaleProcessor:
             attention_mask = attention_mask.view(len(context), attn.heads, -1, attention_mask.shape[-1])
 
         def heads(tokens: Tensor) -> Tensor:
-            return tokens.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            return tokens.view(*tokens.shape[:-1], attn.heads, -1).transpose(1, 2)
 
         query, key, value = heads(attn.to_q(hidden_states)), heads(attn.to_k(context)), heads(attn.to_v(context))
         query = query if attn.norm_q is None else attn.norm_q(query)

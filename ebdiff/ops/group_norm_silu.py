@@ -15,7 +15,7 @@ def membership(groups: Tensor) -> Tensor:
         groups: int64 [channels], the group of each channel, -1 where the channel is removed. Empty groups are dropped.
     """
     present = groups.unique()
-    table = (groups[:, None] == present[present >= 0]).double()
+    table: Tensor = (groups[:, None] == present[present >= 0]).double()
     return table / table.sum(0)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +37,9 @@ def save(model: nn.Module, folder: str | Path) -> None:
     Raises:
         EbdiffError: an attribute that is neither plain data nor importable; it is named.
     """
-    if hasattr(model, "save_pretrained"):
-        model.save_pretrained(str(folder))
+    save_pretrained: Any = getattr(model, "save_pretrained", None)
+    if save_pretrained is not None:
+        save_pretrained(str(folder))
         return
     structure, extra = describe(model)
     _write(model, Path(folder), {"structure": structure}, extra)
@@ -86,7 +87,7 @@ def shrunk_class(dense: type) -> type:
         "__module__": "ebdiff",
         "__doc__": f"A {dense.__name__} with channels removed; its config is the dense one.",
         "save_pretrained": _save_pretrained,
-        "from_pretrained": classmethod(_from_pretrained),
+        "from_pretrained": classmethod(cast(Any, _from_pretrained)),
     }
     return type(_PREFIX + dense.__name__, (dense,), body)
 
@@ -116,10 +117,16 @@ def _from_pretrained(
     cls: Any,
     pretrained_model_name_or_path: str | Path,
     subfolder: str | None = None,
-    torch_dtype: torch.dtype | None = None,
+    torch_dtype: torch.dtype | str | None = None,
+    dtype: torch.dtype | str | None = None,
     **_: Any,
 ) -> Any:
-    """Build the small network directly (the dense one only as shapes) and load its weights. Local folders only."""
+    """Build the small network directly (the dense one only as shapes) and load its weights. Local folders only.
+
+    Args:
+        subfolder: below the folder.
+        torch_dtype, dtype: convert to this; either name, as in diffusers. "auto" keeps what was saved.
+    """
     from accelerate import init_empty_weights
 
     folder = Path(pretrained_model_name_or_path) / (subfolder or "")
@@ -131,7 +138,8 @@ def _from_pretrained(
         shrink_(model, mask)
     _assign(model, tensors, folder)
     model.register_to_config(_name_or_path=str(folder))
-    return model.to(torch_dtype).eval() if isinstance(torch_dtype, torch.dtype) else model.eval()
+    wanted = torch_dtype if dtype is None else dtype
+    return model.to(wanted).eval() if isinstance(wanted, torch.dtype) else model.eval()
 
 
 # Files ----------------------------------------------------------------------------------------------------------------

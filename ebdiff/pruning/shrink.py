@@ -153,7 +153,8 @@ def _finish(model: nn.Module, mask: ChannelMask) -> None:
     if hasattr(type(model), "load_config"):  # a diffusers model
         from .save import shrunk_class
 
-        model.__class__ = shrunk_class(type(model))
+        kind: Any = type(model)
+        model.__class__ = shrunk_class(kind)
 
 
 # Slicing --------------------------------------------------------------------------------------------------------------
@@ -250,6 +251,7 @@ def _ema_changes(model: nn.Module, ema: Any, mask: ChannelMask, kept: Kept) -> l
         mask.plan.check(inner)
         return [lambda: shrink_(inner, mask)]
     parameters = dict(model.named_parameters())
+    pairs: list[tuple[Any, Any, str]]
     if isinstance(ema, Mapping):
         pairs = [(ema, name, name) for name in ema if name in kept]
         complete = set(parameters) <= set(ema)

@@ -16,12 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import EbdiffError
 from ..nn.group_norm import RaggedGroupNorm
+from . import rules_layers, rules_shape  # noqa: F401  (they file their rules)
 from .axes import Atom, Axis, Place, Prod, freeze, places, resolve, size
 from .modules import refuse_wrapped, replace, sizes_read_by, splits_its_own_axes
 from .plan import ChannelPlan, ChannelSpace, Frozen, Member, ModuleSize, Norm, Terms, Unit
 from .rules import rule_for
 
 __all__ = ["trace"]
+
+_LABEL = "_ebdiff_axes"
 
 
 def trace(model: nn.Module, *args: Any, **kwargs: Any) -> ChannelPlan:
@@ -69,7 +72,7 @@ class Tracer(TorchDispatchMode):
     """Labels every dimension of every tensor of a forward pass with an axis, op by op (see rules.py)."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.model = model
         self.names = {id(module): name for name, module in model.named_modules()}
         self.used: set[int] = set()
@@ -98,15 +101,19 @@ class Tracer(TorchDispatchMode):
         """Say what the dimensions of a tensor are."""
         if isinstance(tensor, Tensor):
             assert [size(axis) for axis in axes] == list(tensor.shape), "a label that does not fit its tensor"
-            tensor._ebdiff_axes = axes  # type: ignore[attr-defined]
+            setattr(tensor, _LABEL, axes)
 
     def axes(self, tensor: Tensor) -> list[Axis]:
         """What the dimensions of a tensor are; those of a table that the forward itself makes are frozen."""
-        if not hasattr(tensor, "_ebdiff_axes"):
+        if not hasattr(tensor, _LABEL):
             self.label(tensor, self.fixed(tensor, f"matched with a fixed table in {self.where()}"))
         self.used.add(id(tensor))
-        axes: list[Axis] = tensor._ebdiff_axes
+        axes: list[Axis] = getattr(tensor, _LABEL)
         return axes
+
+    def is_labelled(self, tensor: Tensor) -> bool:
+        """Do we know what its dimensions are?"""
+        return hasattr(tensor, _LABEL)
 
     def fixed(self, tensor: Tensor, reason: str) -> list[Axis]:
         """Fresh frozen axes for a tensor."""
@@ -303,7 +310,7 @@ def _plain_stand_in(ragged: RaggedGroupNorm) -> nn.GroupNorm:
     """An nn.GroupNorm of the same shape: one op instead of many, and shapes are all that a trace sees."""
     norm = nn.GroupNorm(1, ragged.num_channels, affine=False)
     norm.weight, norm.bias = ragged.weight, ragged.bias
-    norm.group_sizes = ragged.group_sizes
+    vars(norm)["group_sizes"] = ragged.group_sizes
     return norm
 
 

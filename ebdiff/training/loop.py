@@ -203,7 +203,8 @@ def _loss(
     kind = scheduler.config.prediction_type
     target = {"epsilon": noise, "sample": clean}.get(kind)
     target = scheduler.get_velocity(clean, noise, t) if target is None else target
-    return (weight * (predicted.float() - target).square().flatten(1).mean(1)).mean()
+    error: Tensor = (predicted.float() - target).square().flatten(1).mean(1)
+    return (weight * error).mean()
 
 
 @contextmanager
