@@ -1,0 +1,151 @@
+"""What convolutions, matrix products, attention and normalisations do to axes, and what they cost."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from .axes import Atom, Axis, freeze, fuse, leaves, size, split, unify
+from .plan import Norm
+from .rules import rule, tensors_in
+
+if TYPE_CHECKING:
+    from .trace import Tracer
+
+
+# Normalisation --------------------------------------------------------------------------------------------------------
+
+
+@rule("native_group_norm")
+def _group_norm(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    x, weight, bias, groups = args[0], args[1], args[2], args[6]
+    axes, module = tr.axes(x), tr.module
+    for affine in (weight, bias):
+        if affine is not None:
+            unify(axes[1], tr.axes(affine)[0])
+    if type(module) is nn.GroupNorm and weight is not None:
+        name, sizes = tr.names[id(module)], getattr(module, "group_sizes", (x.shape[1] // groups,) * groups)
+        tr.norms[name] = Norm(name, sizes)
+    else:
+        freeze(axes[1], f"group_norm without weights of an nn.GroupNorm in {tr.where()}")
+    tr.label(out[0], list(axes))
+    for statistic in out[1:]:
+        tr.label(statistic, tr.fixed(statistic, "statistics of a norm"))
+
+
+@rule("native_layer_norm", "_fused_rms_norm")
+def _layer_norm(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    axes = tr.axes(args[0])
+    for axis in axes[len(axes) - len(args[1]) :]:
+        freeze(axis, f"layer norm over it in {tr.where()}")
+    tr.label(tensors_in([out])[0], list(axes))
+
+
+@rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm")
+def _batch_norm(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    axes = tr.axes(args[0])
+    for per_channel in tensors_in([args[1:]]):
+        unify(axes[1], tr.axes(per_channel)[0])
+    tr.label(out[0], list(axes))
+
+
+# Contractions ---------------------------------------------------------------------------------------------------------
+
+
+@rule("convolution", "_convolution", "cudnn_convolution")
+def _convolution(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    x, weight, bias, transposed, groups = args[0], args[1], args[2], args[6], args[8]
+    axes, (first, second, *kernel) = tr.axes(x), tr.axes(weight)
+    for axis in kernel:
+        freeze(axis, "kernel size")
+    outward, inward = (second, first) if transposed else (first, second)
+    if groups > 1:
+        outward, inward = _grouped(tr, axes[1], outward, inward, groups, transposed)
+    else:
+        unify(axes[1], inward)
+    if bias is not None:
+        unify(outward, tr.axes(bias)[0])
+    reason = f"positions of a convolution in {tr.where()}"
+    tr.label(out, [axes[0], outward, *(Atom(n, reason) for n in out.shape[2:])])
+    positions = x if transposed else out
+    spatial = [Atom(n, reason) for n in positions.shape[2:]]
+    width = [tr.axes(x)[1], second] if transposed else [outward, second]
+    tr.costs.append([axes[0], *width, *spatial, *kernel])
+
+
+def _grouped(tr: Tracer, x: Axis, outward: Axis, inward: Axis, groups: int, transposed: bool) -> tuple[Axis, Axis]:
+    """Both sides as groups x channels; the groups are one axis, free only where an nn.Conv is depthwise."""
+    whole, part = (inward, outward) if transposed else (outward, inward)
+    sides = split(x, size(x) // groups), split(whole, size(whole) // groups)
+    if sides[0] is None or sides[1] is None:
+        for axis in (x, whole, part):
+            freeze(axis, f"groups of a convolution in {tr.where()} that do not fit how the channels were made")
+        return (Atom(size(part) * groups, "grouped convolution"), whole) if transposed else (whole, part)
+    unify(sides[0][0], sides[1][0])
+    depthwise = size(x) == groups == size(whole) and isinstance(tr.module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    if not depthwise:
+        freeze(sides[0][0], f"number of groups of a convolution in {tr.where()}")
+    if transposed:
+        unify(sides[0][1], sides[1][1])
+        return fuse([sides[0][0], part]), whole
+    unify(sides[0][1], part)
+    return whole, part
+
+
+@rule("mm", "bmm", "mv", "dot", "matmul", "linear", "addmm", "baddbmm", "addmv")
+def _matrix(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """[..., m, k] x [..., k, n], an added term in front for the add* forms; linear's weight is [n, k]."""
+    name = func._schema.name.removeprefix("aten::")
+    first = 1 if name.startswith(("addmm", "baddbmm", "addmv")) else 0
+    a, b = tr.axes(args[first]), tr.axes(args[first + 1])
+    contracted, columns = (
+        (b[1], b[:1]) if name == "linear" else (b[-2] if len(b) > 1 else b[-1], b[-1:] if len(b) > 1 else [])
+    )
+    unify(a[-1], contracted)
+    axes = [*a[:-1], *columns]
+    if name in ("bmm", "baddbmm"):
+        unify(a[0], b[0])
+        _mark_heads(a[0])
+    tr.label(out, axes)
+    added = args[0] if first else (args[2] if name == "linear" and len(args) > 2 else None)
+    if added is not None:
+        _meet_into(tr, added, axes)
+    tr.add_cost(out, [contracted])
+
+
+def _meet_into(tr: Tracer, added: Tensor, axes: list[Axis]) -> None:
+    own = tr.axes(added)
+    for mine, theirs in zip(reversed(own), reversed(axes), strict=False):
+        if size(mine) == size(theirs):
+            unify(mine, theirs)
+
+
+def _mark_heads(axis: Axis) -> None:
+    for atom in leaves(axis):
+        atom.kind = atom.kind or "head"
+
+
+def _attention(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Scaled dot-product attention on [batch, heads, tokens, dim]: q and k share dim, k and v share tokens."""
+    q, k, v = (tr.axes(tensor) for tensor in args[:3])
+    for i in range(len(q) - 2):
+        unify(q[i], k[i])
+        unify(k[i], v[i])
+        _mark_heads(q[i])
+    unify(q[-1], k[-1])
+    unify(k[-2], v[-2])
+    freeze(k[-2], "tokens that a softmax runs over")
+    if not tr.may_split():
+        freeze(q[-1], f"head_dim sets the softmax scale in {tr.where()}, for which there is no rule")
+    tensors = tensors_in([out])
+    tr.label(tensors[0], [*q[:-1], v[-1]])
+    for extra in tensors[1:]:
+        tr.label(extra, tr.fixed(extra, "statistics of attention"))
+    for contracted, width in ((q[-1], k[-2]), (k[-2], v[-1])):
+        tr.costs.append([*q[:-1], width, contracted])
+
+
+for _kind in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention"):
+    rule(f"_scaled_dot_product_{_kind}")(_attention)
+rule("scaled_dot_product_attention", "_scaled_dot_product_fused_attention_overrideable")(_attention)

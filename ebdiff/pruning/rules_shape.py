@@ -1,0 +1,157 @@
+"""What views, permutations, concatenations, slices and pads do to axes."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from .axes import UNIT, Atom, Axis, Cat, cut, freeze, fuse, leaves, size, split
+from .rules import meet, rule, tensors_in
+
+if TYPE_CHECKING:
+    from .trace import Tracer
+
+
+@rule("permute")
+def _permute(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    axes = tr.axes(args[0])
+    tr.label(out, [axes[dim] for dim in args[1]])
+
+
+@rule("t", "numpy_T", "transpose", "swapaxes")
+def _transpose(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    axes = list(tr.axes(args[0]))
+    if len(axes) > 1:
+        i, j = args[1:3] if len(args) > 1 else (-2, -1)
+        axes[i], axes[j] = axes[j], axes[i]
+    tr.label(out, axes)
+
+
+@rule("unsqueeze")
+def _unsqueeze(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    axes = list(tr.axes(args[0]))
+    axes.insert(args[1] % out.dim(), UNIT)
+    tr.label(out, axes)
+
+
+@rule("view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "flatten", "unflatten")
+def _view(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Match runs of input and output dimensions of equal length; fuse the first, split into the second."""
+    before, after = list(tr.axes(args[0])), list(out.shape)
+    result: list[Axis] = []
+    while before or after:
+        pending, wanted = ([before.pop(0)] if before else []), ([after.pop(0)] if after else [])
+        while (left := prod(map(size, pending))) != (right := prod(wanted)):
+            if left < right:
+                pending.append(before.pop(0))
+            else:
+                wanted.append(after.pop(0))
+        result += _divide(tr, fuse(pending), wanted)
+    tr.label(out, result)
+
+
+def _divide(tr: Tracer, axis: Axis, wanted: list[int]) -> list[Axis]:
+    """An axis as a product of factors of the wanted lengths, outermost first."""
+    result: list[Axis] = []
+    for length in reversed(wanted):
+        undivided = set(leaves(axis))
+        parts = split(axis, length)
+        if parts is None:
+            reason = f"viewed as {tuple(wanted)} in {tr.where()}, which does not fit how it was made"
+            freeze(axis, reason)
+            return [*(Atom(n, reason) for n in wanted[: len(wanted) - len(result)]), *result]
+        axis, inner = parts
+        if not tr.may_split() and any(atom.meaning is not None for atom in undivided):
+            for part in parts:
+                freeze(part, f"viewed as {tuple(wanted)} in {tr.where()}, whose integers no rule updates")
+        result.insert(0, inner)
+    return result
+
+
+@rule("expand")
+def _expand(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    axes = [*[UNIT] * (out.dim() - args[0].dim()), *tr.axes(args[0])]
+    fixed = tr.fixed(out, f"matched with a length fixed by expand in {tr.where()}")
+    tr.label(out, [old if size(old) == n else new for old, new, n in zip(axes, fixed, out.shape, strict=True)])
+
+
+@rule("cat", "concatenate")
+def _cat(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.dim()
+    parts = [tr.axes(tensor) for tensor in args[0] if tensor.dim() == out.dim()]
+    axes = [meet([axes[i : i + 1] for axes in parts], 1, n) if i != dim else UNIT for i, n in enumerate(out.shape)]
+    axes[dim] = Cat(tuple(axes[dim] for axes in parts))
+    tr.label(out, axes)
+
+
+@rule("stack")
+def _stack(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.dim()
+    axes = [meet([tr.axes(t) for t in args[0]], args[0][0].dim() - i, n) for i, n in enumerate(args[0][0].shape)]
+    axes.insert(dim, Atom(len(args[0]), "stacked"))
+    tr.label(out, axes)
+
+
+def _segment(tr: Tracer, axis: Axis, start: int, stop: int) -> Axis:
+    """Positions [start, stop) of an axis."""
+    head = cut(axis, stop)
+    tail = head and cut(head[0], start)
+    if tail is None:
+        reason = f"cut at {start}:{stop} in {tr.where()}, across a product"
+        freeze(axis, reason)
+        return Atom(stop - start, reason)
+    return tail[1]
+
+
+@rule("slice")
+def _slice(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    given = dict(enumerate(args[1:]))
+    dim, step, length = given.get(0, 0), given.get(3, 1), args[0].shape[given.get(0, 0)]
+    axes = list(tr.axes(args[0]))
+    start, stop, _ = slice(given.get(1), given.get(2)).indices(length)
+    if step != 1:
+        freeze(axes[dim], f"strided slice in {tr.where()}")
+        axes[dim] = Atom(out.shape[dim], f"strided slice in {tr.where()}")
+    elif (start, stop) != (0, length):
+        axes[dim] = _segment(tr, axes[dim], start, max(start, stop))
+    tr.label(out, axes)
+
+
+@rule("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk")
+def _split(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    dim = args[2] if len(args) > 2 else kwargs.get("dim", 0)
+    start = 0
+    for tensor in out:
+        axes = list(tr.axes(args[0]))
+        axes[dim] = _segment(tr, axes[dim], start, start + tensor.shape[dim])
+        tr.label(tensor, axes)
+        start += tensor.shape[dim]
+
+
+@rule("select", "unbind")
+def _select(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+    axes = list(tr.axes(args[0]))
+    freeze(axes.pop(dim), f"single positions are read in {tr.where()}")
+    for tensor in tensors_in([out]):
+        tr.label(tensor, list(axes))
+
+
+@rule("flip", "roll")
+def _flip(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    axes = tr.axes(args[0])
+    for dim in args[-1]:
+        freeze(axes[dim], f"reordered in {tr.where()}")
+    tr.label(out, list(axes))
+
+
+@rule("constant_pad_nd", "pad")
+def _pad(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    axes, padding = list(tr.axes(args[0])), args[1]
+    for i in range(len(padding) // 2):
+        dim, before, after = -1 - i, padding[2 * i], padding[2 * i + 1]
+        if min(before, after) < 0:
+            axes[dim] = _segment(tr, axes[dim], max(-before, 0), size(axes[dim]) + min(after, 0))
+        reason = f"padded in {tr.where()}"
+        axes[dim] = Cat((Atom(max(before, 0), reason), axes[dim], Atom(max(after, 0), reason)))
+    tr.label(out, axes)
