@@ -1,0 +1,298 @@
+"""The commands: run, find, train, merge, sample, eval, info. Each checks everything before it touches anything."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .errors import EbdiffError
+
+if TYPE_CHECKING:
+    from .config import Config
+    from .training.stages import Tick, Work
+    from .training.world import World
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Early-bird tickets for diffusion models: find them early, shrink physically, train each region small.",
+)
+console = Console()
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As train.lr=1e-4.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="The same as an option.")]
+File = Annotated[Path | None, typer.Option("--config", help="A YAML file on top of the preset.")]
+Preset = Annotated[str | None, typer.Option(help="smoke, demo (the default) or cifar10.")]
+Out = Annotated[Path | None, typer.Option(help="The run's folder; runs/<preset> by default.")]
+Seed = Annotated[int | None, typer.Option(help="Overrides the configuration's.")]
+Dry = Annotated[bool, typer.Option("--dry-run", help="Print what would be done; touch nothing.")]
+Parallel = Annotated[int, typer.Option(min=1, help="So many regions side by side, as local processes.")]
+Arm = Annotated[str, typer.Option(help="tickets (the router) or dense (the control).")]
+Model = Annotated[Path | None, typer.Option(help="Any saved network instead: a router, a ticket's or a dense one.")]
+
+
+def main() -> None:
+    """Run a command; what the user can put right is one line on stderr and exit code 2."""
+    try:
+        app()
+    except EbdiffError as error:
+        print(f"ebdiff: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"ebdiff: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("ebdiff: interrupted; the same command resumes", file=sys.stderr)
+        sys.exit(130)
+
+
+@app.command()
+def run(
+    overrides: Overrides = None,
+    config: File = None,
+    preset: Preset = None,
+    sets: Sets = None,
+    out: Out = None,
+    seed: Seed = None,
+    dry_run: Dry = False,
+    parallel: Parallel = 1,
+) -> None:
+    """The main job: search, tickets, region training, router, dense control, report. To resume, run it again."""
+    world = _world(config, preset, overrides, sets, out, seed)
+    from .training import job
+
+    if dry_run:
+        return _show_plan(world, job.work(world))
+    _go(world, lambda: job.run(world, parallel), job.work)
+    from . import report
+
+    path = report.write(world.out)
+    console.print(report.verdict_of(world.out), highlight=False)
+    console.print(
+        f"report: {path}\npictures: {', '.join(str(p) for p in sorted(world.out.glob('*.png')))}", soft_wrap=True
+    )
+
+
+@app.command()
+def find(
+    overrides: Overrides = None,
+    config: File = None,
+    preset: Preset = None,
+    sets: Sets = None,
+    out: Out = None,
+    seed: Seed = None,
+    dry_run: Dry = False,
+) -> None:
+    """Only the dense search: a ticket for each region, in <out>/search/tickets."""
+    world = _world(config, preset, overrides, sets, out, seed)
+    from .training import job
+    from .training.regions import ticket_of
+
+    if dry_run:
+        return _show_plan(world, job.work(world)[:1])
+    _go(world, lambda: job.find(world), lambda world: job.work(world)[:1])
+    for number in range(len(world.partition)):
+        console.print(f"{world.out / 'search' / 'tickets' / str(number)}: {ticket_of(world, number)}", highlight=False)
+
+
+@app.command()
+def train(
+    overrides: Overrides = None,
+    config: File = None,
+    preset: Preset = None,
+    sets: Sets = None,
+    out: Out = None,
+    seed: Seed = None,
+    dry_run: Dry = False,
+    region: Annotated[int | None, typer.Option(help="The region's number, ascending in t; all by default.")] = None,
+    parallel: Parallel = 1,
+    parent: Annotated[int | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Train the small network of one region, or of all, from a finished search. To resume, run it again."""
+    world = _world(config, preset, overrides, sets, out, seed)
+    from .training import job
+
+    wanted = range(len(world.partition)) if region is None else [region]
+    if region is not None:
+        world.region_number(region)
+
+    def works(world: World) -> list[Work]:
+        names = [f"region {number}" for number in wanted]
+        return [work for work in job.work(world) if work.stage in names]
+
+    if dry_run:
+        return _show_plan(world, works(world))
+    _go(world, lambda: _while_alive(job.train(world, wanted, parallel), parent), works)
+
+
+@app.command()
+def merge(
+    folders: Annotated[list[Path] | None, typer.Argument(help="Folders of trained regions; the run's own.")] = None,
+    config: File = None,
+    preset: Preset = None,
+    sets: Sets = None,
+    out: Out = None,
+    seed: Seed = None,
+    dry_run: Dry = False,
+) -> None:
+    """Compose the regions' networks into one router, in <out>/router; they must tile the schedule."""
+    world = _world(config, preset, None, sets, out, seed)
+    from .training import job
+
+    parts = job.parts(world, folders or ())
+    for part, folder in parts:
+        console.print(f"{part}: {folder}", highlight=False)
+    if not dry_run:
+        console.print(f"router: {job.merge(world, folders or ())}", highlight=False)
+
+
+@app.command()
+def sample(
+    overrides: Overrides = None,
+    config: File = None,
+    preset: Preset = None,
+    sets: Sets = None,
+    out: Out = None,
+    seed: Seed = None,
+    dry_run: Dry = False,
+    arm: Arm = "tickets",
+    model: Model = None,
+    n: Annotated[int, typer.Option("-n", min=1, help="How many images.")] = 64,
+    to: Annotated[Path | None, typer.Option(help="The picture; <out>/sample-<arm>.png by default.")] = None,
+) -> None:
+    """Draw images by DDIM and put them into one picture."""
+    world = _world(config, preset, overrides, sets, out, None)
+    network = _network(world, arm, model)
+    to = to or world.out / f"sample-{model.name if model else arm}.png"
+    if dry_run:
+        console.print(f"{n} images in {world.config.sample.steps} steps to {to}", highlight=False)
+        return
+    import torch
+
+    from .plots import grid
+    from .training.judge import draw_images
+
+    seed = world.config.seed if seed is None else seed
+    images = torch.cat(list(draw_images(world, network.to(world.device), n, seed)))
+    grid({"": images}, to)
+    console.print(f"{n} images: {to}", highlight=False)
+
+
+@app.command("eval")
+def evaluate(
+    overrides: Overrides = None,
+    config: File = None,
+    preset: Preset = None,
+    sets: Sets = None,
+    out: Out = None,
+    seed: Seed = None,
+    dry_run: Dry = False,
+    arm: Arm = "tickets",
+    model: Model = None,
+) -> None:
+    """Score a network: FID, KID, precision and recall with the extractor's name, and the held-out loss."""
+    world = _world(config, preset, overrides, sets, out, seed)
+    world.check()
+    network = _network(world, arm, model)
+    from .evaluation import Scores
+    from .training.judge import judgement, judging_one
+
+    work = judging_one(world, network)
+    if dry_run:
+        return _show_plan(world, [work])
+    from .progress import follow
+
+    facts: dict[str, Any] = {}
+    count = world.config.evaluate.samples if world.extractor else 0
+    follow(judgement(world, network, work.stage, count, facts, []), [work], console)
+    scores = Scores(**facts["scores"]) if facts["scores"] else "no extractor, so no scores"
+    console.print(f"{scores}; held-out loss {facts['loss']['total']:.4f}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def info(
+    folder: Annotated[Path | None, typer.Argument(help="A ticket, a saved network or a run.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Changes nothing: info only reads.")] = False,
+) -> None:
+    """Versions, what is installed and what is missing, with the command that adds it; or what a folder holds."""
+    from . import info as about
+
+    for line in about.describe(folder) if folder else about.installation():
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _world(
+    file: Path | None,
+    preset: str | None,
+    overrides: list[str] | None,
+    sets: list[str] | None,
+    out: Path | None,
+    seed: int | None,
+) -> World:
+    """The run that the options mean. A folder that holds one already gives the configuration, if no other is named."""
+    from .config import FILE, resolve
+
+    changes = [*(sets or []), *(overrides or [])]
+    kept = out / FILE if out is not None else None
+    if file is None and preset is None and kept is not None and kept.exists():
+        file = kept
+    config: Config = resolve(preset, file, changes, seed)
+    out = out or Path("runs") / (file.stem if file is not None and preset is None else preset or "demo")
+    from .training.world import World
+
+    return World(config, out)
+
+
+def _go(world: World, ticks: Callable[[], Iterator[Tick]], works: Callable[[World], list[Work]]) -> None:
+    from .progress import follow
+    from .training import job
+
+    job.prepare(world)
+    follow(ticks(), works(world), console)
+
+
+def _while_alive(ticks: Iterator[Tick], parent: int | None) -> Iterator[Tick]:
+    """Stop when the process that started this one is gone: the command that is run again starts its own."""
+    for tick in ticks:
+        if parent is not None and os.getppid() != parent:
+            sys.exit(3)
+        yield tick
+
+
+def _network(world: World, arm: str, model: Path | None) -> Any:
+    from .pruning.save import load
+    from .training.judge import ARMS, arm_network
+
+    if model is not None:
+        return load(model)
+    if arm not in ARMS:
+        raise EbdiffError("--arm", expected=" or ".join(ARMS), got=arm, remedy="choose one")
+    return arm_network(world, arm)
+
+
+def _show_plan(world: World, works: list[Work]) -> None:
+    world.check(images=False)
+    table = Table("stage", "steps", "MACs", "share", "", box=None, header_style="bold")
+    total = sum(work.macs for work in works)
+    for work in works:
+        steps = str(work.steps) if work.steps else "-"
+        table.add_row(work.stage, steps, f"{work.macs / 1e12:.3f} T", f"{work.macs / total:.1%}", work.note)
+    plan = world.plan
+    console.print(table)
+    console.print(
+        f"total {total / 1e12:.2f} TMACs; dense network {plan.parameters() / 1e6:.2f}M parameters, "
+        f"{plan.macs() / 1e6:.1f} MMACs an image, {len(plan)} prunable axes; results would go to {world.out}; "
+        "nothing was touched",
+        highlight=False,
+        soft_wrap=True,
+    )

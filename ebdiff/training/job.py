@@ -1,0 +1,126 @@
+"""The main job: dense search, tickets, a small network per region, one router, and a dense control of equal MACs.
+
+To resume, run it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import config as configuration
+from ..errors import EbdiffError
+from ..nn.router import TimestepRouter
+from ..pruning.save import load
+from ..timesteps.region import Partition, Region
+from .judge import ARMS, judge, judging
+from .regions import joint, region, region_folder, side_by_side
+from .search import control, search
+from .stages import Tick, Work, needed, write_folder
+from .stretch import cost_per_step, network_at
+from .world import World
+
+__all__ = ["find", "merge", "parts", "prepare", "run", "train", "work"]
+
+
+def prepare(world: World) -> None:
+    """Check everything, then keep the configuration beside the results.
+
+    Raises:
+        EbdiffError: before anything is written.
+    """
+    kept = world.out / configuration.FILE
+    if kept.exists():
+        configuration.refuse_other(world.config, kept)
+    world.check()
+    configuration.keep(world.config, world.out)
+
+
+def run(world: World, parallel: int = 1) -> Iterator[Tick]:
+    """The whole main job; each stage returns at once when its result is there."""
+    yield from search(world).run(world)
+    if world.config.regions.branch_at:
+        yield from joint(world).run(world)
+    yield from train(world, range(len(world.partition)), parallel)
+    merge(world)
+    yield from control(world).run(world)
+    for mark in world.config.evaluate.marks:
+        for arm in ARMS:
+            yield from judge(world, arm, mark)
+
+
+def find(world: World) -> Iterator[Tick]:
+    """Only the search: a ticket per region."""
+    yield from search(world).run(world)
+
+
+def train(world: World, numbers: Sequence[int], parallel: int = 1) -> Iterator[Tick]:
+    """The small networks of these regions, one after another or side by side."""
+    if parallel > 1 and len(numbers) > 1:
+        yield from side_by_side(world, parallel)
+        return
+    for number in numbers:
+        yield from region(world, number).run(world)
+
+
+def merge(world: World, folders: Sequence[Path] = ()) -> Path:
+    """One router out of the regions' final networks, in <out>/router.
+
+    Args:
+        folders: of finished regions, in any order; by default the run's own.
+
+    Raises:
+        EbdiffError: a region is not finished, or the regions do not tile the schedule.
+    """
+    found = parts(world, folders)
+
+    def write(where: Path) -> None:
+        partition = Partition.of([part for part, _ in found])
+        TimestepRouter(partition, [load(network_at(folder, 1.0)) for _, folder in found]).save_pretrained(where)
+
+    write_folder(world.out / "router", write)
+    return world.out / "router"
+
+
+def parts(world: World, folders: Sequence[Path] = ()) -> list[tuple[Region, Path]]:
+    """(region, its folder) in ascending t, checked to tile the schedule.
+
+    Raises:
+        EbdiffError: as `merge`.
+    """
+    found: list[tuple[Region, Path]] = []
+    for folder in folders or [region_folder(world.out, number) for number in range(len(world.partition))]:
+        facts: dict[str, Any] = needed(folder, f"ebdiff train --region {folder.name}")
+        if "region" not in facts:
+            raise EbdiffError(f"{folder} holds no region", expected="a folder regions/<k> of a run", remedy="check it")
+        found.append((Region.from_json(facts["region"]), folder))
+    found.sort(key=lambda part: (part[0].lo, part[0].hi))
+    Partition.of([part for part, _ in found], T=world.config.schedule.timesteps)
+    return found
+
+
+def work(world: World) -> list[Work]:
+    """What `run` will do, in its order; nothing is touched.
+
+    With ratios "auto" the regions' MACs are the budget's mean, since their split is known only after the search.
+    """
+    s, r = world.config.search, world.config.regions
+    auto = isinstance(s.ratios, str)
+    masks = [world.example_mask(macs=s.macs) if auto else world.example_mask(ratio=x) for x in _ratios(world)]
+    each, dense = [world.plan.macs(mask) for mask in masks], world.plan.macs()
+    works = [Work("search", cost_per_step(world, dense) * s.steps, s.steps, f"dense, {dense / 1e6:.1f} MMACs an image")]
+    if r.branch_at:
+        macs = min(dense, max(each))
+        works.append(Work("joint", cost_per_step(world, macs) * r.branch_at, r.branch_at, "at least the widest region"))
+    for number, (macs, steps) in enumerate(zip(each, r.steps, strict=True)):
+        note = f"{world.partition[number]} trained on {world.trained_region(number)}, {macs / dense:.1%} of the MACs"
+        works.append(Work(f"region {number}", cost_per_step(world, macs) * steps, steps, note))
+    total = sum(part.macs for part in works)
+    works.append(Work("dense control", total, round(total / cost_per_step(world, dense)), "equal MACs"))
+    return [*works, *judging(world, each)]
+
+
+def _ratios(world: World) -> Sequence[float | None]:
+    ratios = world.config.search.ratios
+    return [None] * len(world.partition) if isinstance(ratios, str) else ratios

@@ -1,0 +1,169 @@
+"""Both arms judged at the same marks: held-out loss per timestep bin, and scores of images from the same noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data import to_uint8
+from ..errors import EbdiffError
+from ..evaluation import evaluate, loss_per_bin
+from ..files import write_json, write_tensors
+from ..nn.router import TimestepRouter
+from ..pruning.save import load
+from ..pruning.shrink import shrinks_of
+from .accounting import Meter
+from .regions import region_folder
+from .stages import Tick, Work, needed
+from .stretch import network_at
+from .world import World
+
+__all__ = [
+    "ARMS",
+    "arm_network",
+    "draw_images",
+    "judge",
+    "judged",
+    "judgement",
+    "judging",
+    "judging_one",
+    "macs_per_image",
+]
+
+ARMS = ("tickets", "dense")
+
+
+def judging(world: World, region_macs: list[float]) -> list[Work]:
+    """The work of judging: forward passes only."""
+    e, T = world.config.evaluate, world.partition.T
+    mean = {
+        "dense": world.plan.macs(),
+        "tickets": sum(m * len(r) / T for m, r in zip(region_macs, world.partition, strict=True)),
+    }
+    works = []
+    for mark in e.marks:
+        for arm in ARMS:
+            macs = mean[arm] if mark else world.plan.macs()
+            images = _images(world, mark)
+            total = macs * (e.loss_bins * e.loss_per_bin + images * world.config.sample.steps)
+            works.append(Work(_name(arm, mark), total, note=f"{images} images" if images else "held-out loss"))
+    return works
+
+
+def judging_one(world: World, network: Any) -> Work:
+    """The work of judging one network."""
+    e, macs = world.config.evaluate, macs_per_image(world, network)
+    images = _images(world, 1.0)
+    total = macs["uniform"] * e.loss_bins * e.loss_per_bin + macs["sampler"] * images * world.config.sample.steps
+    return Work("judge", total, note=f"{images} images by {world.config.sample.steps} steps, and the held-out loss")
+
+
+def judge(world: World, arm: str, mark: float) -> Iterator[Tick]:
+    """Judge one arm at one mark; the result is evaluation/<arm>-<mark>.json. At once where that exists."""
+    name, path = _name(arm, mark), judged(world.out, arm, mark)
+    if path.exists():
+        yield Tick(name, 0, "already there", before=True)
+        return
+    facts: dict[str, Any] = {"arm": arm, "mark": mark}
+    images: list[Tensor] = []
+    yield from judgement(world, arm_network(world, arm, mark), name, _images(world, mark), facts, images)
+    if images:
+        write_tensors(path.with_suffix(".safetensors"), {"grid": torch.cat(images)[: world.config.sample.grid]})
+    write_json(path, facts)
+
+
+def judgement(
+    world: World, network: Any, name: str, count: int, facts: dict[str, Any], images: list[Tensor]
+) -> Iterator[Tick]:
+    """Judge any network, leaving what was found in `facts` and the images in `images`.
+
+    Args:
+        network: network(x, t).
+        name: of the stage, for the ticks.
+        count: how many images to draw and score; 0 for the held-out loss alone.
+    """
+    e, meter, network = world.config.evaluate, Meter(world.device.type), network.to(world.device)
+    profile = loss_per_bin(
+        network, world.data.test, world.scheduler, bins=e.loss_bins, per_bin=e.loss_per_bin, seed=world.config.seed
+    )
+    macs = macs_per_image(world, network)
+    yield Tick(name, macs["uniform"] * e.loss_bins * e.loss_per_bin, f"held-out loss {profile.total:.4f}")
+    for batch in draw_images(world, network, count, world.config.seed):
+        images.append(batch)
+        yield Tick(name, macs["sampler"] * world.config.sample.steps * len(batch), "drawing images")
+    scores = None
+    if images and world.extractor is not None:
+        scores = asdict(evaluate(world.data, torch.cat(images), world.extractor))
+    loss = {**asdict(profile), "total": profile.total}
+    facts |= {"loss": loss, "scores": scores, "macs_per_image": macs, "cost": meter.read().to_json()}
+
+
+def judged(out: Path, arm: str, mark: float) -> Path:
+    """Where the result is."""
+    return out / "evaluation" / f"{arm}-{mark:g}.json"
+
+
+def _images(world: World, mark: float) -> int:
+    """How many images are drawn at this mark. Without an extractor, for the grid only, at the end."""
+    e = world.config.evaluate
+    if mark not in e.score_marks:
+        return 0
+    if e.extractor == "none":
+        return world.config.sample.grid if mark == 1 else 0
+    return e.samples
+
+
+def _name(arm: str, mark: float) -> str:
+    return f"judge {arm} at {mark:g}"
+
+
+def arm_network(world: World, arm: str, mark: float = 1.0) -> Any:
+    """The network of an arm at a mark, with EMA weights: a router over the regions, the search's, or the control's."""
+    if arm == "dense":
+        needed(world.out / "dense", "ebdiff run")
+        return load(network_at(world.out / "dense", mark))
+    if mark == 0:
+        needed(world.out / "search", "ebdiff find")
+        return load(network_at(world.out / "search", mark))
+    networks = []
+    for number in range(len(world.partition)):
+        needed(region_folder(world.out, number), f"ebdiff train --region {number}")
+        networks.append(load(network_at(region_folder(world.out, number), mark)))
+    return TimestepRouter(world.partition, networks)
+
+
+@torch.no_grad()
+def draw_images(world: World, network: Any, count: int, seed: int) -> Iterator[Tensor]:
+    """uint8 [N, C, H, W] batches by DDIM. Batch i starts from noise that depends on (seed, i) alone."""
+    from diffusers import DDIMPipeline
+
+    s = world.config.sample
+    pipeline = DDIMPipeline(unet=network.eval(), scheduler=world.sampling_scheduler())
+    pipeline.set_progress_bar_config(disable=True)
+    for number, start in enumerate(range(0, count, s.batch_size)):
+        generator = torch.Generator().manual_seed(seed * 100_003 + number)
+        result = pipeline(
+            batch_size=min(s.batch_size, count - start),
+            generator=generator,
+            num_inference_steps=s.steps,
+            output_type="np",
+        ).images
+        if not torch.isfinite(torch.as_tensor(result)).all():
+            raise EbdiffError("the images drawn are not finite", remedy="the network has diverged: lower train.lr")
+        yield to_uint8(torch.as_tensor(result).permute(0, 3, 1, 2) * 2 - 1)
+
+
+def macs_per_image(world: World, network: Any) -> dict[str, float]:
+    """MACs of one forward pass: averaged over all timesteps ("uniform"), and over those that the sampler visits."""
+    if not isinstance(network, TimestepRouter):
+        macs = world.plan.macs(*shrinks_of(network)[-1:])
+        return {"uniform": macs, "sampler": macs}
+    each = torch.tensor([world.plan.macs(*shrinks_of(net)[-1:]) for net in network.nets], dtype=torch.float64)
+    sizes = torch.tensor([len(region) for region in network.partition], dtype=torch.float64)
+    visited = network.partition.of_t(torch.as_tensor(world.sampling_scheduler().timesteps))
+    return {"uniform": float((each * sizes / sizes.sum()).sum()), "sampler": float(each[visited].mean())}

@@ -1,0 +1,188 @@
+"""One run per region: search state in, its own shrunken network out; one after another or side by side."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from ..errors import EbdiffError
+from ..pruning.mask import ChannelMask
+from ..pruning.plan import ChannelPlan
+from ..pruning.shrink import shrink_
+from ..tickets.ticket import Ticket
+from ..timesteps.sampler import Within
+from .checkpoint import Checkpoints, Saved
+from .log import read_log
+from .loop import TrainState
+from .stages import Tick, done, needed
+from .stretch import Stretch, cost_per_step, dense_state, restore
+from .world import World, trace_network
+
+__all__ = ["joint", "region", "region_folder", "side_by_side", "ticket_of"]
+
+FIND = "ebdiff find"
+
+
+def region_folder(out: Path, number: int) -> Path:
+    """Where region `number` is trained."""
+    return out / "regions" / str(number)
+
+
+def ticket_of(world: World, number: int) -> Ticket:
+    """The ticket that the search drew for region `number`.
+
+    Raises:
+        EbdiffError: no search was finished, or the ticket is damaged or of another architecture.
+    """
+    world.region_number(number)
+    needed(world.out / "search", FIND)
+    return Ticket.load(world.out / "search" / "tickets" / str(number), plan=world.plan)
+
+
+def region(world: World, number: int) -> Stretch:
+    """The training of region `number`: the search's weights, Adam moments and EMA, shrunken by its ticket."""
+    ticket, where, trained = ticket_of(world, number), world.partition[number], world.trained_region(number)
+    steps = world.config.regions.steps[number]
+
+    return Stretch(
+        name=f"region {number}",
+        folder=region_folder(world.out, number),
+        macs=world.plan.macs(ticket.mask),
+        steps=steps,
+        sampler=Within(trained, world.sampler),
+        seed=world.config.seed + 1_000_003 * (number + 1),
+        start=lambda: (from_joint if world.config.regions.branch_at else from_search)(world, ticket.mask),
+        marks={share: max(1, round(share * steps)) for share in world.config.evaluate.marks if share > 0},
+        facts={"region": where.to_json(), "trained": trained.to_json(), "T": world.partition.T},
+    )
+
+
+def joint(world: World) -> Stretch:
+    """`branch_at` steps of one network on all timesteps: it has every channel that some region keeps."""
+    mask = joint_mask(world)
+    return Stretch(
+        name="joint",
+        folder=world.out / "joint",
+        macs=world.plan.macs(mask),
+        steps=world.config.regions.branch_at,
+        sampler=world.sampler,
+        seed=world.config.seed + 999_983,
+        start=lambda: from_search(world, mask),
+        marks={},
+    )
+
+
+def joint_mask(world: World) -> ChannelMask:
+    """Every channel that some region's ticket keeps."""
+    masks = [ticket_of(world, number).mask for number in range(len(world.partition))]
+    keep = {name: torch.stack([mask.keep[name] for mask in masks]).any(0) for name in masks[0]}
+    return ChannelMask(world.plan, keep, masks[0].norm)
+
+
+def inside(mask: ChannelMask, outer: ChannelMask, plan: ChannelPlan) -> ChannelMask:
+    """`mask`, which keeps nothing that `outer` removed, as a mask of the plan of the network shrunken by `outer`."""
+    keep = {name: mask.keep[name][outer.keep[name]] for name in mask if name in plan}
+    return ChannelMask(plan, keep, mask.norm, mask.asked)
+
+
+def from_search(world: World, mask: ChannelMask) -> TrainState:
+    """The training state at the end of the search, shrunken: weights, Adam moments, EMA, step."""
+    state = dense_state(world)
+    restore(_newest(world.out / "search", FIND), state)
+    shrink_(state.model, mask, optimizer=state.optimizer, ema=state.ema)
+    return state
+
+
+def from_joint(world: World, mask: ChannelMask) -> TrainState:
+    """The training state at the end of the joint stage, shrunken on to `mask`."""
+    outer = joint_mask(world)
+    state = from_search(world, outer)
+    restore(_newest(world.out / "joint", "ebdiff run"), state)
+    plan = trace_network(state.model, world.image_shape)
+    inner = inside(mask, outer, plan)
+    if plan.macs(inner) != world.plan.macs(mask):
+        raise EbdiffError(
+            "the joint network cannot be shrunken on to a region's ticket",
+            expected=f"{world.plan.macs(mask):.0f} MACs",
+            got=f"{plan.macs(inner):.0f}",
+            remedy="use regions.branch_at=0 for this architecture",
+        )
+    shrink_(state.model, inner, optimizer=state.optimizer, ema=state.ema)
+    return state
+
+
+def _newest(folder: Path, command: str) -> Saved:
+    needed(folder, command)
+    saved = Checkpoints(folder / "checkpoints").newest()
+    if saved is None:
+        raise EbdiffError(
+            f"{folder} lost its last checkpoint", expected=str(folder / "checkpoints"), remedy="start in another --out"
+        )
+    return saved
+
+
+def side_by_side(world: World, parallel: int) -> Iterator[Tick]:
+    """Train the regions in local processes, `parallel` at a time, each an `ebdiff train --region k` of its own.
+
+    Each gets its share of the CPU cores, or the GPUs in turn. A killed one is resumed by the same command.
+
+    Raises:
+        EbdiffError: one of them failed; names its log.
+    """
+    waiting, running = list(range(len(world.partition))), dict[int, subprocess.Popen[bytes]]()
+    reported = dict.fromkeys(waiting, 0)
+    try:
+        while waiting or running:
+            while waiting and len(running) < parallel:
+                number = waiting.pop(0)
+                running[number] = _spawn(world, number, parallel)
+            time.sleep(0.2)
+            for number, process in list(running.items()):
+                if process.poll() is not None:
+                    del running[number]
+                    _refuse_failure(world.out, number, process.returncode)
+                yield from _progress(world, number, reported)
+    finally:
+        for process in running.values():
+            process.terminate()
+            process.wait()
+
+
+def _spawn(world: World, number: int, parallel: int) -> subprocess.Popen[bytes]:
+    folder = region_folder(world.out, number)
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // parallel))}
+    if world.device.type == "cuda" and "CUDA_VISIBLE_DEVICES" not in os.environ:
+        environment["CUDA_VISIBLE_DEVICES"] = str(number % torch.cuda.device_count())
+    command = [sys.executable, "-m", "ebdiff", "train", "--region", str(number), "--out", str(world.out)]
+    command += ["--config", str(world.out / "config.yaml"), "--parent", str(os.getpid())]
+    with open(folder / "log.txt", "ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment)
+
+
+def _refuse_failure(out: Path, number: int, code: int) -> None:
+    if code:
+        log = region_folder(out, number) / "log.txt"
+        last = (log.read_text("utf-8", "replace").strip().splitlines() or ["no output"])[-1]
+        raise EbdiffError(
+            f"region {number} failed with exit code {code}", got=last, remedy=f"see {log}; the same command resumes"
+        )
+
+
+def _progress(world: World, number: int, reported: dict[int, int]) -> Iterator[Tick]:
+    """What a region's process did since it was asked last, from the records it writes."""
+    folder = region_folder(world.out, number)
+    mask, first = ticket_of(world, number).mask, world.config.search.steps + world.config.regions.branch_at
+    total = world.config.regions.steps[number]
+    records = read_log(folder)
+    steps = total if done(folder) else min(total, records[-1]["step"] - first) if records else 0
+    if steps > reported[number]:
+        macs = cost_per_step(world, world.plan.macs(mask)) * (steps - reported[number])
+        reported[number] = steps
+        yield Tick(f"region {number}", macs, f"loss {records[-1]['loss']:.4f}" if records else "already there")

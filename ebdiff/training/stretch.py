@@ -1,0 +1,187 @@
+"""One stretch of training in its folder: resumed at its newest checkpoint, networks kept at marks, costs counted."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from ..files import read_json, write_json
+from ..pruning.save import save
+from ..tickets.early_bird import EarlyBird
+from ..timesteps.region import Partition
+from ..timesteps.sampler import Sampler
+from .accounting import FORWARD_AND_BACKWARD, Cost, Meter
+from .checkpoint import Checkpoints, Saved
+from .log import StepLog
+from .loop import StepReport, TrainConfig, TrainState, train
+from .stages import Tick, done, finish, locked, write_folder
+from .world import World
+
+__all__ = ["Stretch", "cost_of", "cost_per_step", "dense_state", "network_at", "restore"]
+
+Facts = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """What to train, and where.
+
+    Args:
+        name: of the stage.
+        folder: where everything goes.
+        macs: of one image's forward pass.
+        steps: how many to take.
+        sampler: which timesteps.
+        seed: of data order, noise and timesteps.
+        start: makes the state that the first step starts from.
+        marks: {share: steps}: after so many steps the EMA network is kept under this name.
+        regions: let all timesteps of a step come from one of these.
+        watch: makes what watches for tickets.
+        conclude: facts to leave at the end; called with what watched.
+    """
+
+    name: str
+    folder: Path
+    macs: float
+    steps: int
+    sampler: Sampler
+    seed: int
+    start: Callable[[], TrainState]
+    marks: Mapping[float, int]
+    regions: Partition | None = None
+    watch: Callable[[TrainState], EarlyBird] | None = None
+    conclude: Callable[[EarlyBird], Facts] | None = None
+    facts: Facts = field(default_factory=dict)
+
+    def run(self, world: World) -> Iterator[Tick]:
+        """Train to the end, yielding after every step; at once where it is finished already."""
+        per_step = cost_per_step(world, self.macs)
+        with locked(self.folder):
+            if done(self.folder):
+                yield Tick(self.name, per_step * self.steps, "already there", before=True)
+                return
+            yield from self._train(world, per_step)
+
+    def _train(self, world: World, per_step: float) -> Iterator[Tick]:
+        checkpoints = Checkpoints(self.folder / "checkpoints")
+        before, state = Cost(), self.start()
+        first, watch = state.step, self.watch(state) if self.watch else None
+        saved = checkpoints.newest()
+        if saved is not None:
+            before = restore(saved, state, watch)
+            yield Tick(self.name, per_step * (state.step - first), f"resumed at step {state.step}", before=True)
+        meter, begun = Meter(world.device.type, before), state.step
+
+        def cost(step: int) -> Cost:
+            images = (step - begun) * world.config.train.batch_size * world.config.train.accumulate
+            return meter.read(steps=step - begun, images=images, macs=(step - begun) * per_step)
+
+        with StepLog(self.folder, begun, world.config.train.log_every) as log:
+            for report in self._steps(world, state, first + self.steps):
+                if watch is not None:
+                    watch.step(report.region)
+                for share, steps in self.marks.items():
+                    if report.step - first == steps:
+                        keep_network(self.folder, share, state, cost(report.step))
+                log.add(report, cost(report.step).device_seconds)
+                if (
+                    report.step - first
+                ) % world.config.train.checkpoint_every == 0 or report.step - first == self.steps:
+                    store(checkpoints, state, watch, cost(report.step))
+                yield Tick(self.name, per_step, f"loss {report.loss:.4f}")
+        conclusion = self.conclude(watch) if self.conclude and watch is not None else {}
+        finish(self.folder, {**self.facts, **conclusion, "cost": cost(state.step).to_json()})
+
+    def _steps(self, world: World, state: TrainState, until: int) -> Iterator[StepReport]:
+        return train(
+            state,
+            world.data.train,
+            scheduler=world.scheduler,
+            sampler=self.sampler,
+            config=train_config(world, self.seed),
+            until=until,
+            regions=self.regions,
+            accelerator=Accelerator(cpu=world.device.type == "cpu"),
+        )
+
+
+def dense_state(world: World) -> TrainState:
+    """The dense network before its first step, with its optimizer and EMA, on the run's device."""
+    state = TrainState.begin(world.network(), train_config(world, world.config.seed))
+    state.to(world.device)
+    return state
+
+
+def train_config(world: World, seed: int) -> TrainConfig:
+    """The configuration's `train` section as the loop takes it."""
+    t = world.config.train
+    return TrainConfig(
+        batch_size=t.batch_size,
+        lr=t.lr,
+        betas=t.betas,
+        weight_decay=t.weight_decay,
+        grad_clip=t.grad_clip,
+        accumulate=t.accumulate,
+        ema_decay=t.ema_decay,
+        precision=t.precision,
+        seed=seed,
+        flip=t.flip,
+    )
+
+
+def cost_per_step(world: World, macs: float) -> float:
+    """MACs of one optimizer step of a network whose forward pass takes `macs` per image."""
+    t = world.config.train
+    return macs * FORWARD_AND_BACKWARD * t.batch_size * t.accumulate
+
+
+def store(checkpoints: Checkpoints, state: TrainState, watch: EarlyBird | None, cost: Cost) -> None:
+    """Save everything that going on exactly needs, and what it cost so far."""
+    tensors, facts = dict(state.tensors()), {"state": state.facts(), "cost": cost.to_json()}
+    if watch is not None:
+        watched = watch.state_dict()
+        tensors |= {_WATCH + name: tensor for name, tensor in watched["tensors"].items()}
+        facts["watch"] = watched["facts"]
+    checkpoints.save(state.step, tensors, facts)
+
+
+def restore(saved: Saved, state: TrainState, watch: EarlyBird | None = None) -> Cost:
+    """Go on from what `store` saved; returns the cost up to there."""
+    own = {name: tensor for name, tensor in saved.tensors.items() if not name.startswith(_WATCH)}
+    state.restore(Saved(saved.step, own, saved.facts["state"]))
+    if watch is not None:
+        watched = {name.removeprefix(_WATCH): t for name, t in saved.tensors.items() if name.startswith(_WATCH)}
+        watch.load_state_dict({"tensors": watched, "facts": saved.facts["watch"]})
+    return Cost.from_json(saved.facts["cost"])
+
+
+_WATCH = "watch."
+
+
+def keep_network(folder: Path, share: float, state: TrainState, cost: Cost) -> None:
+    """Keep the network with its EMA weights under nets/<share>, and beside it what it had cost."""
+
+    def write(where: Path) -> None:
+        network = copy.deepcopy(state.model)
+        network.requires_grad_(True)
+        state.ema.copy_to(network.parameters())
+        save(network.eval(), where)
+        write_json(where / "cost.json", cost.to_json())
+
+    (folder / "nets").mkdir(parents=True, exist_ok=True)
+    write_folder(network_at(folder, share), write)
+
+
+def network_at(folder: Path, share: float) -> Path:
+    """Where a stage keeps its network of this mark."""
+    return folder / "nets" / f"{share:g}"
+
+
+def cost_of(folder: Path, share: float) -> Cost:
+    """What the network of this mark had cost its own stage."""
+    return Cost.from_json(read_json(network_at(folder, share) / "cost.json"))
