@@ -1,0 +1,81 @@
+"""Group normalisation of unequal groups: equal to torch's where groups are equal, and to one norm per group elsewhere."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ebdiff import EbdiffError, RaggedGroupNorm
+from ebdiff.nn.group_norm import MaskedGroupNorm
+from ebdiff.ops.group_norm_silu import group_norm, membership
+
+SHAPES = [(3, 7), (2, 7, 5), (2, 7, 5, 3), (1, 7, 2, 3, 4), (2, 7, 1, 1)]
+
+
+def one_norm_per_group(x: Tensor, sizes: tuple[int, ...], weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    parts = zip(x.split(sizes, 1), weight.split(sizes), bias.split(sizes), strict=True)
+    return torch.cat([F.group_norm(part, 1, w, b, eps) for part, w, b in parts], 1)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_ragged_is_one_norm_per_group(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    norm = RaggedGroupNorm((3, 1, 0, 2, 1), dtype=torch.float64)
+    assert norm.group_sizes == (3, 1, 2, 1)
+    with torch.no_grad():
+        norm.weight.normal_()
+        norm.bias.normal_()
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    expected = one_norm_per_group(x, norm.group_sizes, norm.weight, norm.bias, norm.eps)
+    torch.testing.assert_close(norm(x), expected)
+    if x[0].numel() > 7:  # where a group has one element its gradient is zero either way
+        assert torch.autograd.gradcheck(norm, (x.detach().requires_grad_(),))
+
+
+@pytest.mark.parametrize("mean", [0.0, 30.0, 1000.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_error_is_no_larger_than_torchs_own(dtype: torch.dtype, mean: float) -> None:
+    torch.manual_seed(0)
+    x = (torch.randn(2, 12, 9, 9) + mean).to(dtype)
+    weight, bias = torch.randn(12), torch.randn(12)
+    truth = F.group_norm(x.double(), 4, weight.double(), bias.double())
+    ours = group_norm(x, membership(torch.arange(12) // 3), weight, bias, 1e-5)
+    theirs = F.group_norm(x, 4, weight.to(dtype), bias.to(dtype))
+    assert ours.dtype == dtype
+    assert (ours - truth).abs().max() <= 2 * (theirs - truth).abs().max()
+
+
+def test_removed_channels_are_zero_and_take_no_part() -> None:
+    torch.manual_seed(0)
+    norm = nn.GroupNorm(2, 6)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    groups = torch.tensor([0, -1, 0, -1, 1, 1])
+    x = torch.randn(2, 6, 4, 4)
+    y = MaskedGroupNorm(norm, groups)(x)
+    x[:, [1, 3]] = 1e6
+    assert torch.equal(MaskedGroupNorm(norm, groups)(x), y)
+    assert not y[:, [1, 3]].any()
+    kept = groups >= 0
+    expected = one_norm_per_group(x[:, kept], (2, 2), norm.weight[kept], norm.bias[kept], norm.eps)
+    torch.testing.assert_close(y[:, kept], expected)
+
+
+def test_memory_format_and_state_dict_keys() -> None:
+    norm = RaggedGroupNorm((3, 1))
+    x = torch.randn(2, 4, 5, 5).to(memory_format=torch.channels_last)
+    assert norm(x).is_contiguous(memory_format=torch.channels_last)
+    assert list(norm.state_dict()) == list(nn.GroupNorm(2, 4).state_dict())
+
+
+def test_it_compiles_without_graph_breaks() -> None:
+    norm, x = RaggedGroupNorm((3, 1)), torch.randn(2, 4, 5, 5)
+    torch.testing.assert_close(torch.compile(norm, fullgraph=True, backend="eager")(x), norm(x))
+
+
+@pytest.mark.parametrize("sizes", [(), (0, 0), (3, -1)])
+def test_impossible_sizes_are_refused(sizes: tuple[int, ...]) -> None:
+    with pytest.raises(EbdiffError, match="RaggedGroupNorm"):
+        RaggedGroupNorm(sizes)
