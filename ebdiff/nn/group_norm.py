@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import EbdiffError
-from ..ops.group_norm_silu import group_norm, membership
+from ..ops.group_norm_silu import Groups, group_norm, groups_from, ragged_group_norm
 
 __all__ = ["MaskedGroupNorm", "RaggedGroupNorm"]
 
@@ -45,15 +45,18 @@ class RaggedGroupNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(self.num_channels, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(self.num_channels, device=device, dtype=dtype))
-        self._members: Tensor | None = None  # derived from the sizes; made where it is first needed
+        self._groups: Groups | None = None  # derived from the sizes; made where it is first needed
 
     def forward(self, x: Tensor) -> Tensor:
         if len(set(self.group_sizes)) == 1:
             return F.group_norm(x, len(self.group_sizes), self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
-        if self._members is None or self._members.device != x.device:
-            groups = torch.repeat_interleave(torch.arange(len(self.group_sizes)), torch.tensor(self.group_sizes))
-            self._members = membership(groups).to(x.device)
-        return group_norm(x, self._members, self.weight, self.bias, self.eps)
+        groups = self._groups
+        if groups is None or groups.mean.device != x.device or groups.mean.dtype != _statistics_dtype(x):
+            groups = self._groups = _groups_like(x, self._group_of_each_channel())
+        return ragged_group_norm(x, groups, self.weight, self.bias, self.eps)
+
+    def _group_of_each_channel(self) -> Tensor:
+        return torch.repeat_interleave(torch.arange(len(self.group_sizes)), torch.tensor(self.group_sizes))
 
     def extra_repr(self) -> str:
         return f"{len(self.group_sizes)} groups over {self.num_channels} channels, eps={self.eps}"
@@ -67,12 +70,19 @@ class MaskedGroupNorm(nn.Module):
         groups: int64 [channels], the group of each channel, -1 where it is removed.
     """
 
-    members: Tensor
-
     def __init__(self, norm: Any, groups: Tensor) -> None:
         super().__init__()
         self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
-        self.register_buffer("members", membership(groups).to(norm.weight.device), persistent=False)
+        self.groups = groups
 
     def forward(self, x: Tensor) -> Tensor:
-        return group_norm(x, self.members, self.weight, self.bias, self.eps)
+        return group_norm(x, _groups_like(x, self.groups), self.weight, self.bias, self.eps)
+
+
+def _statistics_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _groups_like(x: Tensor, groups: Tensor) -> Groups:
+    made = groups_from(groups, _statistics_dtype(x))
+    return Groups(made.mean.to(x.device), made.spread.to(x.device))
