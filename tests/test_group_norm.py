@@ -92,6 +92,16 @@ def test_removed_channels_are_zero_and_take_no_part() -> None:
     torch.testing.assert_close(y[:, kept], expected)
 
 
+@pytest.mark.parametrize(
+    "view", [lambda x: x.transpose(1, 2), lambda x: x[:, ::2], lambda x: x[:, 1:5], lambda x: x[..., 1:]]
+)
+def test_strided_inputs(view: Any) -> None:
+    x = view(torch.randn(3, 8, 8, dtype=torch.float64))
+    sizes = (1, 3) if x.shape[1] == 4 else (1, 3, 2, 2)
+    norm = RaggedGroupNorm(sizes, dtype=torch.float64)
+    torch.testing.assert_close(norm(x), one_norm_per_group(x, sizes, norm.weight, norm.bias, norm.eps))
+
+
 def test_memory_format_and_state_dict_keys() -> None:
     norm = RaggedGroupNorm((3, 1))
     x = torch.randn(2, 4, 5, 5).to(memory_format=torch.channels_last)

@@ -92,6 +92,8 @@ class _RaggedGroupNorm(torch.autograd.Function):
     ) -> Tensor:
         groups = Groups(mean_of, spread)
         wide, weight_, bias_, shape, _ = _wide(x, weight, bias)
+        channels_last = x.dim() == 4 and wide.is_contiguous(memory_format=torch.channels_last)
+        wide = wide if channels_last else wide.contiguous()
         batch, channels = x.shape[:2]
         positions = x[0, 0].numel()
         own, mean, own_rstd = torch.native_group_norm(wide, None, None, batch, channels, positions, channels, _TINY)
