@@ -76,11 +76,10 @@ def run(
     _go(world, lambda: job.run(world, parallel), job.work)
     from . import report
 
-    path = report.write(world.out)
-    console.print(report.verdict_of(world.out), highlight=False)
-    console.print(
-        f"report: {path}\npictures: {', '.join(str(p) for p in sorted(world.out.glob('*.png')))}", soft_wrap=True
-    )
+    path, sentence = report.write(world)
+    console.print(sentence, highlight=False, soft_wrap=True)
+    pictures = ", ".join(str(picture) for picture in sorted(world.out.glob("*.png")))
+    console.print(f"report: {path}\npictures: {pictures}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -270,11 +269,10 @@ def _while_alive(ticks: Iterator[Tick], parent: int | None) -> Iterator[Tick]:
 
 
 def _network(world: World, arm: str, model: Path | None) -> Any:
-    from .pruning.save import load
-    from .training.judge import ARMS, arm_network
+    from .training.judge import ARMS, arm_network, open_network
 
     if model is not None:
-        return load(model)
+        return open_network(model)
     if arm not in ARMS:
         raise EbdiffError("--arm", expected=" or ".join(ARMS), got=arm, remedy="choose one")
     return arm_network(world, arm)

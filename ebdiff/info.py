@@ -1,0 +1,97 @@
+"""What is installed and what is missing, with the command that adds it; and what a folder holds. Only reads."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+from .errors import EbdiffError
+
+__all__ = ["describe", "installation"]
+
+NEEDED = ("torch", "diffusers", "accelerate", "safetensors", "torchmetrics", "matplotlib", "tensorboard")
+OPTIONAL = {
+    "triton": ("kernels on the GPU", "pip install 'ebdiff[triton]'"),
+    "datasets": ("images from hf:<data set>", "pip install 'ebdiff[datasets]'"),
+    "torch_fidelity": ("Inception features, from local weights", "pip install torch-fidelity"),
+}
+
+
+def installation() -> list[str]:
+    """Versions and devices, a line each; works without a GPU."""
+    import torch
+
+    from . import __version__
+
+    lines = [f"ebdiff {__version__}, Python {platform.python_version()}, {platform.platform()}"]
+    lines += [f"  {name} {_version(name)}" for name in NEEDED]
+    for name, (use, command) in OPTIONAL.items():
+        found = find_spec(name) is not None
+        lines.append(f"  {name} {_version(name) if found else 'missing'} ({use}{'' if found else f': {command}'})")
+    compiled = find_spec("ebdiff._C") is not None
+    lines.append(f"  compiled part {'present' if compiled else 'missing: pip install -e . with a C++ compiler'}")
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        lines.append(f"  GPUs: {', '.join(names)}")
+    else:
+        lines.append(f"  no GPU that torch can use; {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads")
+    weights = os.environ.get("EBDIFF_INCEPTION")
+    lines.append(f"  Inception weights: {weights or 'none (set EBDIFF_INCEPTION to a local file for published FIDs)'}")
+    return lines
+
+
+def describe(folder: Path) -> list[str]:
+    """What a folder holds: a ticket, a run, or a saved network.
+
+    Raises:
+        EbdiffError: none of these, or damaged.
+    """
+    if (folder / "ticket.json").exists():
+        from .tickets.ticket import Ticket
+
+        ticket = Ticket.load(folder)
+        widths = [f"  {s.name}: {int(ticket.mask[s.name].sum())} of {s.size} {s.unit}s kept" for s in ticket.plan]
+        return [str(ticket), *widths]
+    if (folder / "config.yaml").exists():
+        return _run(folder)
+    if (folder / "config.json").exists() or (folder / "ebdiff.json").exists():
+        from .pruning.shrink import shrinks_of
+        from .training.judge import open_network
+
+        network = open_network(folder)
+        lines = []
+        for part in [network, *getattr(network, "nets", ())]:
+            count = sum(parameter.numel() for parameter in part.parameters())
+            lines.append(f"{type(part).__name__}, {count / 1e6:.2f}M parameters")
+            lines += [f"  {mask}" for mask in shrinks_of(part)]
+        return lines
+    raise EbdiffError(
+        f"nothing to describe in {folder}",
+        expected="a ticket, a run or a saved network",
+        got="another folder" if folder.is_dir() else "no folder",
+        remedy="check the path",
+    )
+
+
+def _run(folder: Path) -> list[str]:
+    from .files import read_json
+
+    lines = [f"run in {folder}; `ebdiff run --out {folder}` goes on with it"]
+    for path in sorted(folder.rglob("done.json")):
+        cost = read_json(path)["cost"]
+        lines.append(
+            f"  {path.parent.relative_to(folder)}: {cost['steps']} steps, {cost['macs'] / 1e12:.3f} TMACs, "
+            f"{cost['device_seconds']:.0f} device-seconds"
+        )
+    lines += [f"  judged: {path.stem}" for path in sorted(folder.glob("evaluation/*.json"))]
+    return [*lines, f"  report: {folder / 'report.md'}" if (folder / "report.md").exists() else "  no report yet"]
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name.replace("_", "-"))
+    except PackageNotFoundError:
+        return "missing"

@@ -1,0 +1,144 @@
+"""The report of a run: report.md with pictures, report.json with every number in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import plots
+from .files import read_json, read_tensors, write_bytes, write_json
+from .report_text import markdown, value, verdict
+from .training.accounting import Cost
+from .training.judge import judged
+from .training.regions import region_folder
+from .training.stages import needed
+from .training.stretch import cost_of
+from .training.world import World
+
+__all__ = ["gather", "write"]
+
+NAMES = {"dense": "dense control", "tickets": "tickets"}
+
+
+def write(world: World) -> tuple[Path, str]:
+    """Write report.md, report.json and the pictures of a finished run.
+
+    Returns:
+        The report's path, and its sentence about which arm is better.
+
+    Raises:
+        EbdiffError: a stage is not finished.
+    """
+    facts = gather(world)
+    facts["verdict"] = verdict(facts)
+    pictures = draw(world, facts)
+    write_json(world.out / "report.json", facts)
+    write_bytes(world.out / "report.md", markdown(facts, pictures).encode())
+    return world.out / "report.md", facts["verdict"]["sentence"]
+
+
+def gather(world: World) -> dict[str, Any]:
+    """Every number of the report, as JSON values."""
+    search = needed(world.out / "search", "ebdiff find")
+    regions = [needed(region_folder(world.out, k), f"ebdiff train --region {k}") for k in range(len(world.partition))]
+    control = needed(world.out / "dense", "ebdiff run")
+    marks = world.config.evaluate.marks
+    joint = needed(world.out / "joint", "ebdiff run")["cost"] if world.config.regions.branch_at else None
+    tickets = []
+    for number, (ticket, facts) in enumerate(zip(search["tickets"], regions, strict=True)):
+        tickets.append({**ticket, "number": number, "trained": facts["trained"], "cost": facts["cost"]})
+    return {
+        "config": world.config.model_dump(mode="json"),
+        "data": {"name": world.data.name, "train": len(world.data.train), "test": len(world.data.test)},
+        "machine": _machine(world),
+        "dense": {"parameters": world.plan.parameters(), "macs": world.plan.macs()},
+        "cost": {
+            "search": search["cost"],
+            "joint": joint,
+            "regions": [r["cost"] for r in regions],
+            "dense": control["cost"],
+        },
+        "tickets": tickets,
+        "search": {key: search[key] for key in ("eta", "corrected", "heatmaps", "between_regions")},
+        "sampler": _visits(world),
+        "marks": {arm: [_mark(world, arm, mark) for mark in marks] for arm in NAMES},
+    }
+
+
+def _machine(world: World) -> str:
+    import torch
+
+    if world.device.type == "cuda":
+        return f"{torch.cuda.get_device_name(world.device)}, torch {torch.__version__}"
+    return f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def _visits(world: World) -> dict[str, Any]:
+    """How many of the sampler's steps fall into each region."""
+    import torch
+
+    visited = world.partition.of_t(torch.as_tensor(world.sampling_scheduler().timesteps))
+    counts = torch.bincount(visited, minlength=len(world.partition)).tolist()
+    return {"steps": world.config.sample.steps, "spacing": world.config.sample.spacing, "in_region": counts}
+
+
+def _mark(world: World, arm: str, mark: float) -> dict[str, Any]:
+    """An arm at a mark: how it was judged, and what it had cost by then."""
+    if arm == "dense":
+        cost = cost_of(world.out / "dense", mark)
+    else:
+        cost = cost_of(world.out / "search", 0.0)
+        if mark > 0:
+            if world.config.regions.branch_at:
+                cost += Cost.from_json(needed(world.out / "joint", "ebdiff run")["cost"])
+            for number in range(len(world.partition)):
+                cost += cost_of(region_folder(world.out, number), mark)
+    found: dict[str, Any] = read_json(judged(world.out, arm, mark))
+    return {**found, "mark": mark, "judging": found["cost"], "cost": cost.to_json()}
+
+
+def draw(world: World, facts: Mapping[str, Any]) -> dict[str, str]:
+    """Draw the pictures; returns {what: file name}."""
+    names = {what: f"{what}.png" for what in ("curves", "samples", "mask-distance", "loss-per-timestep")}
+    plots.lines(_curves(facts), world.out / names["curves"])
+    plots.lines([_losses(world, facts)], world.out / names["loss-per-timestep"])
+    maps = facts["search"]["heatmaps"]
+    top = max((max(map(max, m["distances"])) for m in maps if m["distances"]), default=0.0) or 1.0
+    titles = [f"region {world.partition[k]}, ratio {m['ratio']:g}" for k, m in enumerate(maps)]
+    squares = [(title, m["steps"], m["distances"]) for title, m in zip(titles, maps, strict=True)]
+    plots.heatmaps(squares, top, world.out / names["mask-distance"])
+    grids = {NAMES[arm]: _grid(world, arm) for arm in NAMES}
+    if all(images is not None for images in grids.values()):
+        plots.grid(grids, world.out / names["samples"])
+    else:
+        del names["samples"]
+    return names
+
+
+def _grid(world: World, arm: str) -> Any:
+    path = judged(world.out, arm, 1.0).with_suffix(".safetensors")
+    return read_tensors(path)[0]["grid"] if path.exists() else None
+
+
+def _curves(facts: Mapping[str, Any]) -> list[plots.Panel]:
+    """Held-out loss and, where there is one, FID along the device-seconds."""
+    panels = []
+    for measure in ("held-out loss", "FID"):
+        series: dict[str, Sequence[tuple[float, float]]] = {}
+        for arm, name in NAMES.items():
+            marks = [mark for mark in facts["marks"][arm] if measure != "FID" or mark["scores"]]
+            series[name] = [(mark["cost"]["device_seconds"], value(mark, measure)) for mark in marks]
+        if any(series.values()):
+            panels.append(plots.Panel(measure, "device-seconds, the search included", measure, series))
+    return panels
+
+
+def _losses(world: World, facts: Mapping[str, Any]) -> plots.Panel:
+    series = {}
+    for arm, name in NAMES.items():
+        loss = facts["marks"][arm][-1]["loss"]
+        middles = [(lo + hi) / 2 for lo, hi in zip(loss["edges"], loss["edges"][1:], strict=False)]
+        series[name] = list(zip(middles, loss["mean"], strict=True))
+    title = "held-out loss per timestep bin, at the end"
+    return plots.Panel(title, "timestep", "squared error of the noise", series, world.partition.bounds[1:-1], log=True)
