@@ -1,0 +1,115 @@
+"""The configuration: presets, files and overrides, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ebdiff.config import PRESETS, Config, keep, resolve
+from ebdiff.errors import EbdiffError
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_whole_and_survive_a_file(preset: str, tmp_path: Path) -> None:
+    config = resolve(preset)
+    keep(config, tmp_path)
+    assert resolve(file=tmp_path / "config.yaml") == config
+
+
+def test_demo_is_the_default_and_cifar10_is_the_papers_setting() -> None:
+    assert resolve() == resolve("demo")
+    paper = resolve("cifar10")
+    assert (paper.train.batch_size, paper.train.lr, paper.train.ema_decay) == (128, 2e-4, 0.9999)
+    assert (paper.regions.bounds, paper.regions.overlap) == ([0, 240, 440, 1000], 20)
+    assert (paper.search.ratios, paper.search.eta) == ([0.3, 0.6, 0.8], 0.1)
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "key", "value"),
+    [
+        ("train.lr=1e-4", "train", "lr", 1e-4),
+        ("train.lr=.5e-4", "train", "lr", 5e-5),
+        ("train.grad_clip=null", "train", "grad_clip", None),
+        ("regions.bounds=[0, 500, 1000]", "regions", "bounds", [0, 500, 1000]),
+        ("regions.bounds=[[0, 500], [500, 1000]]", "regions", "bounds", [(0, 500), (500, 1000)]),
+        ("data.source=hf:mnist", "data", "source", "hf:mnist"),
+        ("train.precision=no", "train", "precision", "no"),
+        ("train.flip=false", "train", "flip", False),
+    ],
+)
+def test_overrides_are_yaml(override: str, section: str, key: str, value: object) -> None:
+    assert getattr(getattr(resolve("smoke", overrides=[override]), section), key) == value
+
+
+def test_later_ones_win(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("seed: 3\ntrain: {lr: 0.5}\n")
+    assert resolve("smoke", file).train.lr == 0.5
+    assert resolve("smoke", file).train.batch_size == resolve("smoke").train.batch_size
+    assert resolve("smoke", file, ["train.lr=0.25", "train.lr=0.125"]).train.lr == 0.125
+    assert resolve("smoke", file).seed == 3
+    assert resolve("smoke", file, ["seed=4"], seed=5).seed == 5
+
+
+def test_a_files_model_replaces_the_presets(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("model: {sample_size: 8}\n")
+    assert resolve("smoke", file).model == {"sample_size": 8}
+    assert resolve("smoke", file, ["model.in_channels=1"]).model == {"sample_size": 8, "in_channels": 1}
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.lrr=1", "train.lrr; did you mean train.lr?"),
+        ("trian.lr=1", "trian; did you mean train?"),
+        ("serach={steps: 3}", "did you mean search?"),
+        ("train.lr=fast", "train.lr"),
+        ("train.lr=-1", "train.lr"),
+        ("search.ratios=auto", "macs"),
+        ("search.macs=0.3", "macs"),
+        ("evaluate.marks=[0.5]", "marks"),
+        ("evaluate.score_marks=[0.7, 1.0]", "marks"),
+        ("train.lr", "key=value"),
+        ("train.lr.deep=1", "section"),
+        ("train.lr=[1", "YAML"),
+    ],
+)
+def test_bad_overrides_are_named(override: str, words: str) -> None:
+    with pytest.raises(EbdiffError) as refused:
+        resolve("smoke", overrides=[override])
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2", "3", "\tx: 1"])
+def test_files_that_are_no_configuration(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(EbdiffError, match=r"mine\.yaml"):
+        resolve("smoke", file)
+
+
+def test_missing_things_are_named(tmp_path: Path) -> None:
+    with pytest.raises(EbdiffError, match=r"nowhere\.yaml"):
+        resolve("smoke", tmp_path / "nowhere.yaml")
+    with pytest.raises(EbdiffError, match="did you mean smoke"):
+        resolve("smok")
+
+
+def test_a_folder_belongs_to_one_configuration(tmp_path: Path) -> None:
+    keep(resolve("smoke"), tmp_path)
+    written = (tmp_path / "config.yaml").read_bytes()
+    keep(resolve("smoke"), tmp_path)
+    with pytest.raises(EbdiffError, match=r"train\.lr.*expected train\.lr=0\.001, got 0\.5.*--out"):
+        keep(resolve("smoke", overrides=["train.lr=0.5"]), tmp_path)
+    assert (tmp_path / "config.yaml").read_bytes() == written
+
+
+def test_everything_is_written_down() -> None:
+    config = resolve("smoke")
+    values = yaml.safe_load(config.to_yaml())
+    assert set(values) == set(Config.model_fields)
+    assert set(values["train"]) == set(type(config.train).model_fields)
