@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 import warnings
@@ -45,18 +47,19 @@ class Checkpoints:
         self.folder, self.keep = Path(folder), keep
 
     def save(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Write a checkpoint, then remove all but the newest and what a killed write left."""
+        """Write a checkpoint, then remove all but it and the newest others, and what a killed write left."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._clean()
         place, beside = self.folder / f"step-{step:08d}", self.folder / f".new-{step:08d}"
         write_tensors(beside / _TENSORS, tensors)
-        facts = {"step": step, "sha256": checksum(beside / _TENSORS), "facts": dict(facts)}
-        write_json(beside / _FACTS, facts)
+        content = {"step": step, "facts": dict(facts)}
+        write_json(beside / _FACTS, {**content, "sha256": [checksum(beside / _TENSORS), _digest(content)]})
         if place.exists():  # the same step again: the old one goes only when the new one is whole
             os.rename(place, self.folder / f".old-{step:08d}")
         os.rename(beside, place)
         _sync(self.folder)
-        for old in self._places()[self.keep :]:
+        # Never the one just written, even when damaged or abandoned ones of later steps lie beside it.
+        for old in [other for other in self._places() if other != place][self.keep - 1 :]:
             shutil.rmtree(old)
         self._clean()
 
@@ -85,25 +88,37 @@ class Checkpoints:
     def newest_step(self) -> int | None:
         """The step of the newest checkpoint, unread."""
         places = self._places()
-        return int(places[0].name.removeprefix("step-")) if places else None
+        return _step(places[0]) if places else None
 
     def _places(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*"), reverse=True)
+        """Newest first; a step that was killed while its new checkpoint took the old one's place has the old one."""
+        places = {_step(place): place for pattern in (".old-*", "step-*") for place in self.folder.glob(pattern)}
+        return [places[step] for step in sorted(places, reverse=True)]
 
     def _clean(self) -> None:
+        for place in self._places():
+            if place.name.startswith("."):
+                os.rename(place, self.folder / f"step-{_step(place):08d}")
         for left in [*self.folder.glob(".new-*"), *self.folder.glob(".old-*")]:
             shutil.rmtree(left)
 
 
+def _step(place: Path) -> int:
+    return int(place.name.rpartition("-")[2])
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def _read(place: Path) -> Saved:
-    facts = read_json(place / _FACTS)
-    if not isinstance(facts, dict) or not {"step", "sha256", "facts"} <= facts.keys():
-        raise EbdiffError(f"{place / _FACTS} is damaged", expected="step, sha256 and facts", got="something else")
+    content = read_json(place / _FACTS)
+    wanted = content.pop("sha256", None) if isinstance(content, dict) else None
     tensors, _ = read_tensors(place / _TENSORS)
-    found = checksum(place / _TENSORS)
-    if found != facts["sha256"]:
-        raise EbdiffError(f"{place / _TENSORS} was changed", expected=f"sha256 {facts['sha256'][:16]}", got=found[:16])
-    return Saved(facts["step"], tensors, facts["facts"])
+    found = [checksum(place / _TENSORS), _digest(content)]
+    if found != wanted:
+        raise EbdiffError(f"{place} was changed", expected=f"sha256 {wanted}", got=str(found))
+    return Saved(content["step"], tensors, content["facts"])
 
 
 def _sync(folder: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..data import to_model
 from ..errors import EbdiffError
+from ..pruning.modules import refuse_wrapped
 from ..timesteps.region import Partition
 from ..timesteps.sampler import Sampler, Within
 from .checkpoint import Checkpoints
@@ -95,9 +96,9 @@ def train(
     """
     accelerator = accelerator or Accelerator()
     total = config.batch_size * config.accumulate
-    _check(state, images, sampler, config, scheduler, accelerator.num_processes)
+    _check(state, images, sampler, regions, config, scheduler, accelerator.num_processes)
     state.to(accelerator.device)
-    order, network, shapes = DataOrder(len(images), config.seed), None, None
+    order, network, prepared = DataOrder(len(images), config.seed), None, None
     while state.step < until:
         step, region = state.step, None
         drawn_by = sampler
@@ -105,9 +106,10 @@ def train(
             region = _draw_region(regions, sampler, config.seed, step)
             drawn_by = Within(regions[region], sampler)
         batch = _draw(images, order, drawn_by, config, step, total)
-        if shapes != [p.shape for p in state.model.parameters()]:  # the first step, or shrunken since
+        present = [(id(p), p.shape) for p in state.model.parameters()]
+        if present != prepared:  # the first step, or shrunken since
             network = accelerator.prepare_model(state.model) if accelerator.num_processes > 1 else state.model
-            shapes = [p.shape for p in state.model.parameters()]
+            prepared = present
         assert network is not None
         network.train()
         state.optimizer.zero_grad(set_to_none=True)
@@ -126,8 +128,15 @@ def train(
 
 
 def _check(
-    state: TrainState, images: Tensor, sampler: Sampler, config: TrainConfig, scheduler: Any, processes: int
+    state: TrainState,
+    images: Tensor,
+    sampler: Sampler,
+    regions: Partition | None,
+    config: TrainConfig,
+    scheduler: Any,
+    processes: int,
 ) -> None:
+    refuse_wrapped(state.model)
     if images.dtype != torch.uint8 or images.dim() != 4 or not len(images):
         got = f"{images.dtype} {list(images.shape)}"
         raise EbdiffError(
@@ -145,6 +154,13 @@ def _check(
         raise EbdiffError(
             "scheduler", expected=f"{sampler.T} timesteps, the sampler's", got=got, remedy="make them agree"
         )
+    if regions is not None and regions.T != sampler.T:
+        raise EbdiffError(
+            "regions",
+            expected=f"regions that tile [0, {sampler.T}), the sampler's timesteps",
+            got=f"[0, {regions.T})",
+            remedy="make them agree",
+        )
     if scheduler.config.prediction_type not in ("epsilon", "v_prediction", "sample"):
         raise EbdiffError(
             "prediction_type",
@@ -157,6 +173,8 @@ def _check(
         raise EbdiffError(
             "optimizer", expected="the model's parameters", got="others", remedy="build it from this model"
         )
+    if [s.shape for s in state.ema.shadow_params] != [p.shape for p in state.model.parameters()]:
+        raise EbdiffError("ema", expected="the model's shapes", got="others", remedy="build it from this model")
 
 
 def _draw_region(regions: Partition, sampler: Sampler, seed: int, step: int) -> int:
@@ -203,16 +221,18 @@ def _loss(
     kind = scheduler.config.prediction_type
     target = {"epsilon": noise, "sample": clean}.get(kind)
     target = scheduler.get_velocity(clean, noise, t) if target is None else target
-    error: Tensor = (predicted.float() - target).square().flatten(1).mean(1)
+    error: Tensor = (predicted - target).square().flatten(1).mean(1)
     return (weight * error).mean()
 
 
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Seed the global generators for dropout, and give the user's back afterwards."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
+    gpu = device.type == "cuda"
+    with torch.random.fork_rng([device] if gpu else []), torch.cuda.device(device) if gpu else nullcontext():
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach every other GPU of the machine
+        if gpu:
+            torch.cuda.manual_seed(seed)
         yield
 
 

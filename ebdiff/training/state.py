@@ -49,6 +49,10 @@ class TrainConfig:
             "accumulate of at least 1": self.accumulate >= 1,
             "lr above 0": self.lr > 0,
             "precision 'no' or 'bf16'": self.precision in ("no", "bf16"),
+            "grad_clip above 0, or None": self.grad_clip is None or self.grad_clip > 0,
+            "betas of two numbers in [0, 1)": len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            "weight_decay of at least 0": self.weight_decay >= 0,
+            "ema_decay in [0, 1]": 0 <= self.ema_decay <= 1,
         }
         for expected, holds in checks.items():
             if not holds:
@@ -93,11 +97,8 @@ class TrainState:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name: model.*, ema.*, optimizer.<parameter>.<key>."""
-        named = dict(self.model.named_parameters())
-        result: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in named.items()}
-        result |= {f"model.{name}": tensor for name, tensor in self.model.named_buffers()}
-        result |= {f"ema.{name}": shadow for name, shadow in zip(named, self.ema.shadow_params, strict=True)}
-        for name, parameter in named.items():
+        result = self._weights()
+        for name, parameter in self.model.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor):
                     result[f"optimizer.{name}.{key}"] = value
@@ -105,10 +106,22 @@ class TrainState:
 
     def facts(self) -> dict[str, Any]:
         """Everything else, as JSON values."""
-        named = dict(self.model.named_parameters())
+        return {
+            "step": self.step,
+            "ema": {key: getattr(self.ema, key) for key in _EMA_FACTS},
+            "optimizer": self._optimizer_facts(),
+        }
+
+    def _weights(self) -> dict[str, Tensor]:
+        named: dict[str, Tensor] = dict(self.model.named_parameters())
+        result = {f"model.{name}": tensor for name, tensor in named.items()}
+        result |= {f"model.{name}": tensor for name, tensor in self.model.named_buffers()}
+        return result | {f"ema.{name}": shadow for name, shadow in zip(named, self.ema.shadow_params, strict=True)}
+
+    def _optimizer_facts(self) -> dict[str, Any]:
         scalars = {
             f"{name}.{key}": value
-            for name, parameter in named.items()
+            for name, parameter in self.model.named_parameters()
             for key, value in self.optimizer.state.get(parameter, {}).items()
             if not isinstance(value, Tensor)
         }
@@ -116,38 +129,43 @@ class TrainState:
             {key: value for key, value in group.items() if isinstance(value, int | float | bool | list | tuple | None)}
             for group in ({k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups)
         ]
-        return {
-            "step": self.step,
-            "ema": {key: getattr(self.ema, key) for key in _EMA_FACTS},
-            "optimizer": {"scalars": scalars, "groups": groups},
-        }
+        return {"kind": type(self.optimizer).__name__, "scalars": scalars, "groups": groups}
 
     def restore(self, saved: Saved) -> None:
         """Go back to a checkpoint.
 
         Raises:
-            EbdiffError: it belongs to another model; nothing was changed then.
+            EbdiffError: it belongs to another model or optimizer; nothing was changed then.
         """
-        present = self.tensors()
-        wanted = {name: tensor for name, tensor in present.items() if not name.startswith("optimizer.")}
-        found = {name: tensor for name, tensor in saved.tensors.items() if name.split(".")[0] in ("model", "ema")}
-        for name in {**wanted, **found}:
-            ours = tuple(wanted[name].shape) if name in wanted else "absent"
-            theirs = tuple(found[name].shape) if name in found else "absent"
-            if ours != theirs:
-                raise EbdiffError(
-                    f"the checkpoint of step {saved.step} belongs to another model",
-                    expected=f"{name}: {ours}",
-                    got=f"{theirs}",
-                    remedy="resume with the configuration and ticket it was written with",
-                )
+        self._check(saved)
+        present = self._weights()
         with torch.no_grad():
-            for name, tensor in wanted.items():
-                tensor.copy_(found[name])
+            for name, tensor in present.items():
+                tensor.copy_(saved.tensors[name])
         self._restore_optimizer(saved)
         for key in _EMA_FACTS:
             setattr(self.ema, key, saved.facts["ema"][key])
         self.step = saved.facts["step"]
+
+    def _check(self, saved: Saved) -> None:
+        wanted = {name: _kind(tensor) for name, tensor in self._weights().items()}
+        found = {name: _kind(tensor) for name, tensor in saved.tensors.items() if name.startswith(("model.", "ema."))}
+        other = next((name for name in {**wanted, **found} if wanted.get(name) != found.get(name)), None)
+        if other is not None:
+            raise EbdiffError(
+                f"the checkpoint of step {saved.step} belongs to another model",
+                expected=f"{other}: {wanted.get(other, 'absent')}",
+                got=found.get(other, "absent"),
+                remedy="resume with the configuration and ticket it was written with",
+            )
+        ours, theirs = self._optimizer_facts(), saved.facts["optimizer"]
+        if (ours["kind"], len(ours["groups"])) != (theirs["kind"], len(theirs["groups"])):
+            raise EbdiffError(
+                f"the checkpoint of step {saved.step} belongs to another optimizer",
+                expected=f"{ours['kind']} with {len(ours['groups'])} parameter groups",
+                got=f"{theirs['kind']} with {len(theirs['groups'])}",
+                remedy="resume with the optimizer it was written with",
+            )
 
     def _restore_optimizer(self, saved: Saved) -> None:
         scalars = saved.facts["optimizer"]["scalars"]
@@ -161,3 +179,7 @@ class TrainState:
                     self.optimizer.state[parameter][key.removeprefix(prefix)] = value
         for group, facts in zip(self.optimizer.param_groups, saved.facts["optimizer"]["groups"], strict=True):
             group.update({key: tuple(v) if isinstance(group.get(key), tuple) else v for key, v in facts.items()})
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)}"
