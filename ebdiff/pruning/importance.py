@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EbdiffError
+from .channel_sums import ChannelSums
 from .plan import ChannelPlan
 
-__all__ = ["Method", "channel_scores", "importance"]
+__all__ = ["Method", "importance"]
 
 Method = Literal["magnitude", "magnitude-l1", "taylor", "diff-pruning", "random"]
 _FROM_LOSSES = ("taylor", "diff-pruning")
@@ -61,42 +62,17 @@ def importance(
         )
     if method == "random":
         return {space.name: torch.rand(space.size, generator=generator) for space in plan}
-    weights = {n: p for n, p in model.named_parameters() if n in plan.by_parameter and p.dim() > 1}
+    sums = ChannelSums(plan)
+    weights = {name: p for name, p in model.named_parameters() if name in sums.dims}
     if losses is None:
-        with torch.no_grad():
-            signed = {n: w.float().square() if method == "magnitude" else w.float().abs() for n, w in weights.items()}
-    else:
-        gradients = _gradients(weights, losses, threshold if method == "diff-pruning" else 0.0)
-        signed = {n: (w.detach() * gradients[n]).float() for n, w in weights.items()}
-        signed = {n: s.abs() for n, s in signed.items()} if method == "diff-pruning" else signed
-    return channel_scores(plan, signed)
+        return sums.split(sums.of_magnitudes(weights, power=2 if method == "magnitude" else 1))
+    gradients = _gradients(weights, losses, threshold if method == "diff-pruning" else 0.0)
 
+    def contribution(name: str) -> Tensor:
+        product = (weights[name].detach() * gradients[name]).float()
+        return product if method == "taylor" else product.abs_()
 
-def channel_scores(plan: ChannelPlan, elements: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Per-channel scores from per-element contributions of weights.
-
-    Args:
-        plan: the plan.
-        elements: {parameter: float, its shape}; parameters left out do not count.
-
-    Returns:
-        {space name: float32 [size]}: |sum over a channel|, mean over the slices of the space, divided by its mean.
-    """
-    sums: dict[tuple[str, int], Tensor] = {}
-    for name, values in elements.items():
-        for dim in plan.by_parameter[name]:
-            others = [d for d in range(values.dim()) if d != dim]
-            sums[name, dim] = values.sum(others).double().cpu()
-    result = {}
-    for space in plan:
-        slices = [
-            sums[m.parameter, m.dim][m.positions(space.size)].sum((0, 2)).abs()
-            for m in space.members
-            if (m.parameter, m.dim) in sums
-        ]
-        mean = torch.stack(slices).mean(0) if slices else torch.ones(space.size, dtype=torch.float64)
-        result[space.name] = (mean / mean.mean().clamp_min(1e-30)).float()
-    return result
+    return sums.split(sums.of(contribution))
 
 
 def _gradients(weights: Mapping[str, Tensor], losses: Iterable[Tensor], threshold: float) -> dict[str, Tensor]:

@@ -37,6 +37,9 @@ def _group_norm(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None
 @rule("native_layer_norm", "_fused_rms_norm")
 def _layer_norm(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     axes = tr.axes(args[0])
+    for affine in tensors_in(list(args[2:4])):
+        for axis, own in zip(axes[-affine.dim() :], tr.axes(affine), strict=True):
+            unify(axis, own)
     for axis in axes[len(axes) - len(args[1]) :]:
         freeze(axis, f"layer norm over it in {tr.where()}")
     tr.label(tensors_in([out])[0], list(axes))

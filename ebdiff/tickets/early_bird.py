@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EbdiffError
+from ..pruning.channel_sums import ChannelSums
 from ..pruning.mask import ChannelMask, NormMode
 from ..pruning.modules import refuse_wrapped
 from ..pruning.plan import ChannelPlan
 from ..timesteps.region import Partition, Region
 from .history import MaskHistory
-from .scores import ChannelSums, RunningScores, gradient_scores, weights_of
+from .scores import RunningScores, gradient_scores, weights_of
 from .settings import Criterion, Settings, refuse_other_settings
 from .ticket import Ticket
 from .watched import Tickets, Watched
@@ -198,9 +199,8 @@ class EarlyBird:
         if criterion not in ("magnitude", "magnitude-l1"):
             raise EbdiffError("criterion", expected="one of Criterion", got=repr(criterion), remedy="choose one")
         weights = weights_of(self.model, self.ema)
-        if criterion == "magnitude":
-            return self._sums.split(self._sums.of(lambda name: weights[name].float().square()), raw)
-        return self._sums.split(self._sums.of(lambda name: weights[name].float().abs()), raw)
+        power = 2 if criterion == "magnitude" else 1
+        return self._sums.split(self._sums.of_magnitudes(weights, power), raw)
 
     def _mask(self, scores: Mapping[str, Tensor], ratio: float) -> ChannelMask:
         s = self.settings

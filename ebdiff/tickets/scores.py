@@ -1,8 +1,8 @@
-"""Scores of all channels in one pass over the weights, cheap enough to be taken while training runs."""
+"""Scores that are taken while training runs: from the gradients at hand, and as running means."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from math import exp
 from typing import Any
 
@@ -10,77 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EbdiffError
-from ..pruning.plan import ChannelPlan
+from ..pruning.channel_sums import ChannelSums
 
-__all__ = ["ChannelSums", "RunningScores", "gradient_scores", "weights_of"]
-
-
-class ChannelSums:
-    """Adds up per-element contributions of weights to per-channel scores, with all index arithmetic done beforehand.
-
-    What `pruning.importance.channel_scores` computes: |sum over a channel| in each slice of a space, mean over the
-    slices that belong to weights with at least two dimensions. One transfer from the device for all spaces.
-    """
-
-    def __init__(self, plan: ChannelPlan) -> None:
-        self.plan = plan
-        self.dims = {
-            name: tuple(sorted(dims))
-            for name, dims in plan.by_parameter.items()
-            if len(plan.shapes[name]) > 1 and name not in plan.buffers
-        }
-        start, at = {}, 0
-        for name, dims in self.dims.items():
-            for dim in dims:
-                start[name, dim] = at
-                at += plan.shapes[name][dim]
-        self.length = at
-        source, slot, channel, share, first, slots = [], [], [], [], 0, 0
-        for space in plan:
-            slices = [member for member in space.members if (member.parameter, member.dim) in start]
-            for member in slices:
-                positions = start[member.parameter, member.dim] + member.positions(space.size)
-                source.append(positions.flatten())
-                slot.append((slots + torch.arange(space.size)[:, None]).expand_as(positions).flatten())
-                channel.append(first + torch.arange(space.size))
-                share.append(torch.full((space.size,), 1 / len(slices), dtype=torch.float64))
-                slots += space.size
-            first += space.size
-        empty = torch.empty(0, dtype=torch.int64)
-        self.size, self._slots = first, slots
-        self._source, self._slot, self._channel = (torch.cat([empty, *parts]) for parts in (source, slot, channel))
-        self._share = torch.cat([empty.double(), *share])
-
-    @torch.no_grad()
-    def of(self, elements: Callable[[str], Tensor | None]) -> Tensor:
-        """float64 [all channels], on the CPU: the scores, spaces one after another in the plan's order.
-
-        Args:
-            elements: parameter name -> float tensor of its shape, or None where it contributes nothing. Called one by
-                one, so that only one such tensor is alive at a time.
-        """
-        parts = []
-        for name, dims in self.dims.items():
-            values = elements(name)
-            if values is None:
-                parts += [torch.zeros(self.plan.shapes[name][dim]) for dim in dims]
-                continue
-            if values.dim() > 2 and dims[-1] < 2:
-                values = values.sum(tuple(range(2, values.dim())))
-            parts += [values.sum([d for d in range(values.dim()) if d != dim]) for dim in dims]
-        if not parts:
-            return torch.zeros(self.size, dtype=torch.float64)
-        device = max((part.device for part in parts), key=lambda d: d.type != "cpu")
-        flat = torch.cat([part.to(device) for part in parts]).double().cpu()
-        sums = torch.zeros(self._slots, dtype=torch.float64).index_add_(0, self._slot, flat[self._source])
-        scores = torch.zeros(self.size, dtype=torch.float64)
-        return scores.index_add_(0, self._channel, sums.abs_().mul_(self._share))
-
-    def split(self, scores: Tensor, raw: bool = False) -> dict[str, Tensor]:
-        """{space name: float32 [size]}: divided by the mean of their space, so that spaces compare, unless `raw`."""
-        parts = torch.split(scores, [space.size for space in self.plan])
-        named = zip((space.name for space in self.plan), parts, strict=True)
-        return {name: (part if raw else part / part.mean().clamp_min(1e-30)).float() for name, part in named}
+__all__ = ["RunningScores", "gradient_scores", "weights_of"]
 
 
 class RunningScores:
