@@ -203,9 +203,11 @@ class ChannelMask:
     def __str__(self) -> str:
         asked = ", ".join(f"{name} {value:g}" for name, value in self.asked.items()) or "by hand"
         macs, parameters = self.plan.macs(self) / self.plan.macs(), self.plan.parameters(self) / self.plan.parameters()
+        moved = self.regrouped()
         return (
             f"asked: {asked}; achieved: {self.removed:.1%} of the channels removed, "
             f"{macs:.1%} of the MACs and {parameters:.1%} of the parameters kept; {self.norm} norms"
+            + (f"; channels change their group in {', '.join(moved)}" if moved else "")
         )
 
 
