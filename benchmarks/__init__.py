@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -111,6 +112,15 @@ class SideBySide:
         return statistics.median(a / b for a, b in pairs)
 
 
+def _commit() -> str:
+    """The commit measured, with a plus where the library differs from it; "unknown" outside a checkout."""
+    here = Path(__file__).parent.parent
+    git = ["git", "-C", str(here)]
+    found = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+    changed = subprocess.run([*git, "status", "--porcelain", "ebdiff", "kernels", "csrc"], capture_output=True, text=True)
+    return found.stdout.strip() + ("+" if changed.stdout else "") if found.returncode == 0 else "unknown"
+
+
 def machine(device: torch.device | str) -> dict[str, Any]:
     """Where a number was measured, and what else the machine was doing."""
     cpu = Path("/proc/cpuinfo")
@@ -120,6 +130,7 @@ def machine(device: torch.device | str) -> dict[str, Any]:
         "cpu": models[0] if models else platform.processor(),
         "threads": torch.get_num_threads(),
         "load_at_the_start": os.getloadavg()[0],
+        "commit": _commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
