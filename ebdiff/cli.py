@@ -27,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Early-bird tickets for diffusion models: find them early, shrink physically, train each region small.",
 )
-console = Console()
+console = Console(markup=False)
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As train.lr=1e-4.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="The same as an option.")]
@@ -120,10 +120,9 @@ def train(
     """Train the small network of one region, or of all, from a finished search. To resume, run it again."""
     world = _world(config, preset, overrides, sets, out, seed)
     from .training import job
+    from .training.regions import ticket_of
 
-    wanted = range(len(world.partition)) if region is None else [region]
-    if region is not None:
-        world.region_number(region)
+    wanted = range(len(world.partition)) if region is None else [world.region_number(region)]
 
     def works(world: World) -> list[Work]:
         names = [f"region {number}" for number in wanted]
@@ -131,6 +130,8 @@ def train(
 
     if dry_run:
         return _show_plan(world, works(world))
+    for number in wanted:
+        ticket_of(world, number)
     _go(world, lambda: _while_alive(job.train(world, wanted, parallel), parent), works)
 
 

@@ -98,7 +98,7 @@ def _lines(ticks: Iterable[Tick], tally: Tally, console: Console) -> None:
     for tick in ticks:
         tally.add(tick)
         if tick.stage != stage or time.monotonic() - shown >= LINE_SECONDS:
-            console.print(str(tally), highlight=False, soft_wrap=True)
+            console.print(str(tally), highlight=False, markup=False, soft_wrap=True)
             shown, stage = time.monotonic(), tick.stage
 
 

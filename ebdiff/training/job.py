@@ -40,8 +40,6 @@ def prepare(world: World) -> None:
 def run(world: World, parallel: int = 1) -> Iterator[Tick]:
     """The whole main job; each stage returns at once when its result is there."""
     yield from search(world).run(world)
-    if world.config.regions.branch_at:
-        yield from joint(world).run(world)
     yield from train(world, range(len(world.partition)), parallel)
     merge(world)
     yield from control(world).run(world)
@@ -56,7 +54,9 @@ def find(world: World) -> Iterator[Tick]:
 
 
 def train(world: World, numbers: Sequence[int], parallel: int = 1) -> Iterator[Tick]:
-    """The small networks of these regions, one after another or side by side."""
+    """The small networks of these regions, one after another or side by side; before them what they branch from."""
+    if world.config.regions.branch_at:
+        yield from joint(world).run(world)
     if parallel > 1 and len(numbers) > 1:
         yield from side_by_side(world, parallel)
         return

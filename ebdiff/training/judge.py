@@ -174,9 +174,14 @@ def draw_images(world: World, network: Any, count: int, seed: int) -> Iterator[T
 def macs_per_image(world: World, network: Any) -> dict[str, float]:
     """MACs of one forward pass: averaged over all timesteps ("uniform"), and over those that the sampler visits."""
     if not isinstance(network, TimestepRouter):
-        macs = world.plan.macs(*shrinks_of(network)[-1:])
-        return {"uniform": macs, "sampler": macs}
-    each = torch.tensor([world.plan.macs(*shrinks_of(net)[-1:]) for net in network.nets], dtype=torch.float64)
+        return dict.fromkeys(("uniform", "sampler"), _macs(world, network))
+    each = torch.tensor([_macs(world, net) for net in network.nets], dtype=torch.float64)
     sizes = torch.tensor([len(region) for region in network.partition], dtype=torch.float64)
     visited = network.partition.of_t(torch.as_tensor(world.sampling_scheduler().timesteps))
     return {"uniform": float((each * sizes / sizes.sum()).sum()), "sampler": float(each[visited].mean())}
+
+
+def _macs(world: World, network: Any) -> float:
+    """Of one image's forward pass. A network shrunken twice knows its last mask in the plan of the first shrink."""
+    masks = shrinks_of(network)
+    return masks[-1].plan.macs(masks[-1]) if masks else world.plan.macs()

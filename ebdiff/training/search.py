@@ -14,7 +14,7 @@ from .accounting import Cost
 from .loop import TrainState
 from .regions import region_folder
 from .stages import needed, write_folder
-from .stretch import Stretch, cost_per_step, dense_state
+from .stretch import Stretch, cost_of, cost_per_step, dense_state
 from .world import World
 
 __all__ = ["control", "control_steps", "search"]
@@ -63,8 +63,8 @@ def control_steps(world: World, share: float) -> int:
     if share > 0 and world.config.regions.branch_at:
         spent += Cost.from_json(needed(world.out / "joint", "ebdiff run")["cost"]).macs
     for number in range(len(world.partition)):
-        facts = needed(region_folder(world.out, number), f"ebdiff train --region {number}")
-        spent += share * Cost.from_json(facts["cost"]).macs
+        needed(region_folder(world.out, number), f"ebdiff train --region {number}")
+        spent += cost_of(region_folder(world.out, number), share).macs if share > 0 else 0
     return max(1, round(spent / cost_per_step(world, world.plan.macs())))
 
 
