@@ -9,6 +9,7 @@ from typing import Any
 __all__ = ["markdown", "verdict"]
 
 Facts = Mapping[str, Any]
+_NAMED = {"dense": "the dense control", "tickets": "the set of tickets"}
 RULE = (
     "The rule: of two scores the lower one is better if they differ by more than {margin:.0%}. Scores are compared at "
     "the end (equal MACs) and at equal device-seconds (the most that both arms reached; linear between the marks). The "
@@ -25,12 +26,13 @@ def verdict(facts: Facts) -> dict[str, Any]:
     measure = "FID" if scored else "held-out loss"
     at_macs = {arm: value(end, measure) for arm, end in ends.items()}
     seconds, at_seconds = equal_seconds(facts, measure)
-    votes = {winner(at_macs, margin), winner(at_seconds, margin) if at_seconds else None} - {None}
+    first, second = winner(at_macs, margin), winner(at_seconds, margin) if at_seconds else None
+    votes = {first, second} - {None}
     better = votes.pop() if len(votes) == 1 else None
-    if better:
-        claim = f"Better here: {'the dense control' if better == 'dense' else 'the tickets'}"
+    if first and second and first != second:
+        claim = f"It depends: {_NAMED[first]} is better at equal MACs, {_NAMED[second]} at equal device-seconds"
     else:
-        claim = "Neither is better here" if not votes else "It depends: one is better at equal MACs, the other in time"
+        claim = f"Better here: {_NAMED[better]}" if better else "Neither is better here"
     parts = [f"{claim}; {measure} {_pair(at_macs)} at equal MACs"]
     if at_seconds:
         parts.append(f"{_pair(at_seconds)} at {_seconds(seconds)} device-seconds each")
