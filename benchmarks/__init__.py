@@ -117,7 +117,8 @@ def _commit() -> str:
     here = Path(__file__).parent.parent
     git = ["git", "-C", str(here)]
     found = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
-    changed = subprocess.run([*git, "status", "--porcelain", "ebdiff", "kernels", "csrc"], capture_output=True, text=True)
+    watched = ["ebdiff", "kernels", "csrc"]
+    changed = subprocess.run([*git, "status", "--porcelain", *watched], capture_output=True, text=True)
     return found.stdout.strip() + ("+" if changed.stdout else "") if found.returncode == 0 else "unknown"
 
 
