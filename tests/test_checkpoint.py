@@ -1,0 +1,362 @@
+"""Checkpoints are whole or not there, and going on from one is the same as never having stopped, to the bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from kill_me import STEPS, half, net, pictures
+from torch import Tensor
+from unets import unet
+
+import ebdiff
+from ebdiff.errors import EbdiffError
+from ebdiff.training.checkpoint import Checkpoints, Saved
+from ebdiff.training.loop import TrainConfig, TrainState, train
+
+SCRIPT = Path(__file__).with_name("kill_me.py")
+ANY = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(1.0)}
+
+
+def of(value: float) -> dict[str, Tensor]:
+    return {"a": torch.full((4,), value)}
+
+
+def whole(checkpoints: Checkpoints) -> Saved:
+    """The newest checkpoint, which nothing may warn about."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        saved = checkpoints.newest()
+    assert saved is not None
+    return saved
+
+
+def steps_in(folder: Path) -> list[str]:
+    return sorted(place.name for place in folder.iterdir())
+
+
+def test_what_comes_back_is_what_was_saved(tmp_path: Path) -> None:
+    tensors = {
+        "half": torch.randn(3, 2, dtype=torch.bfloat16),
+        "whole": torch.arange(5),
+        "one": torch.tensor(2.5, dtype=torch.float64),
+        "none": torch.empty(0, 3),
+        "flags": torch.tensor([True, False]),
+        "view": torch.arange(12.0).view(3, 4).t()[1:],
+    }
+    facts = {"text": "ü", "list": [1, 2.5, None], "tuple": (0.9, 0.999), "deep": {"x": 1e-300}}
+    Checkpoints(tmp_path / "deep" / "er").save(7, tensors, facts)
+    saved = whole(Checkpoints(tmp_path / "deep" / "er"))
+    assert saved.step == 7
+    assert saved.facts == {**facts, "tuple": [0.9, 0.999]}
+    assert saved.tensors.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert saved.tensors[name].dtype == tensor.dtype
+        assert torch.equal(saved.tensors[name], tensor)
+
+
+def test_a_few_newest_stay(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    assert checkpoints.newest() is None
+    assert checkpoints.newest_step() is None
+    for step in (1, 2, 10, 123456789, 1234567890):  # by number: as text 123... comes before 2
+        checkpoints.save(step, of(step), {})
+        assert whole(checkpoints).step == checkpoints.newest_step() == step
+    assert steps_in(tmp_path) == ["step-123456789", "step-1234567890"]
+
+
+def test_the_one_just_written_stays_even_beside_later_steps(tmp_path: Path) -> None:
+    """A run that went back to an older checkpoint, since its newest was damaged."""
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(10, of(10), {})
+    (tmp_path / "step-00000010" / "state.safetensors").write_bytes(b"")
+    checkpoints.save(7, of(7), {})
+    assert whole(checkpoints).step == 7
+
+
+def test_the_same_step_twice(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step, value in ((3, 0.0), (4, 1.0), (4, 2.0)):
+        checkpoints.save(step, of(value), {"value": value})
+    saved = whole(checkpoints)
+    assert torch.equal(saved.tensors["a"], of(2)["a"])
+    assert saved.facts == {"value": 2.0}
+    assert steps_in(tmp_path) == ["step-00000003", "step-00000004"]
+
+
+def test_leftovers_are_ignored_and_cleaned(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, of(1), {})
+    shutil.copytree(tmp_path / "step-00000001", tmp_path / ".new-00000002")
+    shutil.copytree(tmp_path / "step-00000001", tmp_path / ".old-00000001")
+    (tmp_path / ".new-00000003").mkdir()
+    assert whole(checkpoints).step == 1
+    assert checkpoints.newest_step() == 1
+    checkpoints.save(3, of(3), {})
+    assert steps_in(tmp_path) == ["step-00000001", "step-00000003"]
+
+
+@pytest.mark.parametrize("step", [5, 6], ids=["again", "next"])
+@pytest.mark.parametrize("name", ["rename", "replace", "fsync"])
+def test_a_write_that_is_cut_off_anywhere_leaves_the_old_or_the_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, step: int
+) -> None:
+    """Even where only one is kept and the same step is written again; and the next write succeeds."""
+    cut = 0
+    for last in range(1, 20):
+        checkpoints = Checkpoints(tmp_path / str(last), keep=1)
+        checkpoints.save(5, of(0), {})
+        left, call = last, getattr(os, name)
+
+        def failing(*args: Any, call: Callable[..., Any] = call) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+            return call(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, failing)
+            try:
+                checkpoints.save(step, of(1), {})
+            except KeyboardInterrupt:
+                cut += 1
+        saved = whole(checkpoints)
+        assert float(saved.tensors["a"][0]) in (0, 1)
+        if left > 0:  # there were fewer calls: the write was completed
+            assert float(saved.tensors["a"][0]) == 1
+            break
+        checkpoints.save(6, of(2), {})
+        assert torch.equal(whole(checkpoints).tensors["a"], of(2)["a"])
+        assert steps_in(checkpoints.folder) == ["step-00000006"]
+    assert cut == {"rename": 2 if step == 5 else 1, "replace": 2, "fsync": 5}[name]
+
+
+def edit(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def damage(place: Path) -> None:
+        path = place / "state.json"
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+
+    return damage
+
+
+def cut(name: str, share: float) -> Callable[[Path], None]:
+    def damage(place: Path) -> None:
+        content = (place / name).read_bytes()
+        (place / name).write_bytes(content[: int(len(content) * share)])
+
+    return damage
+
+
+def flip_the_last_bit(place: Path) -> None:
+    content = bytearray((place / "state.safetensors").read_bytes())
+    content[-1] ^= 1
+    (place / "state.safetensors").write_bytes(content)
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "tensors missing": lambda place: (place / "state.safetensors").unlink(),
+    "tensors empty": cut("state.safetensors", 0),
+    "tensors truncated": cut("state.safetensors", 0.9),
+    "tensors changed": flip_the_last_bit,
+    "facts missing": lambda place: (place / "state.json").unlink(),
+    "facts truncated": cut("state.json", 0.9),
+    "facts another step": edit(lambda content: content.update(step=3)),
+    "facts changed": edit(lambda content: content["facts"].update(x=2)),
+    "facts without checksum": edit(lambda content: content.pop("sha256")),
+    "facts with another checksum": edit(lambda content: content.update(sha256=5)),
+    "facts no object": lambda place: (place / "state.json").write_text("[1, 2]"),
+    "everything missing": lambda place: [path.unlink() for path in place.iterdir()] and None,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_checkpoint_is_skipped_and_only_damaged_ones_are_an_error(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(1, ANY, {"x": 1})
+    checkpoints.save(2, ANY, {"x": 1})
+    damage(tmp_path / "step-00000002")
+    with pytest.warns(UserWarning, match="damaged checkpoint.*step-00000002"):
+        saved = checkpoints.newest()
+    assert saved is not None
+    assert saved.step == 1
+    damage(tmp_path / "step-00000001")
+    with (
+        pytest.warns(UserWarning, match="damaged"),
+        pytest.raises(EbdiffError, match=r"no whole checkpoint.*start again") as error,
+    ):
+        checkpoints.newest()
+    assert "\n" not in str(error.value)
+    assert steps_in(tmp_path) == ["step-00000001", "step-00000002"]
+
+
+def test_keep_is_at_least_one(tmp_path: Path) -> None:
+    with pytest.raises(EbdiffError, match="keep"):
+        Checkpoints(tmp_path, keep=0)
+
+
+# Going on ------------------------------------------------------------------------------------------------------------
+
+
+def begin(config: TrainConfig, kind: str = "net") -> TrainState:
+    return TrainState.begin(net() if kind == "net" else unet(dropout=0.2), config)
+
+
+def go(state: TrainState, config: TrainConfig, until: int, **options: Any) -> None:
+    size = 6 if hasattr(state.model, "first") else 8
+    images = pictures().repeat(1, 1, 2, 2)[:, :, :size, :size]
+    sampler = ebdiff.Stratified(1000)
+    for _ in train(
+        state, images, scheduler=DDPMScheduler(1000), sampler=sampler, config=config, until=until, **options
+    ):
+        pass
+
+
+def equal(a: TrainState, b: TrainState) -> bool:
+    return a.facts() == b.facts() and same(a.tensors(), b.tensors())
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("net", {}),
+    "accumulated": ("net", {"accumulate": 2, "flip": True}),
+    "bf16": ("net", {"precision": "bf16"}),
+    "batch of more than an epoch": ("net", {"batch_size": 23}),
+    "UNet": ("unet", {}),
+}
+
+
+@pytest.mark.parametrize(("kind", "options"), RUNS.values(), ids=RUNS)
+def test_going_on_from_a_checkpoint_is_never_having_stopped(tmp_path: Path, kind: str, options: dict[str, Any]) -> None:
+    """Weights, EMA, moments and the step, bit for bit, with dropout."""
+    config = TrainConfig(**{"batch_size": 3, "lr": 1e-2, **options})
+    regions = ebdiff.Partition(0, 240, 440, 1000)
+    straight, first, second = (begin(config, kind) for _ in range(3))
+    go(straight, config, 7, regions=regions)
+    go(first, config, 3, regions=regions, checkpoints=Checkpoints(tmp_path))
+    torch.rand(5)  # whatever the user does in between
+    second.restore(whole(Checkpoints(tmp_path)))
+    assert equal(first, second)
+    go(second, config, 7, regions=regions, checkpoints=Checkpoints(tmp_path))
+    assert equal(straight, second)
+    assert not equal(straight, first)
+    third = begin(config, kind)
+    third.restore(whole(Checkpoints(tmp_path)))
+    assert third.step == 7
+    go(third, config, 7)  # rerun is resume: nothing is left to do
+    assert equal(straight, third)
+
+
+def test_the_rate_of_the_checkpoint_holds(tmp_path: Path) -> None:
+    config = TrainConfig(batch_size=2)
+    state, again = begin(config), begin(TrainConfig(batch_size=2, lr=1.0))
+    state.optimizer.param_groups[0]["lr"] = 0.125
+    go(state, config, 1, checkpoints=Checkpoints(tmp_path))
+    again.restore(whole(Checkpoints(tmp_path)))
+    assert again.optimizer.param_groups[0]["lr"] == 0.125
+    assert again.optimizer.param_groups[0]["betas"] == (0.9, 0.999)
+
+
+def test_another_run_s_checkpoint_changes_nothing(tmp_path: Path) -> None:
+    config = TrainConfig(batch_size=2)
+    state, wider, other, grouped = (begin(config) for _ in range(4))
+    wider.__init__(**vars(TrainState.begin(net(width=9), config)))  # type: ignore[misc]
+    other.optimizer = torch.optim.SGD(other.model.parameters(), lr=1e-3, momentum=0.9)
+    weight, *rest = grouped.model.parameters()
+    grouped.optimizer = torch.optim.AdamW([{"params": [weight]}, {"params": rest}])
+    go(state, config, 2, checkpoints=Checkpoints(tmp_path))
+    saved = whole(Checkpoints(tmp_path))
+    for victim, problem in ((wider, "another model"), (other, "another optimizer"), (grouped, "another optimizer")):
+        go(victim, config, 1)
+        tensors, facts = {name: t.clone() for name, t in victim.tensors().items()}, victim.facts()
+        with pytest.raises(EbdiffError, match=f"{problem}.*expected.*got.*resume with"):
+            victim.restore(saved)
+        assert same(tensors, victim.tensors())
+        assert facts == victim.facts()
+
+
+def test_shrinking_in_the_middle_goes_on_and_resumes(tmp_path: Path) -> None:
+    """The rebuilt state must be shrunken by the same mask; a dense one is refused."""
+    config = TrainConfig(batch_size=3, lr=1e-2)
+
+    def shrunken(state: TrainState) -> TrainState:
+        ebdiff.shrink_(state.model, half(state.model), optimizer=state.optimizer, ema=state.ema)
+        return state
+
+    straight, again, dense = begin(config), begin(config), begin(config)
+    sizes = []
+    for report in train(
+        straight,
+        pictures(),
+        scheduler=DDPMScheduler(1000),
+        sampler=ebdiff.Stratified(1000),
+        config=config,
+        until=6,
+        checkpoints=Checkpoints(tmp_path, keep=9),
+        checkpoint_every=1,
+    ):
+        sizes.append(straight.optimizer.state[straight.model.first.weight]["exp_avg"].shape[0])  # type: ignore[union-attr, index]
+        if report.step == 2:
+            shrunken(straight)
+    assert sizes == [8, 8, 4, 4, 4, 4]
+    for step in (5, 6):
+        shutil.rmtree(tmp_path / f"step-{step:08d}")
+    saved = whole(Checkpoints(tmp_path))
+    with pytest.raises(EbdiffError, match=r"another model.*ticket"):
+        dense.restore(saved)
+    shrunken(again).restore(saved)
+    assert again.step == 4
+    go(again, config, 6)
+    assert equal(straight, again)
+
+
+def life(folder: Path, *options: str) -> int:
+    done = subprocess.run([sys.executable, str(SCRIPT), str(folder), *options], capture_output=True, text=True)
+    assert done.returncode in (0, -signal.SIGKILL), done.stderr
+    return done.returncode
+
+
+@pytest.mark.slow
+def test_killed_and_started_again_by_hand(tmp_path: Path) -> None:
+    """The same command in a new interpreter each time: killed at a step, in a write, then to the end."""
+    assert life(tmp_path / "killed", "--kill", "step:3") == -signal.SIGKILL
+    assert life(tmp_path / "killed", "--kill", "rename:2") == -signal.SIGKILL
+    assert life(tmp_path / "killed") == 0
+    assert life(tmp_path / "whole") == 0
+    one, other = (whole(Checkpoints(tmp_path / name)) for name in ("whole", "killed"))
+    assert one.step == other.step == STEPS
+    assert same(one.tensors, other.tensors)
+
+
+def test_killed_at_every_step_and_at_every_rename_and_sync(tmp_path: Path) -> None:
+    """SIGKILL to a real process; the next one goes on and ends with the weights of the run that was never killed."""
+    life(tmp_path, "--everywhere")
+    one = whole(Checkpoints(tmp_path / "whole"))
+    # 3 writes: 3 renames and 5 syncs each. The last of each kind lived to the end at once.
+    names = {
+        f"{where}:{k}" for where, count in (("step", STEPS), ("rename", 9), ("fsync", 15)) for k in range(1, count + 2)
+    }
+    assert {place.name for place in tmp_path.iterdir()} == names | {"whole"}
+    for name in names:
+        other = whole(Checkpoints(tmp_path / name))
+        assert other.step == one.step == STEPS
+        assert other.facts == one.facts
+        assert same(one.tensors, other.tensors), name

@@ -1,0 +1,413 @@
+"""Laws of the training loop: what a step sees, what it changes, and what stops it."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from hypothesis import given
+from hypothesis import strategies as st
+from kill_me import net, pictures
+from torch import Tensor, nn
+from unets import unet
+
+import ebdiff
+from ebdiff.errors import EbdiffError
+from ebdiff.training.checkpoint import Checkpoints
+from ebdiff.training.loop import StepReport, TrainConfig, TrainState, train
+from ebdiff.training.seeds import DataOrder, generator, seed_for
+
+SCRIPT = Path(__file__).with_name("kill_me.py")
+
+
+class Seen(nn.Module):
+    """A network of one weight that notes what it is called with; its output is the weight, or any function's."""
+
+    def __init__(self, function: Any = None) -> None:
+        super().__init__()
+        self.weight, self.function = nn.Parameter(torch.zeros(())), function
+        self.noisy: list[Tensor] = []
+        self.t: list[Tensor] = []
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        self.noisy.append(x)
+        self.t.append(t)
+        return self.weight * torch.ones_like(x) + (0 if self.function is None else self.function(x, t))
+
+
+class Transparent:
+    """A scheduler that adds no noise, so that a model sees its images; it keeps the noise."""
+
+    config = SimpleNamespace(num_train_timesteps=1000, prediction_type="epsilon")
+
+    def __init__(self) -> None:
+        self.noise: list[Tensor] = []
+
+    def add_noise(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        self.noise.append(noise)
+        return clean
+
+
+class Ramp(ebdiff.Uniform):
+    """P(t) in proportion to t + 1, weight in proportion to 1 / (t + 1)."""
+
+    def pmf(self) -> Tensor:
+        p = torch.arange(1, self.T + 1, dtype=torch.float64)
+        return p / p.sum()
+
+    def weights(self) -> Tensor:
+        return (1 / (self.pmf() * self.T)).float()
+
+
+def steps(model: nn.Module | TrainState, until: int, images: Tensor | None = None, **options: Any) -> list[StepReport]:
+    """Train to the end; options are those of `train` or of `TrainConfig`."""
+    return list(training(model, until, images, **options))
+
+
+def training(model: nn.Module | TrainState, until: int, images: Tensor | None = None, **options: Any) -> Any:
+    known = {"scheduler", "sampler", "regions", "checkpoints", "checkpoint_every"}
+    others = {key: options.pop(key) for key in known & options.keys()}
+    config = TrainConfig(**{"batch_size": 4, "lr": 1e-2, **options})
+    state = model if isinstance(model, TrainState) else TrainState.begin(model, config)
+    return train(
+        state,
+        pictures() if images is None else images,
+        **{"scheduler": DDPMScheduler(1000), "sampler": ebdiff.Uniform(1000), **others},
+        config=config,
+        until=until,
+    )
+
+
+def numbered(count: int) -> Tensor:
+    """Images of one value each: 0, 1, 2, ... of 255."""
+    return torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(count, 1, 2, 2).contiguous()
+
+
+def values(seen: list[Tensor]) -> list[int]:
+    return [round(float(v + 1) * 127.5) for x in seen for v in x[:, 0, 0, 0]]
+
+
+# What a step sees
+
+
+@given(st.integers(1, 9), st.integers(0, 3), st.lists(st.integers(1, 25), min_size=1, max_size=4))
+def test_every_epoch_has_every_image_once(length: int, seed: int, counts: list[int]) -> None:
+    order, places = DataOrder(length, seed), []
+    for count in counts:
+        places += order(len(places), count).tolist()
+    assert places == DataOrder(length, seed)(0, len(places)).tolist()
+    for start in range(0, len(places) - length + 1, length):
+        assert sorted(places[start : start + length]) == list(range(length))
+    assert DataOrder(length, seed)(len(places) - 1, 1).tolist() == places[-1:]
+
+
+def test_epochs_and_seeds_differ() -> None:
+    order = DataOrder(50, 0)(0, 100)
+    assert not torch.equal(order[:50], order[50:])
+    assert not torch.equal(order[:50], DataOrder(50, 1)(0, 50))
+    assert (
+        len({seed_for(*key) for key in ((0, "a"), (1, "a"), (0, "b"), (0, "a", 0), (0, "a", 1), (0, "a", 0, 1))}) == 6
+    )
+    assert all(0 <= seed_for(0, "x", i) < 2**63 for i in range(99))
+    assert torch.equal(torch.rand(3, generator=generator(0, "a")), torch.rand(3, generator=generator(0, "a")))
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_training_sees_every_image_once_per_epoch(accumulate: int) -> None:
+    model = Seen()
+    reports = steps(model, 14, numbered(7), scheduler=Transparent(), batch_size=2, accumulate=accumulate)
+    seen = values(model.noisy)
+    assert len(seen) == 14 * 2 * accumulate == reports[-1].images
+    for start in range(0, len(seen), 7):
+        assert sorted(seen[start : start + 7]) == list(range(7))
+
+
+def test_half_of_the_images_are_mirrored() -> None:
+    images = torch.zeros(1, 1, 1, 2, dtype=torch.uint8)
+    images[..., 1] = 255
+    for flip, low, high in ((False, 0, 0), (True, 0.4, 0.6)):
+        model = Seen()
+        steps(model, 10, images, scheduler=Transparent(), batch_size=40, flip=flip)
+        x = torch.cat(model.noisy)
+        assert bool((x[..., 0] == -x[..., 1]).all())
+        assert low <= float((x[..., 0] > 0).float().mean()) <= high
+
+
+def test_noise_and_timesteps_are_new_in_every_step() -> None:
+    model, scheduler = Seen(), Transparent()
+    steps(model, 5, scheduler=scheduler, batch_size=8, accumulate=2)
+    noise, t = torch.stack(scheduler.noise), torch.stack(model.t)
+    assert len(noise.flatten().unique()) == noise.numel()
+    assert abs(float(noise.mean())) < 0.05
+    assert abs(float(noise.std()) - 1) < 0.05
+    assert len({tuple(x.tolist()) for x in t}) == 10
+
+
+def test_with_regions_no_step_leaves_its_own_and_the_timesteps_stay_the_sampler_s() -> None:
+    regions, sampler, model = ebdiff.Partition(0, 5, 8, 20), Ramp(20), Seen()
+    count = 600
+    reports = steps(model, count, sampler=sampler, regions=regions, scheduler=DDPMScheduler(20), lr=1e-9)
+    for report, t in zip(reports, model.t, strict=True):
+        assert report.region is not None
+        assert all(int(x) in regions[report.region] for x in t)
+    for i, region in enumerate(regions):
+        mass = sampler.mass(region)
+        drawn = sum(report.region == i for report in reports) / count
+        assert abs(drawn - mass) < 4 * (mass * (1 - mass) / count) ** 0.5
+    found = torch.bincount(torch.cat(model.t), minlength=20) / (4 * count)
+    assert float((found - sampler.pmf()).abs().sum()) < 0.15
+    assert steps(Seen(), 1)[0].region is None
+
+
+def test_the_loss_is_weighted_as_the_sampler_says() -> None:
+    model, scheduler, sampler = Seen(), Transparent(), Ramp(1000)
+    reports = steps(model, 6, scheduler=scheduler, sampler=sampler, lr=1e-12, accumulate=2)
+    weight = sampler.weights()[torch.stack(model.t)]
+    errors = torch.stack(scheduler.noise).square().flatten(2).mean(2)
+    expected = (weight.view(6, -1) * errors.view(6, 8)).mean(1)
+    torch.testing.assert_close(torch.tensor([r.loss for r in reports]), expected)
+
+
+# What the loss is
+
+
+def solutions(image: Tensor) -> dict[str, Any]:
+    """What a network that knows the only image would say: DDPM's eq. 4, Salimans & Ho's v = alpha eps - sigma x0."""
+    alphas = DDPMScheduler(1000).alphas_cumprod.double()
+
+    def known(t: Tensor) -> tuple[Tensor, Tensor]:
+        a = alphas[t][:, None, None, None]
+        return a.sqrt(), (1 - a).sqrt()
+
+    def epsilon(x: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = known(t)
+        return (x - alpha * image) / sigma
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = known(t)
+        return alpha * epsilon(x, t) - sigma * image
+
+    return {"epsilon": epsilon, "v_prediction": velocity, "sample": lambda x, t: image.expand_as(x)}
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_the_loss_of_a_perfect_network_is_zero(kind: str) -> None:
+    images = pictures(1)
+    for name, solution in solutions(images.double() / 127.5 - 1).items():
+        report = steps(Seen(solution), 1, images, batch_size=64, scheduler=DDPMScheduler(1000, prediction_type=kind))[0]
+        assert report.loss < 1e-8 if name == kind else report.loss > 0.1, name
+
+
+class Double(nn.Module):
+    """A network that computes in float64."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner.double()
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.inner(x.double(), t.double())  # type: ignore[no-any-return]
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    found = [p.grad for p in model.parameters()]
+    assert all(g is not None for g in found)
+    return [g.clone() for g in found if g is not None]
+
+
+def test_accumulated_gradients_are_those_of_the_larger_batch() -> None:
+    found = []
+    for batch, accumulate in ((6, 1), (3, 2), (2, 3), (1, 6)):
+        model = Double(net(dropout=0))
+        report = next(training(model, 1, batch_size=batch, accumulate=accumulate, grad_clip=None))
+        found.append([*gradients(model), torch.tensor([report.loss, report.grad_norm], dtype=torch.float64)])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-10, atol=1e-12)
+
+
+def test_bf16_computes_in_bf16_and_keeps_weights_in_float32() -> None:
+    seen = {}
+    for precision in ("no", "bf16"):
+        model = net()
+        model.first.register_forward_hook(lambda _, __, output, key=precision: seen.update({key: output.dtype}))
+        steps(model, 2, precision=precision)
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert seen == {"no": torch.float32, "bf16": torch.bfloat16}
+
+
+# What a step leaves
+
+
+def test_gradients_are_there_and_new_at_every_report() -> None:
+    """Those of step n are what a run that starts there finds, whatever a consumer does with the gradients before."""
+    disturbed, plain = net(), net()
+    both = zip(training(disturbed, 4, batch_size=3), training(plain, 4, batch_size=3), strict=True)
+    before = None
+    for _ in both:
+        now = gradients(plain)
+        assert all(torch.equal(a, b) for a, b in zip(now, gradients(disturbed), strict=True))
+        assert before is None or not torch.equal(before[0], now[0])
+        before = now
+        for p in disturbed.parameters():
+            assert p.grad is not None
+            p.grad.fill_(1e9)
+    state = TrainState.begin(net(), TrainConfig(batch_size=3, lr=1e-2))
+    steps(state, 3, batch_size=3)
+    state.optimizer.zero_grad()
+    steps(state, 4, batch_size=3)
+    assert before is not None
+    assert all(torch.equal(a, b) for a, b in zip(gradients(state.model), before, strict=True))
+
+
+def test_clipping_and_the_norm_before_it() -> None:
+    free, clipped = net(), net()
+    a, b = next(training(free, 1, grad_clip=None)), next(training(clipped, 1, grad_clip=1e-2))
+    norm = torch.cat([g.flatten() for g in gradients(free)]).norm()
+    assert a.grad_norm == b.grad_norm == pytest.approx(float(norm), rel=1e-5)
+    assert float(torch.cat([g.flatten() for g in gradients(clipped)]).norm()) == pytest.approx(1e-2, rel=1e-3)
+
+
+def test_reports_and_the_moving_average() -> None:
+    """EMA with warm-up: the decay of step n is 1 - n^-0.75, at most ema_decay (diffusers' EMAModel counts from 0)."""
+    state = TrainState.begin(net(), TrainConfig(ema_decay=0.5))
+    mean = [p.detach().clone() for p in state.model.parameters()]
+    for n, report in enumerate(training(state, 6, batch_size=3, accumulate=2, ema_decay=0.5), start=1):
+        assert (report.step, report.images, report.lr) == (n, 6 * n, 2e-4) == (state.step, 6 * n, 2e-4)
+        decay = min(0.5, 1 - n**-0.75)
+        for old, p, shadow in zip(mean, state.model.parameters(), state.ema.shadow_params, strict=True):
+            old.copy_(decay * old + (1 - decay) * p.detach())
+            torch.testing.assert_close(shadow, old)
+
+
+def test_the_user_s_random_numbers_and_modes_are_left_alone() -> None:
+    for make, size in ((net, 6), (lambda: unet(dropout=0.3), 8)):
+        images, model, again = pictures().repeat(1, 1, 2, 2)[:, :, :size, :size], make(), make()
+        before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # type: ignore[index] # noqa: NPY002
+        losses = []
+        for report in training(model, 3, images):
+            assert model.training
+            model.eval()  # as a consumer that samples would
+            losses.append(report.loss)
+        assert torch.equal(torch.get_rng_state(), before[0])
+        assert random.getstate() == before[1]
+        assert (np.random.get_state()[1] == before[2]).all()  # type: ignore[index] # noqa: NPY002
+        torch.rand(7)
+        assert losses == [report.loss for report in steps(again, 3, images)]
+
+
+# What stops it
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["loss", "gradients"])
+def test_what_is_not_finite_stops_and_the_step_is_not_applied(tmp_path: Path, where: str, value: float) -> None:
+    model, calls = net(), 0
+
+    def poison(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 4 and where == "loss":
+            return output * value
+        if calls == 4:
+            output.register_hook(lambda gradient: gradient * value)
+        return output
+
+    model.first.register_forward_hook(poison)
+    state = TrainState.begin(model, TrainConfig(lr=1e-2))
+    loop = training(state, 9, checkpoints=Checkpoints(tmp_path), checkpoint_every=2, grad_clip=None, precision="bf16")
+    for _ in range(3):
+        next(loop)
+    before, facts = {name: tensor.clone() for name, tensor in state.tensors().items()}, state.facts()
+    problem = "loss" if where == "loss" else "gradient norm"
+    with pytest.raises(EbdiffError, match=rf"step 4.*finite {problem}.*lower lr.*grad_clip.*float32.*step 2") as error:
+        next(loop)
+    assert "\n" not in str(error.value)
+    assert facts == state.facts()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state.tensors().items())
+    saved = Checkpoints(tmp_path).newest()
+    assert saved is not None
+    assert saved.step == 2
+
+
+BAD: dict[str, tuple[str, dict[str, Any]]] = {
+    "images of floats": ("uint8", {"images": torch.zeros(2, 2, 6, 6)}),
+    "one image": ("uint8", {"images": torch.zeros(2, 6, 6, dtype=torch.uint8)}),
+    "no image": ("uint8", {"images": torch.zeros(0, 2, 6, 6, dtype=torch.uint8)}),
+    "another schedule": ("1000 timesteps", {"scheduler": DDPMScheduler(100)}),
+    "regions of another schedule": (r"\[0, 500\)", {"regions": ebdiff.Partition(0, 240, 500)}),
+    "a prediction of its own": ("prediction_type", {"scheduler": SimpleNamespace(
+        config=SimpleNamespace(num_train_timesteps=1000, prediction_type="flow"))}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("problem", "options"), BAD.values(), ids=BAD)
+def test_what_does_not_fit_is_refused_before_the_first_step(problem: str, options: dict[str, Any]) -> None:
+    model = Seen()
+    with pytest.raises(EbdiffError, match=problem) as error:
+        steps(model, 1, **options)
+    assert "\n" not in str(error.value)
+    assert not model.t
+
+
+def test_a_state_that_does_not_fit_is_refused_before_the_first_step() -> None:
+    config, other = TrainConfig(), TrainState.begin(net(width=9), TrainConfig())
+    good = TrainState.begin(net(), config)
+    compiled = net()
+    compiled.compile()
+    for state, problem in (
+        (TrainState(good.model, other.optimizer, good.ema), "optimizer"),
+        (TrainState(good.model, good.optimizer, other.ema), "ema"),
+        (TrainState.begin(nn.DataParallel(net()), config), "wrapped"),
+        (TrainState.begin(compiled, config), "compiled"),
+    ):
+        with pytest.raises(EbdiffError, match=problem):
+            steps(state, 1)
+        assert state.step == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_size": 0},
+        {"accumulate": 0},
+        {"lr": 0.0},
+        {"lr": float("nan")},
+        {"precision": "fp16"},
+        {"grad_clip": 0.0},
+        {"betas": (0.9, 1.0)},
+        {"ema_decay": 1.5},
+        {"weight_decay": -1.0},
+    ],
+)
+def test_settings_that_cannot_be(options: dict[str, Any]) -> None:
+    with pytest.raises(EbdiffError, match="TrainConfig"):
+        TrainConfig(**options)
+
+
+# Several processes
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    """Shrunken on the way, so that gradients of the smaller network are exchanged too."""
+    options = ["--dropout", "0", "--shrink-at", "3"]
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for name, launcher in (("one", []), ("two", several)):
+        command = [sys.executable, *launcher, str(SCRIPT), str(tmp_path / name), *options]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+    one, two = (Checkpoints(tmp_path / name).newest() for name in ("one", "two"))
+    assert one is not None
+    assert two is not None
+    assert one.tensors["model.first.weight"].shape[0] == 4
+    assert one.facts["step"] == two.facts["step"]
+    for name, tensor in one.tensors.items():
+        torch.testing.assert_close(two.tensors[name], tensor, rtol=1e-4, atol=1e-6)
