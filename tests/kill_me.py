@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
 import ebdiff
-from ebdiff.training.checkpoint import Checkpoints
-from ebdiff.training.loop import TrainConfig, TrainState, train
+from ebdiff.training.checkpoint import Checkpoints, Saved
+from ebdiff.training.loop import StepReport, TrainConfig, TrainState, train
 
 STEPS, EVERY, KEEP = 5, 2, 1
 
@@ -53,6 +54,49 @@ def pictures(count: int = 10) -> Tensor:
     """uint8 [count, 2, 6, 6]."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, 256, (count, 2, 6, 6), dtype=torch.uint8, generator=generator)
+
+
+class Seen(nn.Module):
+    """A network of one weight that notes what it is called with; its output is the weight, or any function's."""
+
+    def __init__(self, function: Any = None) -> None:
+        super().__init__()
+        self.weight, self.function = nn.Parameter(torch.zeros(())), function
+        self.noisy: list[Tensor] = []
+        self.t: list[Tensor] = []
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        self.noisy.append(x)
+        self.t.append(t)
+        return self.weight * torch.ones_like(x) + (0 if self.function is None else self.function(x, t))
+
+
+def steps(model: nn.Module | TrainState, until: int, images: Tensor | None = None, **options: Any) -> list[StepReport]:
+    """Train to the end; options are those of `train` or of `TrainConfig`."""
+    return list(training(model, until, images, **options))
+
+
+def training(model: nn.Module | TrainState, until: int, images: Tensor | None = None, **options: Any) -> Any:
+    known = {"scheduler", "sampler", "regions", "checkpoints", "checkpoint_every"}
+    others = {key: options.pop(key) for key in known & options.keys()}
+    config = TrainConfig(**{"batch_size": 4, "lr": 1e-2, **options})
+    state = model if isinstance(model, TrainState) else TrainState.begin(model, config)
+    return train(
+        state,
+        pictures() if images is None else images,
+        **{"scheduler": DDPMScheduler(1000), "sampler": ebdiff.Uniform(1000), **others},
+        config=config,
+        until=until,
+    )
+
+
+def whole(checkpoints: Checkpoints) -> Saved:
+    """The newest checkpoint, which nothing may warn about."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        saved = checkpoints.newest()
+    assert saved is not None
+    return saved
 
 
 def half(model: nn.Module) -> ebdiff.ChannelMask:

@@ -1,4 +1,4 @@
-"""Laws of the training loop: what a step sees, what it changes, and what stops it."""
+"""Laws of the training loop: what a step sees, what its loss is, and what it leaves."""
 
 from __future__ import annotations
 
@@ -15,32 +15,16 @@ import torch
 from diffusers import DDPMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
-from kill_me import net, pictures
+from kill_me import Seen, net, pictures, steps, training
 from torch import Tensor, nn
 from unets import unet
 
 import ebdiff
-from ebdiff.errors import EbdiffError
 from ebdiff.training.checkpoint import Checkpoints
-from ebdiff.training.loop import StepReport, TrainConfig, TrainState, train
+from ebdiff.training.loop import TrainConfig, TrainState
 from ebdiff.training.seeds import DataOrder, generator, seed_for
 
 SCRIPT = Path(__file__).with_name("kill_me.py")
-
-
-class Seen(nn.Module):
-    """A network of one weight that notes what it is called with; its output is the weight, or any function's."""
-
-    def __init__(self, function: Any = None) -> None:
-        super().__init__()
-        self.weight, self.function = nn.Parameter(torch.zeros(())), function
-        self.noisy: list[Tensor] = []
-        self.t: list[Tensor] = []
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        self.noisy.append(x)
-        self.t.append(t)
-        return self.weight * torch.ones_like(x) + (0 if self.function is None else self.function(x, t))
 
 
 class Transparent:
@@ -65,25 +49,6 @@ class Ramp(ebdiff.Uniform):
 
     def weights(self) -> Tensor:
         return (1 / (self.pmf() * self.T)).float()
-
-
-def steps(model: nn.Module | TrainState, until: int, images: Tensor | None = None, **options: Any) -> list[StepReport]:
-    """Train to the end; options are those of `train` or of `TrainConfig`."""
-    return list(training(model, until, images, **options))
-
-
-def training(model: nn.Module | TrainState, until: int, images: Tensor | None = None, **options: Any) -> Any:
-    known = {"scheduler", "sampler", "regions", "checkpoints", "checkpoint_every"}
-    others = {key: options.pop(key) for key in known & options.keys()}
-    config = TrainConfig(**{"batch_size": 4, "lr": 1e-2, **options})
-    state = model if isinstance(model, TrainState) else TrainState.begin(model, config)
-    return train(
-        state,
-        pictures() if images is None else images,
-        **{"scheduler": DDPMScheduler(1000), "sampler": ebdiff.Uniform(1000), **others},
-        config=config,
-        until=until,
-    )
 
 
 def numbered(count: int) -> Tensor:
@@ -301,95 +266,6 @@ def test_the_user_s_random_numbers_and_modes_are_left_alone() -> None:
         assert (np.random.get_state()[1] == before[2]).all()  # type: ignore[index] # noqa: NPY002
         torch.rand(7)
         assert losses == [report.loss for report in steps(again, 3, images)]
-
-
-# What stops it
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("where", ["loss", "gradients"])
-def test_what_is_not_finite_stops_and_the_step_is_not_applied(tmp_path: Path, where: str, value: float) -> None:
-    model, calls = net(), 0
-
-    def poison(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == 4 and where == "loss":
-            return output * value
-        if calls == 4:
-            output.register_hook(lambda gradient: gradient * value)
-        return output
-
-    model.first.register_forward_hook(poison)
-    state = TrainState.begin(model, TrainConfig(lr=1e-2))
-    loop = training(state, 9, checkpoints=Checkpoints(tmp_path), checkpoint_every=2, grad_clip=None, precision="bf16")
-    for _ in range(3):
-        next(loop)
-    before, facts = {name: tensor.clone() for name, tensor in state.tensors().items()}, state.facts()
-    problem = "loss" if where == "loss" else "gradient norm"
-    with pytest.raises(EbdiffError, match=rf"step 4.*finite {problem}.*lower lr.*grad_clip.*float32.*step 2") as error:
-        next(loop)
-    assert "\n" not in str(error.value)
-    assert facts == state.facts()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in state.tensors().items())
-    saved = Checkpoints(tmp_path).newest()
-    assert saved is not None
-    assert saved.step == 2
-
-
-BAD: dict[str, tuple[str, dict[str, Any]]] = {
-    "images of floats": ("uint8", {"images": torch.zeros(2, 2, 6, 6)}),
-    "one image": ("uint8", {"images": torch.zeros(2, 6, 6, dtype=torch.uint8)}),
-    "no image": ("uint8", {"images": torch.zeros(0, 2, 6, 6, dtype=torch.uint8)}),
-    "another schedule": ("1000 timesteps", {"scheduler": DDPMScheduler(100)}),
-    "regions of another schedule": (r"\[0, 500\)", {"regions": ebdiff.Partition(0, 240, 500)}),
-    "a prediction of its own": ("prediction_type", {"scheduler": SimpleNamespace(
-        config=SimpleNamespace(num_train_timesteps=1000, prediction_type="flow"))}),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("problem", "options"), BAD.values(), ids=BAD)
-def test_what_does_not_fit_is_refused_before_the_first_step(problem: str, options: dict[str, Any]) -> None:
-    model = Seen()
-    with pytest.raises(EbdiffError, match=problem) as error:
-        steps(model, 1, **options)
-    assert "\n" not in str(error.value)
-    assert not model.t
-
-
-def test_a_state_that_does_not_fit_is_refused_before_the_first_step() -> None:
-    config, other = TrainConfig(), TrainState.begin(net(width=9), TrainConfig())
-    good = TrainState.begin(net(), config)
-    compiled = net()
-    compiled.compile()
-    for state, problem in (
-        (TrainState(good.model, other.optimizer, good.ema), "optimizer"),
-        (TrainState(good.model, good.optimizer, other.ema), "ema"),
-        (TrainState.begin(nn.DataParallel(net()), config), "wrapped"),
-        (TrainState.begin(compiled, config), "compiled"),
-    ):
-        with pytest.raises(EbdiffError, match=problem):
-            steps(state, 1)
-        assert state.step == 0
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"batch_size": 0},
-        {"accumulate": 0},
-        {"lr": 0.0},
-        {"lr": float("nan")},
-        {"precision": "fp16"},
-        {"grad_clip": 0.0},
-        {"betas": (0.9, 1.0)},
-        {"ema_decay": 1.5},
-        {"weight_decay": -1.0},
-    ],
-)
-def test_settings_that_cannot_be(options: dict[str, Any]) -> None:
-    with pytest.raises(EbdiffError, match="TrainConfig"):
-        TrainConfig(**options)
 
 
 # Several processes
