@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
 
 from .files import write_bytes
@@ -68,8 +69,9 @@ def heatmaps(maps: Sequence[tuple[str, Sequence[int], Sequence[Sequence[float]]]
 
 def grid(sets: Mapping[str, Tensor], path: Path) -> None:
     """Sets of images side by side, each as a square grid: {title: uint8 [N, C, H, W]}; image i has the same place."""
-    figure = Figure(figsize=(4.7 * len(sets), 4.4 + 0.4 * any(sets)), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.08)
+    figure = Figure(
+        figsize=(4.7 * len(sets), 4.4 + 0.4 * any(sets)), layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.08)
+    )
     for axes, (title, images) in zip(_row(figure, len(sets)), sets.items(), strict=True):
         axes.imshow(_tiled(images).numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axes.set_title(title)
