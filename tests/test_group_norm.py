@@ -102,6 +102,14 @@ def test_strided_inputs(view: Any) -> None:
     torch.testing.assert_close(norm(x), one_norm_per_group(x, sizes, norm.weight, norm.bias, norm.eps))
 
 
+def test_a_batch_of_one_that_only_looks_channels_last() -> None:
+    """Attention hands over [1, C, H, W] with any stride over the batch; ATen refuses what torch calls contiguous."""
+    x = torch.randn(1, 16, 6, dtype=torch.float64).transpose(1, 2).view(1, 6, 4, 4)
+    norm = RaggedGroupNorm((2, 1, 3), dtype=torch.float64)
+    expected = one_norm_per_group(x.contiguous(), (2, 1, 3), norm.weight, norm.bias, norm.eps)
+    torch.testing.assert_close(norm(x), expected)
+
+
 def test_memory_format_and_state_dict_keys() -> None:
     norm = RaggedGroupNorm((3, 1))
     x = torch.randn(2, 4, 5, 5).to(memory_format=torch.channels_last)

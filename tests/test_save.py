@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from unets import inputs, scatter, unet
 
 import ebdiff
+from ebdiff.pruning import save as save_module
 from ebdiff.pruning.shrink import shrinks_of
 
 
@@ -108,7 +110,36 @@ def test_what_cannot_be_saved_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("damage", ["truncate tensors", "other tensors", "truncate json", "kept", "class", "missing"])
+def resealed(folder: Path, change: Any) -> None:
+    """Edit ebdiff.json as an attacker would, checksum included."""
+    path = folder / "ebdiff.json"
+    content = json.loads(path.read_text())
+    change(content)
+    content.pop("digest")
+    path.write_text(json.dumps({**content, "digest": save_module._digest(content)}))
+
+
+@pytest.mark.parametrize(
+    "attribute",
+    [
+        {"eval": {"named": "sys:exit"}},
+        {"train": {"named": "builtins:print"}},
+        {"act": {"named": "os:getcwd"}},
+        {"act": {"named": "torch:os.getcwd"}},
+        {"_forward_hooks": {"dict": []}},
+        {"z": {"object": "tempfile:_TemporaryFileCloser", "attributes": {"name": "/nowhere", "delete": True}}},
+    ],
+)
+def test_a_crafted_file_calls_nothing(attribute: dict[str, Any], tmp_path: Path) -> None:
+    ebdiff.save(scatter(Ours(4)), tmp_path)
+    resealed(tmp_path, lambda content: content["structure"]["attributes"].update(attribute))
+    with pytest.raises(ebdiff.EbdiffError, match="do not load this file"):
+        ebdiff.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "damage", ["truncate tensors", "other tensors", "truncate json", "kept", "class", "resealed class", "missing"]
+)
 def test_damage_is_one_error(damage: str, small: UNet2DModel, tmp_path: Path) -> None:
     ebdiff.save(small, tmp_path)
     facts, tensors = tmp_path / "ebdiff.json", tmp_path / "ebdiff.safetensors"
@@ -128,6 +159,8 @@ def test_damage_is_one_error(damage: str, small: UNet2DModel, tmp_path: Path) ->
     elif damage == "class":
         content["class"] = "ShrunkNothing"
         facts.write_text(json.dumps(content))
+    elif damage == "resealed class":
+        resealed(tmp_path, lambda content: content.update({"class": "ShrunkNothing"}))
     else:
         tensors.unlink()
     with pytest.raises(ebdiff.EbdiffError, match="expected"):

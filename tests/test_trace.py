@@ -12,7 +12,7 @@ from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import Tensor, nn
 from torch.nn import functional as F
-from unets import inputs, unet
+from unets import inputs, scatter, unet
 
 import ebdiff
 from ebdiff.pruning.axes import Atom, Cat, Prod, cut, freeze, leaves, places, size, split, unify
@@ -284,6 +284,63 @@ def test_unused_parameters_stay_whole() -> None:
     model.spare.extra = nn.Parameter(torch.randn(5, 6))
     plan = ebdiff.trace(model, torch.randn(2, 3))
     assert {axis.name: axis.reason for axis in plan.frozen}["spare.extra[0]"] == "not used in this forward pass"
+
+
+class _Foreign(nn.Module):
+    """One forward per trap that a reviewer found; every one once gave a plan that was wrong."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what, self.a, self.b = what, nn.Linear(6, 16), nn.Linear(16, 3)
+        self.table = nn.Parameter(torch.randn(1, 9, 16))
+        self.conv, self.shared = nn.Conv1d(5, 5, 3, padding=1), nn.GroupNorm(4, 16)
+        self.bias = nn.Parameter(torch.randn(2, 5, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)  # [2, 5, 16]
+        if self.what == "cropped table":
+            h = h + self.table[:, : x.shape[1]]
+        elif self.what == "conv over features":
+            return self.conv(h).mean(-1)
+        elif self.what == "pool over features":
+            return F.adaptive_avg_pool1d(h, 4)
+        elif self.what == "interpolate over features":
+            return F.interpolate(h, size=8)
+        elif self.what == "roll":
+            h = torch.roll(h, 3)
+        elif self.what == "one norm, two places":
+            h = self.shared(F.silu(self.shared(h.transpose(1, 2)))).transpose(1, 2)
+        elif self.what == "head bias":
+            q = h.view(2, 5, 2, 8).transpose(1, 2)
+            h = F.scaled_dot_product_attention(q, q, q, attn_mask=self.bias, scale=1.0).transpose(1, 2).flatten(2)
+        elif self.what == "stable sort":
+            h = h.sort(stable=True, dim=-1).values
+        return self.b(h)
+
+
+FOREIGN = ["cropped table", "conv over features", "pool over features", "interpolate over features", "roll",
+           "one norm, two places", "head bias", "stable sort"]  # fmt: skip
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_law_on_forwards_that_once_broke_it(what: str) -> None:
+    model, x = scatter(_Foreign(what)).double(), torch.randn(2, 5, 6, dtype=torch.float64)
+    plan = ebdiff.trace(model, x)
+    generator = torch.Generator().manual_seed(0)
+    scores = {space.name: torch.rand(space.size, generator=generator) for space in plan}
+    mask = ebdiff.ChannelMask.draw(scores, plan=plan, ratio=0.5, head_dim=True)
+    torch.testing.assert_close(ebdiff.shrink(model, mask)(x), ebdiff.masked(model, mask)(x))
+    if what == "cropped table":
+        longer = torch.randn(2, 8, 6, dtype=torch.float64)
+        torch.testing.assert_close(ebdiff.shrink(model, mask)(longer), ebdiff.masked(model, mask)(longer))
+
+
+def test_what_a_forward_hook_of_the_user_touches_stays_whole() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 6, 1), nn.Conv2d(6, 6, 1), nn.Conv2d(6, 2, 1))
+    model[0].register_forward_hook(lambda module, args, output: output.flip(1))
+    plan = ebdiff.trace(model, torch.randn(1, 2, 4, 4))
+    assert sizes(plan) == {"1": 6}
+    assert any("forward hook on 0" in axis.reason for axis in plan.frozen)
 
 
 # The user's model -------------------------------------------------------------------------------------------------------

@@ -92,10 +92,12 @@ class _RaggedGroupNorm(torch.autograd.Function):
     ) -> Tensor:
         groups = Groups(mean_of, spread)
         wide, weight_, bias_, shape, _ = _wide(x, weight, bias)
+        # A batch of one may claim to be channels_last with a stride of 0 or 1 over the batch, which ATen does not take.
         channels_last = x.dim() == 4 and wide.is_contiguous(memory_format=torch.channels_last)
+        channels_last = channels_last and wide.stride(0) == x.shape[1:].numel()
         wide = wide if channels_last else wide.contiguous()
         batch, channels = x.shape[:2]
-        positions = x[0, 0].numel()
+        positions = x.shape[2:].numel()
         own, mean, own_rstd = torch.native_group_norm(wide, None, None, batch, channels, positions, channels, _TINY)
         mean, deviation = mean.view(batch, channels), own_rstd.view(batch, channels).reciprocal()
         centre = groups.over(mean)
@@ -120,7 +122,7 @@ class _RaggedGroupNorm(torch.autograd.Function):
         centred = wide - centre.view(shape)
         sum_dy = dy.sum(spatial) if spatial else dy
         sum_dy_x = (dy * centred).sum(spatial) if spatial else dy * centred
-        positions = x[0, 0].numel()
+        positions = x.shape[2:].numel()
         from_mean = groups.over(weight_ * sum_dy) / positions * rstd
         from_variance = groups.over(weight_ * sum_dy_x) / positions * rstd.pow(3)
         dx = torch.addcmul(-from_mean.view(shape), centred, -from_variance.view(shape))

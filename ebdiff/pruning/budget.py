@@ -32,7 +32,7 @@ class Budget:
             raise EbdiffError("mask budget", expected="either ratio or macs", got="both or neither", remedy="give one")
         ratios = list(self.ratio.values()) if isinstance(self.ratio, Mapping) else [self.ratio]
         for ratio in ratios:
-            if ratio is not None and not 0 <= ratio < 1:
+            if ratio is not None and not (isinstance(ratio, int | float) and 0 <= ratio < 1):
                 raise EbdiffError(
                     "ratio", expected="a share removed in [0, 1)", got=repr(ratio), remedy="e.g. ratio=0.5"
                 )
@@ -87,6 +87,8 @@ def _global(
     rounded: Callable[[Mapping[str, float]], Widths],
 ) -> Widths:
     """Remove the lowest of all channels together; the best channel of every space is out of reach."""
+    if not spaces:
+        return {}
     ranked = [torch.sort(scores[s.name].detach().double().cpu())[0][:-1] for s in spaces]
     owner = torch.cat([torch.full((len(r),), i) for i, r in enumerate(ranked)])
     order = owner[torch.argsort(torch.cat(ranked), stable=True)]

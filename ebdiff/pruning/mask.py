@@ -166,7 +166,7 @@ class ChannelMask:
     @property
     def removed(self) -> float:
         """Share of all channels removed."""
-        return 1 - sum(int(kept.sum()) for kept in self.keep.values()) / max(self.size, 1)
+        return 1 - sum(int(kept.sum()) for kept in self.keep.values()) / self.size if self.size else 0.0
 
     def bits(self) -> Tensor:
         """bool [size]: the masks of all spaces one after another, in the plan's order."""
@@ -202,7 +202,8 @@ class ChannelMask:
 
     def __str__(self) -> str:
         asked = ", ".join(f"{name} {value:g}" for name, value in self.asked.items()) or "by hand"
-        macs, parameters = self.plan.macs(self) / self.plan.macs(), self.plan.parameters(self) / self.plan.parameters()
+        macs = self.plan.macs(self) / max(self.plan.macs(), 1)
+        parameters = self.plan.parameters(self) / max(self.plan.parameters(), 1)
         moved = self.regrouped()
         return (
             f"asked: {asked}; achieved: {self.removed:.1%} of the channels removed, "

@@ -63,9 +63,12 @@ def sizes_read_by(module: nn.Module, side: str) -> tuple[str, ...]:
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module in the place of the one with this name."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+    """Put a module in the place of the one with this name, wherever else it is used too."""
+    old = model.get_submodule(name)
+    for parent in list(model.modules()):
+        for key, child in parent._modules.items():
+            if child is old:
+                parent._modules[key] = module
 
 
 def adapt(model: nn.Module, mask: ChannelMask) -> None:
@@ -99,6 +102,8 @@ def _adapt_norm(model: nn.Module, name: str, groups: Any) -> None:
 
 
 def _adapt_torch(module: nn.Module) -> None:
+    if hasattr(module, "parametrizations"):
+        return  # reading its weight runs the parametrization, which may change its state
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, nn.Embedding):

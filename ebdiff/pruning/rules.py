@@ -16,7 +16,7 @@ from .axes import UNIT, Atom, Axis, freeze, size, unify
 if TYPE_CHECKING:
     from .trace import Tracer
 
-__all__ = ["meet", "rule", "rule_for", "tensors_in"]
+__all__ = ["meet", "rule", "rule_for", "tensors_in", "unknown"]
 
 Rule = Callable[["Tracer", Any, tuple[Any, ...], dict[str, Any], Any], None]
 _RULES: dict[str, Rule] = {}
@@ -36,7 +36,7 @@ def rule_for(func: Any) -> Rule:
     """The rule of an op: its own, else the pointwise one where ATen tags it so, else freezing."""
     name = func._schema.name.removeprefix("aten::")
     found = _RULES.get(name) or _RULES.get(name.removesuffix("_"))
-    return found or (_pointwise if torch.Tag.pointwise in func.tags else _unknown)
+    return found or (_pointwise if torch.Tag.pointwise in func.tags else unknown)
 
 
 def tensors_in(args: Any) -> list[Tensor]:
@@ -48,7 +48,8 @@ def tensors_in(args: Any) -> list[Tensor]:
     return [t for arg in args for t in tensors_in(arg)] if isinstance(args, list | tuple) else []
 
 
-def _unknown(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+def unknown(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Freeze all that an op touches, naming it."""
     if not tensors_in([out]):
         return  # asks for a device or a size
     reason = f"{func._schema.name.removeprefix('aten::')} in {tr.where()} has no rule"
@@ -148,7 +149,10 @@ def _reduce(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 def _along(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     axes = tr.axes(args[0])
     if axes:
-        freeze(axes[args[1]], f"{func._schema.name.removeprefix('aten::')} along it in {tr.where()}")
+        freeze(
+            axes[kwargs["dim"] if "dim" in kwargs else args[1]],
+            f"{func._schema.name.removeprefix('aten::')} along it in {tr.where()}",
+        )
     for tensor in tensors_in([out]):
         tr.label(tensor, list(axes))
 
@@ -168,6 +172,8 @@ def _spatial(last: int) -> Rule:
 
     def apply(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         reason = f"positions after {func._schema.name.removeprefix('aten::')} in {tr.where()}"
+        for axis in tr.axes(args[0])[-last:]:
+            freeze(axis, reason)
         for tensor in tensors_in([out]):
             kept = tr.axes(args[0])[: tensor.dim() - last]
             tr.label(tensor, [*kept, *(Atom(n, reason) for n in tensor.shape[-last:])])

@@ -70,6 +70,8 @@ def _convolution(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Non
     if bias is not None:
         unify(outward, tr.axes(bias)[0])
     reason = f"positions of a convolution in {tr.where()}"
+    for axis in axes[2:]:
+        freeze(axis, reason)
     tr.label(out, [axes[0], outward, *(Atom(n, reason) for n in out.shape[2:])])
     positions = x if transposed else out
     spatial = [Atom(n, reason) for n in positions.shape[2:]]
@@ -138,6 +140,8 @@ def _attention(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         _mark_heads(q[i])
     unify(q[-1], k[-1])
     unify(k[-2], v[-2])
+    for mask in tensors_in([list(args[3:4]), kwargs]):
+        _meet_into(tr, mask, [*q[:-1], k[-2]])
     freeze(k[-2], "tokens that a softmax runs over")
     if not tr.may_split():
         freeze(q[-1], f"head_dim sets the softmax scale in {tr.where()}, for which there is no rule")

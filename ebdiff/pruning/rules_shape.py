@@ -140,7 +140,8 @@ def _select(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 @rule("flip", "roll")
 def _flip(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     axes = tr.axes(args[0])
-    for dim in args[-1]:
+    listed = args[2] if len(args) > 2 else kwargs.get("dims", [] if "roll" in func._schema.name else args[1])
+    for dim in listed or range(len(axes)):  # a roll without dims runs over the flattened tensor
         freeze(axes[dim], f"reordered in {tr.where()}")
     tr.label(out, list(axes))
 

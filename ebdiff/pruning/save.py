@@ -6,6 +6,8 @@ stock loaders refuse: with ignore_mismatched_sizes they would fill a shrunken ne
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -62,7 +64,7 @@ def load(folder: str | Path) -> Any:
         return _class_in(folder / _FACTS, facts).from_pretrained(str(folder))
     model = build(facts["structure"], tensors)
     vars(model)["_ebdiff_shrinks"] = _shrinks_from(facts)
-    return model.eval()
+    return nn.Module.eval(model)
 
 
 def _class_in(path: Path, facts: Mapping[str, Any]) -> Any:
@@ -158,14 +160,22 @@ def _write(model: nn.Module, folder: Path, facts: Mapping[str, Any], extra: Mapp
         for mask in shrinks_of(model)
     ]
     files.write_tensors(folder / _TENSORS, tensors)
-    digest = files.checksum(folder / _TENSORS)
-    files.write_json(folder / _FACTS, {"format": 1, **facts, "shrinks": shrinks, "sha256": digest})
+    body = {"format": 1, **facts, "shrinks": shrinks, "sha256": files.checksum(folder / _TENSORS)}
+    files.write_json(folder / _FACTS, {**body, "digest": _digest(body)})
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     facts = files.read_json(folder / _FACTS)
     if not isinstance(facts, dict) or facts.get("format") != 1:
         raise EbdiffError(f"{folder / _FACTS}", expected="format 1", got="something else", remedy="save it again")
+    recorded = facts.pop("digest", None)
+    if recorded != _digest(facts):
+        raise EbdiffError(
+            f"{folder / _FACTS} was edited",
+            expected=str(recorded),
+            got=_digest(facts),
+            remedy="restore it or save again",
+        )
     tensors, _ = files.read_tensors(folder / _TENSORS)
     if files.checksum(folder / _TENSORS) != facts.get("sha256"):
         raise EbdiffError(
@@ -175,6 +185,10 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             remedy="restore both files from the same save",
         )
     return facts, tensors
+
+
+def _digest(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _shrinks_from(facts: Mapping[str, Any]) -> list[ChannelMask]:

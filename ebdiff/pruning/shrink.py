@@ -222,6 +222,11 @@ def _optimizer_changes(model: nn.Module, optimizers: list[Any], kept: Kept) -> l
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     changes: list[Change] = []
     for optimizer in optimizers:
+        if not hasattr(optimizer, "param_groups"):
+            got = type(optimizer).__name__
+            raise EbdiffError(
+                "optimizer", expected="one of torch's, or a list", got=got, remedy="pass the optimizer itself"
+            )
         held = {names.get(id(p)) for group in optimizer.param_groups for p in group["params"]}
         if not held & trained:
             raise EbdiffError(
@@ -235,14 +240,22 @@ def _optimizer_changes(model: nn.Module, optimizers: list[Any], kept: Kept) -> l
             for key, value in state.items() if name is not None else ():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
                     changes.append(_Set(state, key, kept[str(name)]))
-                elif isinstance(value, Tensor) and value.numel() > 1 and kept[str(name)]:
+                elif _holds_elements(value):
                     raise EbdiffError(
                         f"cannot shrink the state of {type(optimizer).__name__}",
                         expected=f"state of the shape of {name}, {tuple(parameter.shape)}",
-                        got=f"{key} of shape {tuple(value.shape)}",
+                        got=f"{key}: {tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__}",
                         remedy="use an optimizer with per-element state such as AdamW, or build it after shrink()",
                     )
     return changes
+
+
+def _holds_elements(state: Any) -> bool:
+    """Does optimizer state hold more than single numbers?"""
+    if isinstance(state, Tensor):
+        return state.numel() > 1
+    parts = state.values() if isinstance(state, Mapping) else state if isinstance(state, list | tuple) else ()
+    return any(map(_holds_elements, parts))
 
 
 def _ema_changes(model: nn.Module, ema: Any, mask: ChannelMask, kept: Kept) -> list[Change]:
@@ -252,6 +265,7 @@ def _ema_changes(model: nn.Module, ema: Any, mask: ChannelMask, kept: Kept) -> l
         inner = next(
             (getattr(ema, n) for n in ("ema_model", "module") if isinstance(getattr(ema, n, None), nn.Module)), ema
         )
+        refuse_wrapped(inner)
         mask.plan.check(inner)
         return [lambda: shrink_(inner, mask)]
     parameters = dict(model.named_parameters())

@@ -19,6 +19,7 @@ from ..errors import EbdiffError
 __all__ = ["build", "describe"]
 
 _TRUSTED = ("torch", "diffusers", "ebdiff")
+_FORBIDDEN = sys.stdlib_module_names - {"__main__"}
 _OWN = {*vars(nn.Module()), "_ebdiff_shrinks"}  # what every module has; hooks among it
 
 
@@ -40,7 +41,9 @@ def build(structure: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Mod
     """
     try:
         return _Reader(tensors).module(structure)
-    except (KeyError, TypeError, IndexError) as error:
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError, RuntimeError, ImportError) as error:
+        if isinstance(error, EbdiffError):
+            raise
         raise EbdiffError("damaged structure", got=repr(error), remedy="save the network again") from None
 
 
@@ -49,8 +52,10 @@ def _path_of(thing: Any) -> str:
 
 
 def _find(path: str) -> Any:
+    """The class or function at module:qualname, of a trusted package or a module the caller has imported."""
     module, _, qualname = path.partition(":")
-    if module.split(".")[0] in _TRUSTED:
+    root = module.split(".")[0]
+    if root in _TRUSTED:
         import_module(module)
     if module not in sys.modules:
         raise EbdiffError(
@@ -62,6 +67,11 @@ def _find(path: str) -> Any:
     found: Any = sys.modules[module]
     for part in qualname.split("."):
         found = getattr(found, part)
+    home = (getattr(found, "__module__", None) or "").split(".")[0]
+    if root in _FORBIDDEN or home not in (root, *_TRUSTED):  # not through torch.os.system either
+        raise EbdiffError(
+            "structure", expected="a class or function of a model", got=path, remedy="do not load this file"
+        )
     return found
 
 
@@ -162,8 +172,16 @@ class _Reader:
             module.register_buffer(key, entry and self.tensors[entry[0]], persistent=persistent)
         for key, child in description["modules"].items():
             module._modules[key] = child and self.module(child)
-        vars(module).update({key: self.value(value) for key, value in description["attributes"].items()})
+        vars(module).update(self._attributes(kind, description["attributes"]))
         return module
+
+    def _attributes(self, kind: type, attributes: Mapping[str, Any]) -> dict[str, Any]:
+        """Plain attributes; none may stand in for a method, a property or what nn.Module keeps for itself."""
+        for key in attributes:
+            held = getattr(kind, key, None)
+            if key in _OWN - {"training"} or key.startswith("__") or callable(held) or isinstance(held, property):
+                raise EbdiffError("structure", expected="plain attributes", got=key, remedy="do not load this file")
+        return {key: self.value(value) for key, value in attributes.items()}
 
     def _parameter(self, name: str, requires_grad: bool) -> nn.Parameter:
         if name not in self.parameters:
@@ -189,7 +207,10 @@ class _Reader:
         if kind == "named":
             return _find(content)
         if kind == "object":
-            made = object.__new__(_find(content))
-            vars(made).update({key: self.value(item) for key, item in rest[0][1].items()})
+            made_of = _find(content)
+            if not isinstance(made_of, type) or hasattr(made_of, "__del__"):
+                raise EbdiffError("structure", expected="a plain class", got=content, remedy="do not load this file")
+            made: Any = object.__new__(made_of)
+            vars(made).update(self._attributes(made_of, rest[0][1]))
             return made
         raise EbdiffError("structure", expected="a known kind of value", got=str(kind), remedy="save it again")

@@ -10,21 +10,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import EbdiffError
 from ..nn.group_norm import RaggedGroupNorm
 from . import rules_layers, rules_shape  # noqa: F401  (they file their rules)
-from .axes import Atom, Axis, Place, Prod, freeze, places, resolve, size
+from .axes import Atom, Axis, Place, freeze, places, resolve, size
+from .cost import cost_of, kept_size, terms_of
 from .modules import refuse_wrapped, replace, sizes_read_by, splits_its_own_axes
-from .plan import ChannelPlan, ChannelSpace, Frozen, Member, ModuleSize, Norm, Terms, Unit
-from .rules import rule_for
+from .plan import ChannelPlan, ChannelSpace, Frozen, Member, ModuleSize, Norm, Unit
+from .rules import rule_for, unknown
 
 __all__ = ["trace"]
 
-_LABEL = "_ebdiff_axes"
+_LABEL, _HOOKED = "_ebdiff_axes", "_ebdiff_hooked"
 
 
 def trace(model: nn.Module, *args: Any, **kwargs: Any) -> ChannelPlan:
@@ -76,6 +77,7 @@ class Tracer(TorchDispatchMode):
         self.model = model
         self.names = {id(module): name for name, module in model.named_modules()}
         self.used: set[int] = set()
+        self.foreign: dict[int, tuple[Tensor, list[Axis]]] = {}
         self.stack: list[nn.Module] = []
         self.norms: dict[str, Norm] = {}
         self.costs: list[list[Axis]] = []  # one multiply-accumulate per position of each product of axes
@@ -101,19 +103,22 @@ class Tracer(TorchDispatchMode):
         """Say what the dimensions of a tensor are."""
         if isinstance(tensor, Tensor):
             assert [size(axis) for axis in axes] == list(tensor.shape), "a label that does not fit its tensor"
-            setattr(tensor, _LABEL, axes)
+            if isinstance(tensor, FakeTensor):
+                setattr(tensor, _LABEL, axes)
+            else:  # the user's own, reached through a closure: leave no mark on it
+                self.foreign[id(tensor)] = (tensor, axes)
 
     def axes(self, tensor: Tensor) -> list[Axis]:
         """What the dimensions of a tensor are; those of a table that the forward itself makes are frozen."""
-        if not hasattr(tensor, _LABEL):
+        if not self.is_labelled(tensor):
             self.label(tensor, self.fixed(tensor, f"matched with a fixed table in {self.where()}"))
         self.used.add(id(tensor))
-        axes: list[Axis] = getattr(tensor, _LABEL)
+        axes: list[Axis] = getattr(tensor, _LABEL) if hasattr(tensor, _LABEL) else self.foreign[id(tensor)][1]
         return axes
 
     def is_labelled(self, tensor: Tensor) -> bool:
         """Do we know what its dimensions are?"""
-        return hasattr(tensor, _LABEL)
+        return hasattr(tensor, _LABEL) or id(tensor) in self.foreign
 
     def fixed(self, tensor: Tensor, reason: str) -> list[Axis]:
         """Fresh frozen axes for a tensor."""
@@ -128,11 +133,13 @@ class Tracer(TorchDispatchMode):
         def enter(module: nn.Module, args: Any) -> None:
             self.stack.append(module)
             self._watch_sizes(module, args, "input")
+            self._freeze_if_hooked(module, args)
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             if self.stack and self.stack[-1] is module:
                 self.stack.pop()
             self._watch_sizes(module, output, "output")
+            self._freeze_if_hooked(module, output)
 
         handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
         try:
@@ -147,6 +154,13 @@ class Tracer(TorchDispatchMode):
         if id(module) in self.names and tensor is not None and tensor.dim() > 1:
             for attribute in sizes_read_by(module, side):
                 self.sizes[self.names[id(module)], attribute] = self.axes(tensor)[1]
+
+    def _freeze_if_hooked(self, module: nn.Module, value: Any) -> None:
+        """A hook of the user's may change what goes in or comes out; it did not run here."""
+        if vars(module).get(_HOOKED):
+            for tensor in _tensors(value):
+                for axis in self.axes(tensor):
+                    freeze(axis, f"a forward hook on {self.names.get(id(module), '')} may change it")
 
     @property
     def module(self) -> nn.Module:
@@ -177,7 +191,10 @@ class Tracer(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        rule_for(func)(self, func, args, kwargs, out)
+        try:
+            rule_for(func)(self, func, args, kwargs, out)
+        except Exception:  # a use of the op that its rule does not know: freeze what it touches
+            unknown(self, func, args, kwargs, out)
         return out
 
     # The result -------------------------------------------------------------------------------------------------------
@@ -204,9 +221,9 @@ class Tracer(TorchDispatchMode):
             buffers=frozenset(name for name, t in self.parameters.items() if not isinstance(t, nn.Parameter)),
             aliases=self.aliases,
             norms=tuple(self.norms.values()),
-            cost=_cost(self.costs, names, batch),
+            cost=cost_of(self.costs, names, batch),
             sizes=tuple(
-                ModuleSize(module, attribute, _terms(_kept_size(resolve(axis), names)))
+                ModuleSize(module, attribute, terms_of(kept_size(resolve(axis), names)))
                 for (module, attribute), axis in self.sizes.items()
             ),
         )
@@ -225,6 +242,9 @@ class Tracer(TorchDispatchMode):
                         free.setdefault(place.atom, []).append((member, place))
                     elif dim < 2 and place.atom not in frozen:
                         frozen[place.atom] = Frozen(f"{name}[{dim}]", place.atom.length, place.atom.reason)
+        for atom in [atom for atom, found in free.items() if len(found) == 1]:
+            member, _ = free.pop(atom)[0]
+            frozen[atom] = Frozen(f"{member.parameter}[{member.dim}]", atom.length, "no other slice follows it")
         return free, list(frozen.values())
 
 
@@ -243,49 +263,6 @@ def _space_name(producer: Member, unit: str) -> str:
     return name if unit == "channel" else f"{name}.{unit}"
 
 
-Polynomial = dict[tuple[str, ...], float]
-
-
-def _terms(polynomial: Polynomial) -> Terms:
-    return tuple((value, key) for key, value in sorted(polynomial.items()))
-
-
-def _cost(costs: list[list[Axis]], names: dict[Atom, str], batch: int) -> Terms:
-    total: Polynomial = {}
-    for axes in costs:
-        term: Polynomial = {(): 1 / batch}
-        for axis in axes:
-            term = _times(term, _kept_size(resolve(axis), names))
-        for key, value in term.items():
-            total[key] = total.get(key, 0.0) + value
-    return _terms(total)
-
-
-def _kept_size(axis: Axis, names: dict[Atom, str]) -> Polynomial:
-    """How many positions of an axis are kept, as a polynomial in the kept sizes of the spaces."""
-    if isinstance(axis, Atom):
-        return {(names[axis],): 1.0} if axis in names else {(): float(axis.length)}
-    if isinstance(axis, Prod):
-        result: Polynomial = {(): 1.0}
-        for factor in axis.factors:
-            result = _times(result, _kept_size(factor, names))
-        return result
-    result = {}
-    for segment in axis.segments:
-        for key, value in _kept_size(segment, names).items():
-            result[key] = result.get(key, 0.0) + value
-    return result
-
-
-def _times(a: Polynomial, b: Polynomial) -> Polynomial:
-    result: Polynomial = {}
-    for left, x in a.items():
-        for right, y in b.items():
-            key = tuple(sorted((*left, *right)))
-            result[key] = result.get(key, 0.0) + x * y
-    return result
-
-
 def _shadow(model: nn.Module, fake: FakeTensorMode) -> nn.Module:
     """A copy of the model whose tensors are fake and whose hooks, but for torch's own, are gone."""
     memo: dict[int, Any] = {}
@@ -300,6 +277,7 @@ def _shadow(model: nn.Module, fake: FakeTensorMode) -> nn.Module:
             for key, hook in list(hooks.items()):
                 if not type(hook).__module__.startswith("torch.nn.utils"):
                     del hooks[key]
+                    vars(module)[_HOOKED] = True
     for name, module in list(shadow.named_modules()):
         if isinstance(module, RaggedGroupNorm):
             replace(shadow, name, _plain_stand_in(module))
@@ -322,6 +300,8 @@ def _fake_like(tensor: Tensor, fake: FakeTensorMode) -> Tensor:
 def _map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
     if isinstance(value, Tensor):
         return change(value.detach())
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_map_tensors(change, item) for item in value))
     if isinstance(value, tuple | list):
         return type(value)(_map_tensors(change, item) for item in value)
     if isinstance(value, dict):
