@@ -69,7 +69,9 @@ def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], **metad
     write_bytes(path, to_safetensors(plain, metadata=metadata or None))
 
 
-def read_tensors(path: str | Path, device: str | torch.device = "cpu") -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def read_tensors(
+    path: str | Path, device: str | torch.device = "cpu"
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The tensors and the metadata of a safetensors file.
 
     Raises:
@@ -85,7 +87,10 @@ def read_tensors(path: str | Path, device: str | torch.device = "cpu") -> tuple[
             return tensors, dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise EbdiffError(
-            f"{path} is damaged", expected="a whole safetensors file", got=str(error), remedy="restore it or write it again"
+            f"{path} is damaged",
+            expected="a whole safetensors file",
+            got=str(error),
+            remedy="restore it or write it again",
         ) from None
 
 

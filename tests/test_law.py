@@ -51,7 +51,7 @@ def random_mask(
 
 
 def error_of(dtype: torch.dtype, small: nn.Module, dense: nn.Module, args: Any) -> tuple[float, float]:
-    """(largest difference, allowed) relative to the output: a few times what the dtype itself costs against a wider one."""
+    """(largest difference, allowed): a few times what the dtype itself costs against a wider one."""
     positional, keyword = args
     with torch.no_grad():
         ours, theirs = small(*positional, **keyword).sample, dense(*positional, **keyword).sample

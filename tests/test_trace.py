@@ -199,7 +199,7 @@ def test_groups_agree_with_torch_pruning_but_for_attention() -> None:
         assert tied == theirs - same, "each of the six others is one attention, q/k and v/out together"
 
 
-# Frozen, by name and with the reason ------------------------------------------------------------------------------------
+# Frozen, by name and with the reason ----------------------------------------------------------------------------------
 
 
 class _Table(nn.Module):
@@ -343,7 +343,7 @@ def test_what_a_forward_hook_of_the_user_touches_stays_whole() -> None:
     assert any("forward hook on 0" in axis.reason for axis in plan.frozen)
 
 
-# The user's model -------------------------------------------------------------------------------------------------------
+# The user's model -----------------------------------------------------------------------------------------------------
 
 
 def test_the_model_is_left_alone() -> None:
