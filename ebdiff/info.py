@@ -32,7 +32,7 @@ def installation() -> list[str]:
         found = find_spec(name) is not None
         lines.append(f"  {name} {_version(name) if found else 'missing'} ({use}{'' if found else f': {command}'})")
     compiled = find_spec("ebdiff._C") is not None
-    lines.append(f"  compiled part {'present' if compiled else 'missing: pip install -e . with a C++ compiler'}")
+    lines.append(f"  compiled part {'present' if compiled else 'not in this version'}")
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         lines.append(f"  GPUs: {', '.join(names)}")
