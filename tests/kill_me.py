@@ -114,6 +114,7 @@ def run(folder: Path, kill: str = "", dropout: float = 0.2, shrink_at: int = 0) 
     where, _, count = kill.partition(":")
     if where in ("rename", "fsync"):
         arm(where, int(count))
+    accelerator = Accelerator(cpu=True)
     for report in train(
         state,
         pictures(),
@@ -123,8 +124,10 @@ def run(folder: Path, kill: str = "", dropout: float = 0.2, shrink_at: int = 0) 
         until=STEPS,
         checkpoints=checkpoints,
         checkpoint_every=EVERY,
-        accelerator=Accelerator(cpu=True),
+        accelerator=accelerator,
     ):
+        if accelerator.is_main_process:
+            print("loss", report.loss, flush=True)
         if report.step == shrink_at:
             ebdiff.shrink_(state.model, half(state.model), optimizer=state.optimizer, ema=state.ema)
         if where == "step" and report.step == int(count):

@@ -52,10 +52,10 @@ def test_a_few_newest_stay(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=2)
     assert checkpoints.newest() is None
     assert checkpoints.newest_step() is None
-    for step in (1, 2, 10, 123456789, 1234567890):  # by number: as text 123... comes before 2
+    for step in (1, 2, 10, 99999999, 100000000):  # by number: as text the last comes before the one before it
         checkpoints.save(step, of(step), {})
         assert whole(checkpoints).step == checkpoints.newest_step() == step
-    assert steps_in(tmp_path) == ["step-123456789", "step-1234567890"]
+    assert steps_in(tmp_path) == ["step-100000000", "step-99999999"]
 
 
 def test_the_one_just_written_stays_even_beside_later_steps(tmp_path: Path) -> None:
@@ -89,6 +89,10 @@ def test_leftovers_are_ignored_and_cleaned(tmp_path: Path) -> None:
     assert steps_in(tmp_path) == ["step-00000001", "step-00000003"]
 
 
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("step", [5, 6], ids=["again", "next"])
 @pytest.mark.parametrize("name", ["rename", "replace", "fsync"])
 def test_a_write_that_is_cut_off_anywhere_leaves_the_old_or_the_new(
@@ -119,6 +123,11 @@ def test_a_write_that_is_cut_off_anywhere_leaves_the_old_or_the_new(
         if left > 0:  # there were fewer calls: the write was completed
             assert float(saved.tensors["a"][0]) == 1
             break
+        with monkeypatch.context() as patch:  # the next write is cut off too, before anything is whole
+            patch.setattr(os, "replace", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                checkpoints.save(6, of(2), {})
+        assert torch.equal(whole(checkpoints).tensors["a"], saved.tensors["a"])
         checkpoints.save(6, of(2), {})
         assert torch.equal(whole(checkpoints).tensors["a"], of(2)["a"])
         assert steps_in(checkpoints.folder) == ["step-00000006"]

@@ -15,7 +15,7 @@ import torch
 from diffusers import DDPMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
-from kill_me import Seen, net, pictures, steps, training
+from kill_me import STEPS, Seen, net, pictures, steps, training
 from torch import Tensor, nn
 from unets import unet
 
@@ -208,7 +208,27 @@ def test_bf16_computes_in_bf16_and_keeps_weights_in_float32() -> None:
     assert seen == {"no": torch.float32, "bf16": torch.bfloat16}
 
 
+def test_dropout_is_new_in_every_micro_batch() -> None:
+    model, dropped = net(dropout=0.5), []
+    model.first.bias.data.fill_(9)  # so that relu lets everything through
+    model.drop.register_forward_hook(lambda _, __, output: dropped.append(output == 0))
+    steps(model, 3, batch_size=2, accumulate=2)
+    assert len(dropped) == 6
+    for i, one in enumerate(dropped):
+        for other in dropped[:i]:
+            assert 0.4 < float((one != other).float().mean()) < 0.6
+
+
 # What a step leaves
+
+
+def test_the_first_step_of_adam_moves_every_weight_by_the_rate() -> None:
+    model, before = net(), net()
+    next(training(model, 1, lr=1e-3, weight_decay=0.0))
+    for p, old in zip(model.parameters(), before.parameters(), strict=True):
+        moved = p.grad != 0
+        assert bool(moved.any())
+        torch.testing.assert_close((old - p)[moved], 1e-3 * p.grad.sign()[moved], rtol=1e-2, atol=0)  # type: ignore[union-attr]
 
 
 def test_gradients_are_there_and_new_at_every_report() -> None:
@@ -276,10 +296,14 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     """Shrunken on the way, so that gradients of the smaller network are exchanged too."""
     options = ["--dropout", "0", "--shrink-at", "3"]
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    losses = []
     for name, launcher in (("one", []), ("two", several)):
         command = [sys.executable, *launcher, str(SCRIPT), str(tmp_path / name), *options]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
+        losses.append([float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("loss")])
+    assert len(losses[0]) == STEPS
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     one, two = (Checkpoints(tmp_path / name).newest() for name in ("one", "two"))
     assert one is not None
     assert two is not None
