@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from ..files import checksum, read_json, read_tensors, write_json, write_tensors
 __all__ = ["Checkpoints", "Saved"]
 
 _TENSORS, _FACTS = "state.safetensors", "state.json"
+_NAME = re.compile(r"(step|\.old)-\d{8,}\Z")  # anything else in the folder is somebody else's
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,10 @@ class Checkpoints:
 
     def _places(self) -> list[Path]:
         """Newest first; a step that was killed while its new checkpoint took the old one's place has the old one."""
-        places = {_step(place): place for pattern in (".old-*", "step-*") for place in self.folder.glob(pattern)}
+        found = [
+            place for kind in (".old", "step") for place in self.folder.glob(f"{kind}-*") if _NAME.match(place.name)
+        ]
+        places = {_step(place): place for place in found}
         return [places[step] for step in sorted(places, reverse=True)]
 
     def _clean(self) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..data import to_model
 from ..errors import EbdiffError
 from ..pruning.modules import refuse_wrapped
-from ..timesteps.region import Partition
+from ..timesteps.region import Partition, Region
 from ..timesteps.sampler import Sampler, Within
 from .checkpoint import Checkpoints
 from .seeds import DataOrder, generator, seed_for
@@ -85,91 +85,102 @@ def train(
         sampler: draws timesteps and weights on that prediction's squared error.
         config: how to train.
         until: the step to stop at.
-        checkpoints: where to write state every `checkpoint_every` steps and at the end.
+        checkpoints: where to write state every `checkpoint_every` steps and at the end, before that step is yielded.
         regions: let all timesteps of a step come from one region, drawn with the mass that `sampler` gives it; the
             distribution of timesteps over many steps stays that of `sampler`.
         accelerator: of accelerate; made here if not given.
 
     Raises:
-        EbdiffError: sizes that do not fit (before the first step); a loss or gradient that is not finite: that step is
-            not applied.
+        EbdiffError: what does not fit together, by the call itself; later, a loss or gradient that is not finite: that
+            step is not applied.
     """
     accelerator = accelerator or Accelerator()
-    total = config.batch_size * config.accumulate
-    _check(state, images, sampler, regions, config, scheduler, accelerator.num_processes)
+    _check_data(images, scheduler, sampler, regions)
+    _check_training(state, config, accelerator)
+    if checkpoint_every and checkpoints is None:
+        got = f"checkpoint_every={checkpoint_every} alone"
+        raise EbdiffError("checkpoint_every", expected="checkpoints", got=got, remedy="say where: Checkpoints(folder)")
     state.to(accelerator.device)
+    return _steps(
+        state, images, scheduler, sampler, config, until, checkpoints, checkpoint_every or until, regions, accelerator
+    )
+
+
+def _steps(
+    state: TrainState,
+    images: Tensor,
+    scheduler: Any,
+    sampler: Sampler,
+    config: TrainConfig,
+    until: int,
+    checkpoints: Checkpoints | None,
+    checkpoint_every: int,
+    regions: Partition | None,
+    accelerator: Accelerator,
+) -> Iterator[StepReport]:
+    total = config.batch_size * config.accumulate
     order, network, prepared = DataOrder(len(images), config.seed), None, None
     while state.step < until:
-        step, region = state.step, None
-        drawn_by = sampler
-        if regions is not None:
-            region = _draw_region(regions, sampler, config.seed, step)
-            drawn_by = Within(regions[region], sampler)
-        batch = _draw(images, order, drawn_by, config, step, total)
+        step = state.step
+        region, within = _draw_region(regions, sampler, config.seed, step) if regions is not None else (None, None)
+        batch = _draw(images, order, sampler, config, step, total, within)
         present = [(id(p), p.shape) for p in state.model.parameters()]
         if present != prepared:  # the first step, or shrunken since
             network = accelerator.prepare_model(state.model) if accelerator.num_processes > 1 else state.model
             prepared = present
         assert network is not None
         network.train()
-        state.optimizer.zero_grad(set_to_none=True)
+        state.model.zero_grad(set_to_none=True)
         loss = _backward(network, batch, scheduler, config, step, accelerator)
-        parameters = [p for p in state.model.parameters() if p.requires_grad]
+        parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip or float("inf"))
         _check_finite(float(loss), float(norm), step + 1, config, checkpoints)
         state.optimizer.step()
         state.ema.step(state.model.parameters())
         state.step += 1
-        due = state.step == until or (checkpoint_every and state.step % checkpoint_every == 0)
+        due = state.step == until or state.step % checkpoint_every == 0
         if checkpoints is not None and due and accelerator.is_main_process:
             checkpoints.save(state.step, state.tensors(), state.facts())
         lr = float(state.optimizer.param_groups[0]["lr"])
         yield StepReport(state.step, float(loss), float(norm), lr, state.step * total, region)
+        state.model.zero_grad(set_to_none=True)
 
 
-def _check(
-    state: TrainState,
-    images: Tensor,
-    sampler: Sampler,
-    regions: Partition | None,
-    config: TrainConfig,
-    scheduler: Any,
-    processes: int,
-) -> None:
-    refuse_wrapped(state.model)
-    if images.dtype != torch.uint8 or images.dim() != 4 or not len(images):
-        got = f"{images.dtype} {list(images.shape)}"
+def _check_data(images: Tensor, scheduler: Any, sampler: Sampler, regions: Partition | None) -> None:
+    if images.dtype != torch.uint8 or images.dim() != 4 or not len(images) or images.device.type != "cpu":
         raise EbdiffError(
-            "images", expected="uint8 [N, C, H, W], N >= 1", got=got, remedy="see ebdiff.data.load_images"
+            "images",
+            expected="uint8 [N, C, H, W] on the CPU, N >= 1",
+            got=f"{images.dtype} {list(images.shape)} on {images.device}",
+            remedy="see ebdiff.data.load_images",
         )
-    if config.batch_size % processes:
-        raise EbdiffError(
-            "batch_size",
-            expected=f"a multiple of {processes} processes",
-            got=str(config.batch_size),
-            remedy="change it",
-        )
-    if scheduler.config.num_train_timesteps != sampler.T:
-        got = f"{scheduler.config.num_train_timesteps}"
-        raise EbdiffError(
-            "scheduler", expected=f"{sampler.T} timesteps, the sampler's", got=got, remedy="make them agree"
-        )
+    timesteps = getattr(scheduler.config, "num_train_timesteps", None)
+    if timesteps != sampler.T:
+        expected = f"{sampler.T} timesteps, the sampler's"
+        raise EbdiffError("scheduler", expected=expected, got=str(timesteps), remedy="make them agree")
     if regions is not None and regions.T != sampler.T:
+        expected, got = f"regions that tile [0, {sampler.T}), the sampler's timesteps", f"[0, {regions.T})"
+        raise EbdiffError("regions", expected=expected, got=got, remedy="make them agree")
+    kind, known = getattr(scheduler.config, "prediction_type", None), ("epsilon", "v_prediction", "sample")
+    if kind not in known:
+        expected = ", ".join(known[:-1]) + f" or {known[-1]}"
+        raise EbdiffError("prediction_type", expected=expected, got=str(kind), remedy="use a scheduler like DDPM's")
+
+
+def _check_training(state: TrainState, config: TrainConfig, accelerator: Accelerator) -> None:
+    refuse_wrapped(state.model)
+    if config.batch_size % accelerator.num_processes:
+        expected, got = f"a multiple of {accelerator.num_processes} processes", str(config.batch_size)
+        raise EbdiffError("batch_size", expected=expected, got=got, remedy="change it")
+    if accelerator.mixed_precision != "no":  # it would patch the caller's model, and only with several processes
         raise EbdiffError(
-            "regions",
-            expected=f"regions that tile [0, {sampler.T}), the sampler's timesteps",
-            got=f"[0, {regions.T})",
-            remedy="make them agree",
-        )
-    if scheduler.config.prediction_type not in ("epsilon", "v_prediction", "sample"):
-        raise EbdiffError(
-            "prediction_type",
-            expected="epsilon, v_prediction or sample",
-            got=str(scheduler.config.prediction_type),
-            remedy="use a scheduler of one of these",
+            "accelerator",
+            expected='mixed_precision "no"',
+            got=f'"{accelerator.mixed_precision}"',
+            remedy="set the precision in TrainConfig",
         )
     held = {id(p) for group in state.optimizer.param_groups for p in group["params"]}
-    if not any(id(p) in held for p in state.model.parameters()):
+    if not held or not held <= {id(p) for p in state.model.parameters()}:
         raise EbdiffError(
             "optimizer", expected="the model's parameters", got="others", remedy="build it from this model"
         )
@@ -177,18 +188,30 @@ def _check(
         raise EbdiffError("ema", expected="the model's shapes", got="others", remedy="build it from this model")
 
 
-def _draw_region(regions: Partition, sampler: Sampler, seed: int, step: int) -> int:
+def _draw_region(regions: Partition, sampler: Sampler, seed: int, step: int) -> tuple[int, Region]:
     masses = torch.tensor([sampler.mass(region) for region in regions], dtype=torch.float64)
-    return int(torch.multinomial(masses, 1, generator=generator(seed, "region", step)))
+    number = int(torch.multinomial(masses, 1, generator=generator(seed, "region", step)))
+    return number, regions[number]
 
 
-def _draw(images: Tensor, order: DataOrder, sampler: Sampler, config: TrainConfig, step: int, total: int) -> _Batch:
+def _draw(
+    images: Tensor,
+    order: DataOrder,
+    sampler: Sampler,
+    config: TrainConfig,
+    step: int,
+    total: int,
+    region: Region | None = None,
+) -> _Batch:
     clean = to_model(images[order(step * total, total)])
     if config.flip:
         flipped = torch.rand(total, generator=generator(config.seed, "flip", step)) < 0.5
         clean = torch.where(flipped[:, None, None, None], clean.flip(-1), clean)
     noise = torch.randn(clean.shape, generator=generator(config.seed, "noise", step))
-    t, weight = sampler.sample(total, generator=generator(config.seed, "timesteps", step))
+    drawn_by = sampler if region is None else Within(region, sampler)
+    t, weight = drawn_by.sample(total, generator=generator(config.seed, "timesteps", step))
+    if region is not None:  # Within gives every region mean weight 1; here the regions share one objective
+        weight = sampler.weights()[t]
     return _Batch(clean, noise, t, weight)
 
 

@@ -90,10 +90,12 @@ class TrainState:
         """Move everything to a device, in place."""
         self.model.to(device)
         self.ema.to(device)
-        for state in self.optimizer.state.values():
-            for key, value in state.items():
-                if isinstance(value, Tensor) and value.dim():
-                    state[key] = value.to(device)
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                state = self.optimizer.state.get(parameter, {})
+                for key, value in state.items():
+                    if isinstance(value, Tensor):
+                        state[key] = value.to(_home(key, parameter, group))
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name: model.*, ema.*, optimizer.<parameter>.<key>."""
@@ -125,17 +127,34 @@ class TrainState:
             for key, value in self.optimizer.state.get(parameter, {}).items()
             if not isinstance(value, Tensor)
         }
+        other = next((name for name, value in scalars.items() if not isinstance(value, int | float | str | None)), None)
+        if other is not None:
+            raise EbdiffError(
+                f"{type(self.optimizer).__name__} cannot be saved",
+                expected="tensors and numbers as its state",
+                got=f"{other}: {type(scalars[other]).__name__}",
+                remedy="use an optimizer like AdamW",
+            )
         groups = [
-            {key: value for key, value in group.items() if isinstance(value, int | float | bool | list | tuple | None)}
-            for group in ({k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups)
+            {key: _plain(value) for key, value in group.items() if key != "params" and _is_plain(_plain(value))}
+            for group in self.optimizer.param_groups
         ]
-        return {"kind": type(self.optimizer).__name__, "scalars": scalars, "groups": groups}
+        return {
+            "kind": type(self.optimizer).__name__,
+            "scalars": scalars,
+            "groups": groups,
+            "parameters": self._groups_by_name(),
+        }
+
+    def _groups_by_name(self) -> list[list[str]]:
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        return [[names.get(id(p), "?") for p in group["params"]] for group in self.optimizer.param_groups]
 
     def restore(self, saved: Saved) -> None:
         """Go back to a checkpoint.
 
         Raises:
-            EbdiffError: it belongs to another model or optimizer; nothing was changed then.
+            EbdiffError: it belongs to another model or optimizer, or is no training state; nothing was changed then.
         """
         self._check(saved)
         present = self._weights()
@@ -148,6 +167,19 @@ class TrainState:
         self.step = saved.facts["step"]
 
     def _check(self, saved: Saved) -> None:
+        absent = [key for key in ("step", "ema", "optimizer") if key not in saved.facts]
+        absent = absent or [key for key in self._optimizer_facts() if key not in saved.facts["optimizer"]]
+        if absent:
+            raise EbdiffError(
+                f"the checkpoint of step {saved.step} is no training state",
+                expected="the facts of TrainState.facts()",
+                got=f"none about {', '.join(absent)}",
+                remedy="hand over the part that was made by it",
+            )
+        self._check_model(saved)
+        self._check_optimizer(saved)
+
+    def _check_model(self, saved: Saved) -> None:
         wanted = {name: _kind(tensor) for name, tensor in self._weights().items()}
         found = {name: _kind(tensor) for name, tensor in saved.tensors.items() if name.startswith(("model.", "ema."))}
         other = next((name for name in {**wanted, **found} if wanted.get(name) != found.get(name)), None)
@@ -158,28 +190,72 @@ class TrainState:
                 got=found.get(other, "absent"),
                 remedy="resume with the configuration and ticket it was written with",
             )
-        ours, theirs = self._optimizer_facts(), saved.facts["optimizer"]
-        if (ours["kind"], len(ours["groups"])) != (theirs["kind"], len(theirs["groups"])):
-            raise EbdiffError(
-                f"the checkpoint of step {saved.step} belongs to another optimizer",
-                expected=f"{ours['kind']} with {len(ours['groups'])} parameter groups",
-                got=f"{theirs['kind']} with {len(theirs['groups'])}",
-                remedy="resume with the optimizer it was written with",
-            )
+
+    def _check_optimizer(self, saved: Saved) -> None:
+        kind, facts = type(self.optimizer).__name__, saved.facts["optimizer"]
+        ours, theirs = self._groups_by_name(), facts["parameters"]
+        expected, got = f"{kind} with {len(ours)} parameter groups", f"{facts['kind']} with {len(theirs)}"
+        if kind == facts["kind"] and len(ours) == len(theirs):
+            pairs = zip(ours, theirs, strict=True)
+            number, name = next(((i, min({*a} ^ {*b})) for i, (a, b) in enumerate(pairs) if {*a} != {*b}), (0, None))
+            if name is None:
+                return
+            holds = {True: f"{name} in parameter group {number}", False: f"{name} elsewhere"}
+            expected, got = holds[name in ours[number]], holds[name in theirs[number]]
+        raise EbdiffError(
+            f"the checkpoint of step {saved.step} belongs to another optimizer",
+            expected=expected,
+            got=got,
+            remedy="resume with the optimizer it was written with",
+        )
 
     def _restore_optimizer(self, saved: Saved) -> None:
-        scalars = saved.facts["optimizer"]["scalars"]
+        values: dict[str, dict[str, Any]] = {}
+        tensors = {
+            name.removeprefix("optimizer."): t for name, t in saved.tensors.items() if name.startswith("optimizer.")
+        }
+        for name, value in {**saved.facts["optimizer"]["scalars"], **tensors}.items():
+            parameter_name, _, key = name.rpartition(".")
+            values.setdefault(parameter_name, {})[key] = value
+        named = dict(self.model.named_parameters())
         self.optimizer.state.clear()
-        for name, parameter in self.model.named_parameters():
-            for source, prefix in ((saved.tensors, f"optimizer.{name}."), (scalars, f"{name}.")):
-                for key in [key for key in source if key.startswith(prefix) and "." not in key.removeprefix(prefix)]:
-                    value = source[key]
-                    if isinstance(value, Tensor):
-                        value = value.clone() if value.dim() == 0 else value.to(parameter.device, copy=True)
-                    self.optimizer.state[parameter][key.removeprefix(prefix)] = value
+        for group, names in zip(self.optimizer.param_groups, self._groups_by_name(), strict=True):
+            for name in names:
+                for key, value in values.get(name, {}).items():
+                    put = _like(value, key, named[name], group) if isinstance(value, Tensor) else value
+                    self.optimizer.state[named[name]][key] = put
         for group, facts in zip(self.optimizer.param_groups, saved.facts["optimizer"]["groups"], strict=True):
-            group.update({key: tuple(v) if isinstance(group.get(key), tuple) else v for key, v in facts.items()})
+            for key, value in facts.items():
+                present = group.get(key)
+                if isinstance(present, Tensor):
+                    present.fill_(value)
+                else:
+                    group[key] = tuple(value) if isinstance(present, tuple) else value
 
 
 def _kind(tensor: Tensor) -> str:
     return f"{tensor.dtype} {list(tensor.shape)}"
+
+
+def _plain(value: Any) -> Any:
+    """A setting of a parameter group as a number: learning rates may be tensors."""
+    return value.item() if isinstance(value, Tensor) and value.dim() == 0 else value
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_plain(entry) for entry in value)
+    return isinstance(value, int | float | str | None)
+
+
+def _home(key: str, parameter: Tensor, group: dict[str, Any]) -> torch.device:
+    """Where an optimizer wants a tensor of its state: step counts stay on the CPU unless it is fused or capturable."""
+    counts = key == "step" and not (group.get("fused") or group.get("capturable"))
+    return torch.device("cpu") if counts else parameter.device
+
+
+def _like(value: Tensor, key: str, parameter: Tensor, group: dict[str, Any]) -> Tensor:
+    """A copy of a saved tensor where the optimizer wants it, laid out in memory as its parameter is."""
+    if value.shape == parameter.shape:
+        return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+    return value.to(_home(key, parameter, group), copy=True)
