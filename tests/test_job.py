@@ -27,7 +27,7 @@ from ebdiff.training import job
 from ebdiff.training.accounting import Cost, Meter
 from ebdiff.training.judge import macs_per_image
 from ebdiff.training.log import read_log
-from ebdiff.training.regions import joint_mask, ticket_of
+from ebdiff.training.regions import joint_mask, region, ticket_of
 from ebdiff.training.search import control_steps
 from ebdiff.training.stages import Work
 from ebdiff.training.world import World
@@ -123,7 +123,7 @@ def test_another_configuration_is_refused_in_this_folder(finished: World) -> Non
         run(tiny(finished.out, "regions.overlap=10"))
 
 
-@pytest.mark.parametrize("ticks", [19, 23, 37, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 20, 26, 52))])
+@pytest.mark.parametrize("ticks", [17, 23, 37, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 20, 26, 52))])
 def test_an_abandoned_run_goes_on_to_the_same_weights(finished: World, ticks: int, tmp_path: Path) -> None:
     world = tiny(tmp_path)
     job.prepare(world)
@@ -152,6 +152,14 @@ def test_killed_at_any_time_the_same_command_ends_the_same(finished: World, tmp_
     assert same(weights(tmp_path), weights(finished.out))
     ours, theirs = (without_times(read_json(out / "report.json")) for out in (tmp_path, finished.out))
     assert ours == theirs
+
+
+def test_a_region_trains_on_its_own_timesteps_and_the_overlap(finished: World) -> None:
+    stages = [region(finished, number) for number in range(3)]
+    for stage, (lo, hi) in zip(stages, [(0, 260), (240, 460), (440, 1000)], strict=True):
+        drawn = stage.sampler.pmf().nonzero()[:, 0]
+        assert (int(drawn.min()), int(drawn.max())) == (lo, hi - 1)
+    assert len({stage.seed for stage in stages} | {finished.config.seed}) == 4
 
 
 @pytest.mark.slow
