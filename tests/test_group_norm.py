@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import permutations
 from typing import Any
 
 import pytest
@@ -108,6 +109,19 @@ def test_a_batch_of_one_that_only_looks_channels_last() -> None:
     norm = RaggedGroupNorm((2, 1, 3), dtype=torch.float64)
     expected = one_norm_per_group(x.contiguous(), (2, 1, 3), norm.weight, norm.bias, norm.eps)
     torch.testing.assert_close(norm(x), expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 6, 4, 4), (2, 6, 1, 4), (2, 6, 4, 1), (1, 6, 1, 2), (3, 6, 1, 1), (1, 6, 5)])
+def test_any_strides_over_dimensions_of_one(shape: tuple[int, ...]) -> None:
+    norm = RaggedGroupNorm((2, 1, 3), dtype=torch.float64)
+    values = torch.randn(shape, dtype=torch.float64)
+    for order in permutations(range(len(shape))):
+        laid_out = values.permute(order).contiguous().permute([order.index(d) for d in range(len(shape))])
+        for odd in (1, 7, 1000):
+            strides = [odd if n == 1 else s for n, s in zip(shape, laid_out.stride(), strict=True)]
+            x = laid_out.as_strided(shape, strides)
+            expected = one_norm_per_group(values, (2, 1, 3), norm.weight, norm.bias, norm.eps)
+            torch.testing.assert_close(norm(x), expected)
 
 
 def test_memory_format_and_state_dict_keys() -> None:

@@ -80,6 +80,13 @@ def _wide(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tens
     return x.to(dtype), weight.to(dtype), bias.to(dtype), shape, list(range(2, x.dim()))
 
 
+def _is_channels_last(x: Tensor) -> bool:
+    """Is it channels_last beyond doubt? With a size of 1, strides may say so to torch and not to ATen's kernel."""
+    if x.dim() != 4 or min(x.shape[1:]) < 2 or not x.is_contiguous(memory_format=torch.channels_last):
+        return False
+    return x.stride(0) == x.shape[1:].numel()
+
+
 _TINY = 1e-30  # keeps a constant channel's own normalisation finite; far below the variance of any other
 
 
@@ -92,13 +99,11 @@ class _RaggedGroupNorm(torch.autograd.Function):
     ) -> Tensor:
         groups = Groups(mean_of, spread)
         wide, weight_, bias_, shape, _ = _wide(x, weight, bias)
-        # A batch of one may claim to be channels_last with a stride of 0 or 1 over the batch, which ATen does not take.
-        channels_last = x.dim() == 4 and wide.is_contiguous(memory_format=torch.channels_last)
-        channels_last = channels_last and wide.stride(0) == x.shape[1:].numel()
-        wide = wide if channels_last else wide.contiguous()
         batch, channels = x.shape[:2]
         positions = x.shape[2:].numel()
-        own, mean, own_rstd = torch.native_group_norm(wide, None, None, batch, channels, positions, channels, _TINY)
+        rows = wide if _is_channels_last(wide) else wide.contiguous().view(batch, channels, positions)
+        own, mean, own_rstd = torch.native_group_norm(rows, None, None, batch, channels, positions, channels, _TINY)
+        own = own.view(x.shape)
         mean, deviation = mean.view(batch, channels), own_rstd.view(batch, channels).reciprocal()
         centre = groups.over(mean)
         rstd = (groups.over(deviation.square() + (mean - centre).square()) + eps).rsqrt()
