@@ -270,10 +270,11 @@ def _while_alive(ticks: Iterator[Tick], parent: int | None) -> Iterator[Tick]:
 
 
 def _network(world: World, arm: str, model: Path | None) -> Any:
-    from .training.judge import ARMS, arm_network, open_network
+    from .pruning.save import load
+    from .training.judge import ARMS, arm_network
 
     if model is not None:
-        return open_network(model)
+        return load(model)
     if arm not in ARMS:
         raise EbdiffError("--arm", expected=" or ".join(ARMS), got=arm, remedy="choose one")
     return arm_network(world, arm)

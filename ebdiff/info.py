@@ -58,10 +58,10 @@ def describe(folder: Path) -> list[str]:
     if (folder / "config.yaml").exists():
         return _run(folder)
     if (folder / "config.json").exists() or (folder / "ebdiff.json").exists():
+        from .pruning.save import load
         from .pruning.shrink import shrinks_of
-        from .training.judge import open_network
 
-        network = open_network(folder)
+        network = load(folder)
         lines = []
         for part in [network, *getattr(network, "nets", ())]:
             count = sum(parameter.numel() for parameter in part.parameters())

@@ -165,3 +165,10 @@ def test_damage_is_one_error(damage: str, small: UNet2DModel, tmp_path: Path) ->
         tensors.unlink()
     with pytest.raises(ebdiff.EbdiffError, match="expected"):
         ebdiff.load(tmp_path)
+
+
+def test_a_router_is_loaded_like_any_network(small: UNet2DModel, tmp_path: Path) -> None:
+    router = ebdiff.TimestepRouter(ebdiff.Partition(0, 500, 1000), [unet("AttnDownBlock2D", "AttnUpBlock2D"), small])
+    ebdiff.save(router, tmp_path)
+    x, t = inputs(small)[0]
+    assert torch.equal(ebdiff.load(tmp_path)(x, t).sample, router(x, t).sample)

@@ -69,6 +69,10 @@ def load(folder: str | Path) -> Any:
 
 def _class_in(path: Path, facts: Mapping[str, Any]) -> Any:
     name = str(facts.get("class"))
+    if name == "TimestepRouter":
+        from ..nn.router import TimestepRouter
+
+        return TimestepRouter
     try:
         return shrunk_class_named(name) if name.startswith(_PREFIX) else _diffusers_class(name)
     except AttributeError as error:

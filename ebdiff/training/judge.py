@@ -13,7 +13,7 @@ from torch import Tensor
 from ..data import to_uint8
 from ..errors import EbdiffError
 from ..evaluation import evaluate, loss_per_bin
-from ..files import read_json, write_json, write_tensors
+from ..files import write_json, write_tensors
 from ..nn.router import TimestepRouter
 from ..pruning.save import load
 from ..pruning.shrink import shrinks_of
@@ -33,7 +33,6 @@ __all__ = [
     "judging",
     "judging_one",
     "macs_per_image",
-    "open_network",
 ]
 
 ARMS = ("tickets", "dense")
@@ -121,18 +120,6 @@ def _images(world: World, mark: float) -> int:
 
 def _name(arm: str, mark: float) -> str:
     return f"judge {arm} at {mark:g}"
-
-
-def open_network(folder: Path) -> Any:
-    """A saved network of any kind: a router, a ticket's or a dense one.
-
-    Raises:
-        EbdiffError: none is there, or it is damaged.
-    """
-    config = folder / "config.json"
-    if config.exists() and read_json(config).get("_class_name") == "TimestepRouter":
-        return TimestepRouter.from_pretrained(folder)
-    return load(folder)
 
 
 def arm_network(world: World, arm: str, mark: float = 1.0) -> Any:
