@@ -37,6 +37,7 @@ Out = Annotated[Path | None, typer.Option(help="The run's folder; runs/<preset> 
 Seed = Annotated[int | None, typer.Option(help="Overrides the configuration's.")]
 Dry = Annotated[bool, typer.Option("--dry-run", help="Print what would be done; touch nothing.")]
 Parallel = Annotated[int, typer.Option(min=1, help="So many regions side by side, as local processes.")]
+BranchAt = Annotated[int | None, typer.Option(min=0, help="First train one joint ticket for so many steps.")]
 Arm = Annotated[str, typer.Option(help="tickets (the router) or dense (the control).")]
 Model = Annotated[Path | None, typer.Option(help="Any saved network instead: a router, a ticket's or a dense one.")]
 
@@ -66,8 +67,11 @@ def run(
     seed: Seed = None,
     dry_run: Dry = False,
     parallel: Parallel = 1,
+    branch_at: BranchAt = None,
 ) -> None:
     """The main job: search, tickets, region training, router, dense control, report. To resume, run it again."""
+    if branch_at is not None:
+        sets = [*(sets or ()), f"regions.branch_at={branch_at}"]
     world = _world(config, preset, overrides, sets, out, seed)
     from .training import job
 

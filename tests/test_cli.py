@@ -50,6 +50,18 @@ def test_help_loads_neither_torch_nor_diffusers() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
+def test_branch_at_plans_a_joint_ticket_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    plain = ("run", "--preset", "smoke", "--dry-run")
+    assert ebdiff(monkeypatch, *plain) == 0
+    assert "joint" not in capsys.readouterr().out
+    assert ebdiff(monkeypatch, *plain, "--branch-at", "7") == 0
+    assert "joint" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("command", ["run", "find", "train"])
 @pytest.mark.parametrize("preset", ["smoke", "demo", "cifar10"])
 def test_a_dry_run_touches_nothing(
