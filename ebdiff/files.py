@@ -18,7 +18,7 @@ from safetensors.torch import save as to_safetensors
 
 from .errors import EbdiffError
 
-__all__ = ["checksum", "read_json", "read_tensors", "write_bytes", "write_json", "write_tensors"]
+__all__ = ["checksum", "digest", "read_json", "read_tensors", "sync", "write_bytes", "write_json", "write_tensors"]
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
@@ -34,11 +34,16 @@ def write_bytes(path: str | Path, content: bytes) -> None:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync(path.parent)
+
+
+def sync(path: str | Path) -> None:
+    """Make what was written to a file, or renamed within a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -98,3 +103,8 @@ def checksum(path: str | Path) -> str:
     """sha256 of a file's content, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(value: Any) -> str:
+    """sha256 of a JSON value, in hexadecimal, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

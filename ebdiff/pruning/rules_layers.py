@@ -116,7 +116,7 @@ def _matrix(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     added = args[0] if first else (args[2] if name == "linear" and len(args) > 2 else None)
     if added is not None:
         _meet_into(tr, added, axes)
-    tr.add_cost(out, [contracted])
+    tr.costs.append([*axes, contracted])
 
 
 def _meet_into(tr: Tracer, added: Tensor, axes: list[Axis]) -> None:

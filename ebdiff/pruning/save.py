@@ -6,8 +6,6 @@ stock loaders refuse: with ignore_mismatched_sizes they would fill a shrunken ne
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -192,7 +190,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _digest(facts: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    return files.digest(facts)[:16]
 
 
 def _shrinks_from(facts: Mapping[str, Any]) -> list[ChannelMask]:

@@ -172,17 +172,9 @@ class Tracer(TorchDispatchMode):
         name = self.names.get(id(self.module), "")
         return f"{name} ({type(self.module).__name__})" if name else type(self.module).__name__
 
-    def name_of(self, tensor: Tensor | None) -> str | None:
-        """The name of a parameter or buffer."""
-        return next((name for name, parameter in self.parameters.items() if parameter is tensor), None)
-
     def may_split(self) -> bool:
         """Does a rule update the integers by which the running module views its channels as heads x head_dim?"""
         return splits_its_own_axes(self.module)
-
-    def add_cost(self, output: Tensor, contraction: list[Axis]) -> None:
-        """Count one multiply-accumulate per output element and contracted position."""
-        self.costs.append([*self.axes(output), *contraction])
 
     # Dispatch ---------------------------------------------------------------------------------------------------------
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -16,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import EbdiffError
-from ..files import checksum, read_json, read_tensors, write_json, write_tensors
+from ..files import checksum, digest, read_json, read_tensors, sync, write_json, write_tensors
 
 __all__ = ["Checkpoints", "Saved"]
 
@@ -55,11 +53,11 @@ class Checkpoints:
         place, beside = self.folder / f"step-{step:08d}", self.folder / f".new-{step:08d}"
         write_tensors(beside / _TENSORS, tensors)
         content = {"step": step, "facts": dict(facts)}
-        write_json(beside / _FACTS, {**content, "sha256": [checksum(beside / _TENSORS), _digest(content)]})
+        write_json(beside / _FACTS, {**content, "sha256": [checksum(beside / _TENSORS), digest(content)]})
         if place.exists():  # the same step again: the old one goes only when the new one is whole
             os.rename(place, self.folder / f".old-{step:08d}")
         os.rename(beside, place)
-        _sync(self.folder)
+        sync(self.folder)
         # Never the one just written, even when damaged or abandoned ones of later steps lie beside it.
         for old in [other for other in self._places() if other != place][self.keep - 1 :]:
             shutil.rmtree(old)
@@ -112,23 +110,11 @@ def _step(place: Path) -> int:
     return int(place.name.rpartition("-")[2])
 
 
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def _read(place: Path) -> Saved:
     content = read_json(place / _FACTS)
     wanted = content.pop("sha256", None) if isinstance(content, dict) else None
     tensors, _ = read_tensors(place / _TENSORS)
-    found = [checksum(place / _TENSORS), _digest(content)]
+    found = [checksum(place / _TENSORS), digest(content)]
     if found != wanted:
         raise EbdiffError(f"{place} was changed", expected=f"sha256 {wanted}", got=str(found))
     return Saved(content["step"], tensors, content["facts"])
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EbdiffError
-from ..files import read_json, write_json
+from ..files import read_json, sync, write_json
 
 __all__ = ["Tick", "Work", "done", "finish", "locked", "write_folder"]
 
@@ -93,18 +93,10 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     beside.mkdir(parents=True)
     write(beside)
     for file in beside.rglob("*"):
-        _sync(file)
-    _sync(beside)
+        sync(file)
+    sync(beside)
     os.replace(beside, folder)
-    _sync(folder.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(folder.parent)
 
 
 @contextmanager
