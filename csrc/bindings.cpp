@@ -1,0 +1,130 @@
+// ebdiff._C. Private: it takes raw addresses and trusts them; ebdiff.ops checks every tensor first.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+
+#include "cpu/ops.h"
+#ifdef EBDIFF_CUDA
+#include "cuda/ops.h"
+#endif
+#if __has_include("ebdiff_build_info.h")
+#include "ebdiff_build_info.h"
+#endif
+#ifndef EBDIFF_BUILD_INFO
+#define EBDIFF_BUILD_INFO "{}"
+#endif
+
+namespace py = pybind11;
+using namespace ebdiff;
+
+using Sizes = Layout::Sizes;
+
+static Layout make_layout(const std::vector<Sizes>& shapes, const std::vector<Sizes>& strides,
+                          const std::vector<int>& owner, const std::vector<int>& dims, const Addresses& keep,
+                          bool indexed) {
+  if (dims.size() != owner.size() || (!keep.empty() && keep.size() != owner.size()))
+    throw std::invalid_argument("owner, dims and keep differ in length");
+  std::vector<Mask> masks(owner.size());
+  for (size_t i = 0; i < owner.size(); ++i)
+    masks[i] = {owner[i], dims[i], keep.empty() ? nullptr : reinterpret_cast<const uint8_t*>(keep[i])};
+  return Layout(shapes, strides, masks, indexed);
+}
+
+static void need(const Layout& layout, std::initializer_list<size_t> lengths) {
+  for (const size_t length : lengths)
+    if (length != layout.slabs.size()) throw std::invalid_argument("a list is not as long as the layout");
+}
+
+// Is some memory of these tensors, written to by one of several threads, reached by two of them? Given as address and bytes.
+static bool any_overlap(const std::vector<std::pair<uintptr_t, int64_t>>& ranges) {
+  auto sorted = ranges;
+  std::sort(sorted.begin(), sorted.end());
+  uintptr_t end = 0;
+  for (const auto& [start, bytes] : sorted) {
+    if (bytes <= 0) continue;
+    if (start < end) return true;
+    end = start + uintptr_t(bytes);
+  }
+  return false;
+}
+
+static AdamWArgs adamw_args(const std::vector<double>& a, bool maximize) {
+  if (a.size() != 8) throw std::invalid_argument("eight numbers are needed");
+  return {a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], maximize};
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.attr("ABI") = 1;
+  m.def("build_info", [] { return py::module_::import("json").attr("loads")(EBDIFF_BUILD_INFO); });
+  m.def("isa", [] { return rows().isa; });
+  m.def("any_overlap", &any_overlap);
+
+  py::class_<Layout>(m, "Layout")
+      .def(py::init(&make_layout), py::arg("shapes"), py::arg("strides"), py::arg("owner"), py::arg("dims"),
+           py::arg("keep"), py::arg("indexed") = false)
+      .def("__len__", [](const Layout& l) { return l.slabs.size(); })
+      .def("overlaps", [](const Layout& l, int i) { return l.slabs.at(i).overlaps; })
+      .def("any_overlaps",
+           [](const Layout& l) {
+             return std::any_of(l.slabs.begin(), l.slabs.end(), [](const Slab& s) { return s.overlaps; });
+           })
+      .def("extents",
+           [](const Layout& l) {
+             std::vector<int64_t> extents;
+             for (const Slab& s : l.slabs) extents.push_back(s.extent);
+             return extents;
+           })
+      .def("shape", [](const Layout& l, int i) { return std::pair(l.slabs.at(i).rows, l.slabs.at(i).cols); })
+      .def("kept", [](const Layout& l, int i) { return std::pair(l.slabs.at(i).kept_rows, l.slabs.at(i).kept_cols); })
+      .def("kept_elements",
+           [](const Layout& l) {
+             std::vector<int64_t> counts;
+             for (const Slab& s : l.slabs) counts.push_back(s.kept_rows * s.kept_cols);
+             return counts;
+           })
+      .def("offset", [](const Layout& l, int i, int64_t row, int64_t col) { return l.slabs.at(i).offset(row) + col; });
+
+  const auto free = py::call_guard<py::gil_scoped_release>();
+  m.def("apply_mask",
+        [](const Layout& layout, const Addresses& x, const std::vector<int>& log2, int threads) {
+          need(layout, {x.size(), log2.size()});
+          apply_mask(layout, x, log2, threads);
+        },
+        free);
+  m.def("compact",
+        [](const Layout& layout, const Addresses& dense, const Addresses& small, const std::vector<int>& log2, int threads) {
+          need(layout, {dense.size(), small.size(), log2.size()});
+          compact(layout, dense, small, log2, threads);
+        },
+        free);
+  m.def("scatter_back",
+        [](const Layout& layout, const Addresses& dense, const Addresses& small, const std::vector<int>& log2, int threads) {
+          need(layout, {dense.size(), small.size(), log2.size()});
+          scatter_back(layout, dense, small, log2, threads);
+        },
+        free);
+  m.def("masked_adamw",
+        [](const Layout& layout, int dtype, const Addresses& p, const Addresses& g, const Addresses& mean,
+           const Addresses& square, const Addresses& ema, const std::vector<double>& numbers, bool maximize, int threads) {
+          need(layout, {p.size(), g.size(), mean.size(), square.size(), ema.empty() ? p.size() : ema.size()});
+          masked_adamw(layout, Dtype(dtype), p, g, mean, square, ema, adamw_args(numbers, maximize), threads);
+        },
+        free);
+  m.def("channel_sums",
+        [](const Layout& layout, const std::vector<int>& dtype, const Addresses& x, const Addresses& y, int kind,
+           uintptr_t out, int threads) {
+          need(layout, {dtype.size(), x.size(), y.empty() ? x.size() : y.size()});
+          channel_sums(layout, dtype, x, y, Sum(kind), reinterpret_cast<double*>(out), threads);
+        },
+        free);
+  m.def("mask_distance",
+        [](uintptr_t bits, int64_t rows, int64_t bytes, int64_t newest, uintptr_t out, int threads) {
+          mask_distance(reinterpret_cast<const uint8_t*>(bits), rows, bytes, newest, reinterpret_cast<int64_t*>(out), threads);
+        },
+        free);
+
+#ifdef EBDIFF_CUDA
+  bind_cuda(m);
+#endif
+}

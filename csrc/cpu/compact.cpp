@@ -1,0 +1,50 @@
+#include <cstring>
+
+#include "ops.h"
+#include "parallel.h"
+
+namespace ebdiff {
+
+constexpr int64_t kElements = 1 << 16;
+
+// Walk the kept rows of dense and small together; copy(dense row, small row, keep, columns or null, count, shift) moves one.
+template <class Copy>
+static void walk(const Layout& layout, const Addresses& dense, const Addresses& small, const std::vector<int>& log2,
+                 int threads, const Copy& copy) {
+  const std::vector<Task> tasks = tasks_of(layout, kElements, true);
+  parallel_for(int64_t(tasks.size()), threads, [&](int64_t i) {
+    const Task& task = tasks[i];
+    const Slab& slab = layout.slabs[task.slab];
+    const int shift = log2[task.slab];
+    const int32_t* columns = slab.col_index < 0 ? nullptr : &layout.index[slab.col_index] + task.col;
+    const uint8_t* keep = slab.col_keep < 0 ? nullptr : &layout.keep[slab.col_keep];
+    for (int64_t r = task.row; r < task.row_end; ++r) {
+      const int64_t row = slab.row_index < 0 ? r : layout.index[slab.row_index + r];
+      char* at = reinterpret_cast<char*>(dense[task.slab]) + (slab.offset(row) << shift);
+      char* packed = reinterpret_cast<char*>(small[task.slab]) + ((r * slab.kept_cols + task.col) << shift);
+      copy(columns ? at : at + (task.col << shift), packed, keep, columns, task.col_end - task.col, shift);
+    }
+  });
+}
+
+void compact(const Layout& layout, const Addresses& dense, const Addresses& small, const std::vector<int>& log2,
+             int threads) {
+  walk(layout, dense, small, log2, threads, [](char* at, char* packed, const uint8_t* keep, const int32_t* columns, int64_t n, int shift) {
+    if (columns)
+      rows().gather[shift](packed, at, keep, columns, n);
+    else
+      std::memcpy(packed, at, size_t(n) << shift);
+  });
+}
+
+void scatter_back(const Layout& layout, const Addresses& dense, const Addresses& small, const std::vector<int>& log2,
+                  int threads) {
+  walk(layout, dense, small, log2, threads, [](char* at, char* packed, const uint8_t* keep, const int32_t* columns, int64_t n, int shift) {
+    if (columns)
+      rows().scatter[shift](at, packed, keep, columns, n);
+    else
+      std::memcpy(at, packed, size_t(n) << shift);
+  });
+}
+
+}  // namespace ebdiff

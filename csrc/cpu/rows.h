@@ -1,0 +1,218 @@
+// Compiled once for each instruction set (rows_*.cpp) under the name EBDIFF_ISA. Plain loops for the vectoriser, nothing
+// from the standard library: its inline functions would be compiled for this instruction set too, and then be shared.
+// Built without contraction to fused multiply-add, so that every instruction set gives the same bits.
+#include "kernels.h"
+
+#ifdef __AVX512F__
+#include <immintrin.h>  // intrinsics are always inlined
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12 finds one in its own header
+#endif
+
+namespace ebdiff {
+namespace {
+
+template <int Bytes>
+struct Word;
+template <>
+struct Word<1> {
+  using type = uint8_t;
+};
+template <>
+struct Word<2> {
+  using type = uint16_t;
+};
+template <>
+struct Word<4> {
+  using type = uint32_t;
+};
+template <>
+struct Word<8> {
+  using type = uint64_t;
+};
+template <>
+struct Word<16> {
+  using type = unsigned __int128;
+};
+
+// All bits set where kept, none where removed; a keep byte is 255 or 0.
+template <class W>
+W bits_kept(uint8_t keep) {
+  return W(keep) ? W(~W(0)) : W(0);
+}
+
+template <class W>
+void zero_removed(void* x, const uint8_t* __restrict keep, int64_t n) {
+  W* __restrict to = static_cast<W*>(x);
+  for (int64_t i = 0; i < n; ++i) to[i] &= bits_kept<W>(keep[i]);
+}
+
+#ifdef __AVX512F__
+// A register's worth of elements with the instructions that close and open gaps. Memory is touched under masks only: what
+// lies behind the packed elements may belong to another thread.
+template <class W>
+struct Lanes {
+  static constexpr int64_t count = 0;  // no such instructions
+};
+template <>
+struct Lanes<uint32_t> {
+  static constexpr int64_t count = 16;
+  static uint32_t kept(const uint8_t* keep, uint32_t in_range) {
+    return _mm_mask_test_epi8_mask(in_range, _mm_maskz_loadu_epi8(in_range, keep), _mm_set1_epi8(-1));
+  }
+  static void close(uint32_t* packed, const uint32_t* x, uint32_t kept, uint32_t dense) {
+    _mm512_mask_storeu_epi32(packed, dense, _mm512_maskz_compress_epi32(kept, _mm512_maskz_loadu_epi32(kept, x)));
+  }
+  static void open(uint32_t* x, const uint32_t* packed, uint32_t kept, uint32_t dense) {
+    _mm512_mask_storeu_epi32(x, kept, _mm512_maskz_expand_epi32(kept, _mm512_maskz_loadu_epi32(dense, packed)));
+  }
+};
+template <>
+struct Lanes<uint16_t> : Lanes<uint32_t> {  // widened to 32 bits
+  static void close(uint16_t* packed, const uint16_t* x, uint32_t kept, uint32_t dense) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(kept, x));
+    _mm256_mask_storeu_epi16(packed, dense, _mm512_cvtepi32_epi16(_mm512_maskz_compress_epi32(kept, wide)));
+  }
+  static void open(uint16_t* x, const uint16_t* packed, uint32_t kept, uint32_t dense) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(dense, packed));
+    _mm256_mask_storeu_epi16(x, kept, _mm512_cvtepi32_epi16(_mm512_maskz_expand_epi32(kept, wide)));
+  }
+};
+
+// Move n packed elements; step(place in x, place in packed, bits kept, bits packed) moves up to a register of them.
+template <class W, class Step>
+void walk(const uint8_t* keep, const int32_t* index, int64_t n, const Step& step) {
+  if (n == 0) return;
+  const int64_t end = index[n - 1] + 1;
+  int64_t done = 0;
+  for (int64_t i = index[0]; i < end; i += Lanes<W>::count) {
+    const uint32_t in_range = end - i >= Lanes<W>::count ? 0xffff : (1u << (end - i)) - 1;
+    const uint32_t kept = Lanes<W>::kept(keep + i, in_range), count = __builtin_popcount(kept);
+    step(i, done, kept, (1u << count) - 1);
+    done += count;
+  }
+}
+#endif
+
+template <class W>
+void gather(void* packed, const void* x, const uint8_t* __restrict keep, const int32_t* __restrict index, int64_t n) {
+  W* __restrict to = static_cast<W*>(packed);
+  const W* __restrict from = static_cast<const W*>(x);
+#ifdef __AVX512F__
+  if constexpr (Lanes<W>::count > 0) {
+    walk<W>(keep, index, n, [=](int64_t at, int64_t done, uint32_t kept, uint32_t dense) {
+      Lanes<W>::close(to + done, from + at, kept, dense);
+    });
+    return;
+  }
+#endif
+  (void)keep;
+  for (int64_t i = 0; i < n; ++i) to[i] = from[index[i]];
+}
+
+template <class W>
+void scatter(void* x, const void* packed, const uint8_t* __restrict keep, const int32_t* __restrict index, int64_t n) {
+  W* __restrict to = static_cast<W*>(x);
+  const W* __restrict from = static_cast<const W*>(packed);
+#ifdef __AVX512F__
+  if constexpr (Lanes<W>::count > 0) {
+    walk<W>(keep, index, n, [=](int64_t at, int64_t done, uint32_t kept, uint32_t dense) {
+      Lanes<W>::open(to + at, from + done, kept, dense);
+    });
+    return;
+  }
+#endif
+  (void)keep;
+  for (int64_t i = 0; i < n; ++i) to[index[i]] = from[i];
+}
+
+float root(float x) { return __builtin_sqrtf(x); }
+double root(double x) { return __builtin_sqrt(x); }
+
+template <class T>
+T kept_or_zero(compute_t<T> x, uint8_t keep) {
+  using W = typename Word<sizeof(T)>::type;
+  return bits_as<T>(W(bits_as<W>(store<T>(x)) & bits_kept<W>(keep)));
+}
+
+template <class T, bool HasEma, bool HasKeep>
+void adamw_loop(T* __restrict p, const T* __restrict g, T* __restrict m, T* __restrict v, T* __restrict e,
+                const uint8_t* __restrict keep, int64_t n, const AdamWArgs& args) {
+  using C = compute_t<T>;
+  const C one_minus_beta1 = C(args.one_minus_beta1), beta2 = C(args.beta2), one_minus_beta2 = C(args.one_minus_beta2);
+  const C decay = C(args.decay), inverse_bias2 = C(args.inverse_bias2), eps = C(args.eps);
+  const C step_size = C(args.step_size), one_minus_ema = C(args.one_minus_ema), sign = args.maximize ? C(-1) : C(1);
+  for (int64_t i = 0; i < n; ++i) {
+    const uint8_t alive = HasKeep ? keep[i] : 255;
+    const C gradient = load(g[i]) * sign;
+    const C mean = load(m[i]) + (gradient - load(m[i])) * one_minus_beta1;
+    const C square = load(v[i]) * beta2 + gradient * gradient * one_minus_beta2;
+    const C change = mean / (root(square) * inverse_bias2 + eps) * step_size;
+    const T next = kept_or_zero<T>(load(p[i]) * decay - change, alive);
+    p[i] = next;
+    m[i] = kept_or_zero<T>(mean, alive);
+    v[i] = kept_or_zero<T>(square, alive);
+    if (HasEma) e[i] = kept_or_zero<T>(load(e[i]) - (load(e[i]) - load(next)) * one_minus_ema, alive);
+  }
+}
+
+template <class T>
+void adamw(void* p, const void* g, void* m, void* v, void* e, const uint8_t* keep, int64_t n, const AdamWArgs& args) {
+  const auto run = e ? (keep ? adamw_loop<T, true, true> : adamw_loop<T, true, false>)
+                     : (keep ? adamw_loop<T, false, true> : adamw_loop<T, false, false>);
+  run(static_cast<T*>(p), static_cast<const T*>(g), static_cast<T*>(m), static_cast<T*>(v), static_cast<T*>(e), keep, n,
+      args);
+}
+
+template <Sum Kind, class C>
+C term(C x, C y) {
+  const C value = Kind == Sum::square ? x * x : Kind == Sum::absolute ? x : x * y;
+  return Kind == Sum::absolute || Kind == Sum::absolute_product ? (value < 0 ? -value : value) : value;
+}
+
+// The order of the additions is that of 64 lanes, whatever the width of the vectors.
+template <class T, Sum Kind, bool HasColumn>
+double sum_loop(const T* __restrict x, const T* __restrict y, compute_t<T>* __restrict column, int64_t n) {
+  using C = compute_t<T>;
+  constexpr int kLanes = 64;
+  constexpr bool kTwo = Kind == Sum::product || Kind == Sum::absolute_product;
+  C lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int j = 0; j < kLanes; ++j) {
+      const C value = term<Kind, C>(load(x[i + j]), kTwo ? load(y[i + j]) : C(0));
+      lanes[j] += value;
+      if (HasColumn) column[i + j] += value;
+    }
+  for (int j = 0; i + j < n; ++j) {
+    const C value = term<Kind, C>(load(x[i + j]), kTwo ? load(y[i + j]) : C(0));
+    lanes[j] += value;
+    if (HasColumn) column[i + j] += value;
+  }
+  double total = 0;
+  for (int j = 0; j < kLanes; ++j) total += double(lanes[j]);
+  return total;
+}
+
+template <class T, Sum Kind>
+double sum(const void* x, const void* y, void* column, int64_t n) {
+  const auto run = column ? sum_loop<T, Kind, true> : sum_loop<T, Kind, false>;
+  return run(static_cast<const T*>(x), static_cast<const T*>(y), static_cast<compute_t<T>*>(column), n);
+}
+
+#define EBDIFF_BY_SIZE(f) {f<uint8_t>, f<uint16_t>, f<uint32_t>, f<uint64_t>, f<unsigned __int128>}
+#define EBDIFF_BY_SUM(T) {sum<T, Sum::square>, sum<T, Sum::absolute>, sum<T, Sum::product>, sum<T, Sum::absolute_product>}
+
+constexpr Rows kRows = {
+    EBDIFF_ISA_NAME,
+    EBDIFF_BY_SIZE(zero_removed),
+    EBDIFF_BY_SIZE(gather),
+    EBDIFF_BY_SIZE(scatter),
+    {adamw<float>, adamw<double>, adamw<bfloat16>, adamw<float16>},
+    {EBDIFF_BY_SUM(float), EBDIFF_BY_SUM(double), EBDIFF_BY_SUM(bfloat16), EBDIFF_BY_SUM(float16)},
+};
+
+}  // namespace
+
+const Rows& EBDIFF_ISA() { return kRows; }
+
+}  // namespace ebdiff

@@ -1,0 +1,3 @@
+#define EBDIFF_ISA rows_base
+#define EBDIFF_ISA_NAME "base"
+#include "rows.h"
