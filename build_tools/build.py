@@ -1,0 +1,159 @@
+"""Build what can be built in one folder, through ninja; say what could not be built, and why."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from .cuda import find_nvcc
+from .plan import Plan, info_source, ninja_file
+from .settings import Settings
+from .tools import Missing, cores, find_compiler, find_ninja, find_pybind11, find_python
+
+__all__ = ["ROOT", "Outcome", "build", "sources"]
+
+ROOT = Path(__file__).resolve().parent.parent
+GET_NVCC = "install the CUDA toolkit, or `pip install nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-cccl`"
+LOOK = "correct what the compiler says above, or leave the part out with EBDIFF_BUILD=cpu or none"
+
+LOAD = """
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+
+spec = spec_from_file_location("ebdiff._C", sys.argv[1])
+module = module_from_spec(spec)
+spec.loader.exec_module(module)
+print(module.ABI)
+"""
+
+
+class Outcome(NamedTuple):
+    """What was made.
+
+    Attributes:
+        module: the finished module in the build folder; None where not even the CPU part could be built.
+        parts: what it holds: (), ("cpu",) or ("cpu", "cuda").
+        missing: why each other part is not in it.
+        failed: the parts that broke, as opposed to those not asked for or without an nvcc on this machine.
+    """
+
+    module: Path | None
+    parts: tuple[str, ...]
+    missing: dict[str, Missing]
+    failed: tuple[str, ...] = ()
+
+
+def sources() -> ModuleType:
+    """ebdiff/ops/sources.py, without importing ebdiff: that needs torch."""
+    spec = spec_from_file_location("ebdiff_sources", ROOT / "ebdiff" / "ops" / "sources.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def build(settings: Settings, within: Path, extra: str = "") -> Outcome:
+    """Build ebdiff._C in a folder below `within`, one for each set of tools, so that each rebuilds what changed."""
+    off = Missing(f"EBDIFF_BUILD={settings.mode}", "`pip install -e .` without it")
+    if settings.mode == "none":
+        return Outcome(None, (), {"cpu": off, "cuda": off})
+    nvcc, missing, failed = None, {"cuda": off}, []
+    if settings.mode != "cpu":
+        try:
+            nvcc = find_nvcc(settings.architectures)
+            missing["cuda"] = Missing("no nvcc on this machine", GET_NVCC)
+            failed = [] if nvcc or settings.mode != "cuda" else ["cuda"]
+        except Missing as error:
+            missing["cuda"], failed = error, ["cuda"]
+    try:
+        plan, ninja = _prepare(settings, within, extra, nvcc)
+        with _alone(plan.folder):
+            _write(plan)
+            if nvcc:
+                try:
+                    return Outcome(_make(ninja, plan, "cuda"), ("cpu", "cuda"), {})
+                except Missing as error:
+                    missing["cuda"], failed = error, ["cuda"]
+            return Outcome(_make(ninja, plan, "cpu"), ("cpu",), missing, tuple(failed))
+    except Missing as error:
+        without = Missing("it needs the CPU part", error.remedy)
+        return Outcome(None, (), {"cpu": error, "cuda": without if nvcc else missing["cuda"]}, ("cpu", *failed))
+
+
+def _prepare(settings: Settings, within: Path, extra: str, nvcc: Any) -> tuple[Plan, str]:
+    compiler, ninja = find_compiler(), find_ninja()
+    pybind11, version = find_pybind11()
+    facts: dict[str, Any] = {
+        "sources": sources().digest_of(ROOT / "csrc"),
+        "python": sys.implementation.cache_tag,
+        "compiler": compiler.version,
+        "pybind11": version,
+        "flags": extra,
+        "parts": ["cpu"],
+    }
+    info = {"cpu": facts}
+    if nvcc:
+        names = [*(f"sm_{name}" for name in nvcc.architectures), f"compute_{nvcc.architectures[-1]}"]
+        info["cuda"] = {**facts, "parts": ["cpu", "cuda"], "nvcc": nvcc.version, "architectures": names}
+    key = repr((sys.executable, compiler, version, extra, nvcc and nvcc[:2]))
+    folder = within / f"_C-{sys.implementation.cache_tag}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+    plan = Plan(ROOT / "csrc", folder, compiler, find_python(), nvcc, info, settings.werror, extra)
+    (folder / "include").mkdir(parents=True, exist_ok=True)
+    # Through a link, so that the command lines, and with them the objects, outlive pip's temporary environments.
+    link = folder / "headers"
+    link.unlink(missing_ok=True)
+    link.symlink_to(pybind11)
+    return plan, ninja
+
+
+def _write(plan: Plan) -> None:
+    header = "extern const char* const ebdiff_build_info;\n#define EBDIFF_BUILD_INFO ebdiff_build_info\n"
+    files = {"build.ninja": ninja_file(plan), "include/ebdiff_build_info.h": header}
+    files |= {f"info_{part}.cpp": info_source(info) for part, info in plan.info.items()}
+    for name, text in files.items():
+        path = plan.folder / name
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
+
+
+def _make(ninja: str, plan: Plan, part: str) -> Path:
+    """Run ninja for a part, and load what it made in another process: what does not load counts as not built."""
+    run = subprocess.run(
+        [ninja, "-C", str(plan.folder), "-j", str(cores()), part],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if run.returncode:
+        raise Missing(f"the {part.upper()} part does not compile", LOOK, run.stdout)
+    print(run.stdout, end="", flush=True)
+    module = plan.folder / part / "_C.so"
+    if "-fsanitize" not in plan.extra:
+        _try(module)
+    return module
+
+
+def _try(module: Path) -> None:
+    run = subprocess.run([sys.executable, "-c", LOAD, str(module)], capture_output=True, text=True)
+    wanted = sources().ABI
+    if run.returncode or run.stdout.strip() != str(wanted):
+        said = run.stderr or f"its ABI is {run.stdout.strip()}, that of ebdiff/ops/sources.py is {wanted}"
+        raise Missing("the module is built, but does not load", LOOK, said)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Two builds in one folder wait for each other: ninja itself does not."""
+    import fcntl
+
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
