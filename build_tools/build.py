@@ -21,7 +21,7 @@ __all__ = ["ROOT", "Outcome", "build", "sources"]
 
 ROOT = Path(__file__).resolve().parent.parent
 GET_NVCC = "install the CUDA toolkit, or `pip install nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-cccl`"
-LOOK = "correct what the compiler says above, or leave the part out with EBDIFF_BUILD=cpu or none"
+LOOK = "correct what the compiler says above, or leave it out: EBDIFF_BUILD={}"
 
 LOAD = """
 import sys
@@ -126,6 +126,7 @@ def _write(plan: Plan) -> None:
 
 def _make(ninja: str, plan: Plan, part: str) -> Path:
     """Run ninja for a part, and load what it made in another process: what does not load counts as not built."""
+    instead = "cpu" if part == "cuda" else "none"
     run = subprocess.run(
         [ninja, "-C", str(plan.folder), "-j", str(cores()), part],
         stdout=subprocess.PIPE,
@@ -133,20 +134,24 @@ def _make(ninja: str, plan: Plan, part: str) -> Path:
         text=True,
     )
     if run.returncode:
-        raise Missing(f"the {part.upper()} part does not compile", LOOK, run.stdout)
+        raise Missing(
+            f"the {part.upper()} part does not compile",
+            LOOK.format(instead),
+            run.stdout[max(0, run.stdout.find("FAILED:")) :],
+        )
     print(run.stdout, end="", flush=True)
     module = plan.folder / part / "_C.so"
     if "-fsanitize" not in plan.extra:
-        _try(module)
+        _try(module, instead)
     return module
 
 
-def _try(module: Path) -> None:
+def _try(module: Path, instead: str) -> None:
     run = subprocess.run([sys.executable, "-c", LOAD, str(module)], capture_output=True, text=True)
     wanted = sources().ABI
     if run.returncode or run.stdout.strip() != str(wanted):
         said = run.stderr or f"its ABI is {run.stdout.strip()}, that of ebdiff/ops/sources.py is {wanted}"
-        raise Missing("the module is built, but does not load", LOOK, said)
+        raise Missing("the module is built, but does not load", LOOK.format(instead), said)
 
 
 @contextlib.contextmanager

@@ -99,7 +99,7 @@ def _cxx(plan: Plan, source: Path, group: str) -> list[str]:
     words = [*plan.compiler.command, *CXX.split()]
     words += next((flags.split() for end, flags in WIDER.items() if x86 and source.stem.endswith(end)), [])
     words += [*(["-Werror"] if plan.werror else []), *plan.extra.split(), "-I", str(plan.csrc)]
-    if group.startswith("bindings"):
+    if group != "cpu":  # what may see pybind11
         words += ["-I", "include", "-isystem", "headers", "-isystem", str(plan.python)]
     if group == "bindings_cuda":
         words.append("-DEBDIFF_CUDA")
