@@ -36,15 +36,26 @@ static void need(const Layout& layout, std::initializer_list<size_t> lengths) {
     if (length != layout.slabs.size()) throw std::invalid_argument("a list is not as long as the layout");
 }
 
-// Is some memory of these tensors, written to by one of several threads, reached by two of them? Given as address and bytes.
-static bool any_overlap(const std::vector<std::pair<uintptr_t, int64_t>>& ranges) {
-  auto sorted = ranges;
-  std::sort(sorted.begin(), sorted.end());
-  uintptr_t end = 0;
-  for (const auto& [start, bytes] : sorted) {
-    if (bytes <= 0) continue;
-    if (start < end) return true;
-    end = start + uintptr_t(bytes);
+// Does memory that is written to lie within the reach of another tensor? Addresses by list and tensor of the layout.
+static bool shares_memory(const Layout& layout, int bytes, const std::vector<Addresses>& written, const Addresses& read) {
+  struct Span {
+    uintptr_t start, end;
+    bool is_written;
+    bool operator<(const Span& other) const { return start < other.start; }
+  };
+  std::vector<Span> spans;
+  const auto add = [&](const Addresses& list, bool is_written) {
+    for (size_t i = 0; i < list.size() && i < layout.slabs.size(); ++i)
+      if (const auto length = uintptr_t(layout.slabs[i].extent) * bytes)
+        spans.push_back({list[i], list[i] + length, is_written});
+  };
+  for (const Addresses& list : written) add(list, true);
+  add(read, false);
+  std::sort(spans.begin(), spans.end());
+  uintptr_t written_to = 0, read_to = 0;
+  for (const Span& span : spans) {
+    if (span.start < written_to || (span.is_written && span.start < read_to)) return true;
+    (span.is_written ? written_to : read_to) = std::max(span.is_written ? written_to : read_to, span.end);
   }
   return false;
 }
@@ -58,7 +69,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("ABI") = 1;
   m.def("build_info", [] { return py::module_::import("json").attr("loads")(EBDIFF_BUILD_INFO); });
   m.def("isa", [] { return rows().isa; });
-  m.def("any_overlap", &any_overlap);
+  m.def("shares_memory", &shares_memory);
 
   py::class_<Layout>(m, "Layout")
       .def(py::init(&make_layout), py::arg("shapes"), py::arg("strides"), py::arg("owner"), py::arg("dims"),

@@ -27,6 +27,15 @@ static void walk(const Layout& layout, const Addresses& dense, const Addresses& 
   });
 }
 
+// Zeros from the end of a small tensor to the next multiple of 64 bytes, so that an arena holds no bytes by chance.
+static void fill_gaps(const Layout& layout, const Addresses& small, const std::vector<int>& log2) {
+  for (size_t i = 0; i < small.size(); ++i) {
+    const Slab& slab = layout.slabs[i];
+    const size_t bytes = size_t(slab.kept_rows * slab.kept_cols) << log2[i];
+    std::memset(reinterpret_cast<char*>(small[i]) + bytes, 0, -bytes & 63);
+  }
+}
+
 void compact(const Layout& layout, const Addresses& dense, const Addresses& small, const std::vector<int>& log2,
              int threads) {
   walk(layout, dense, small, log2, threads, [](char* at, char* packed, const uint8_t* keep, const int32_t* columns, int64_t n, int shift) {
@@ -35,6 +44,7 @@ void compact(const Layout& layout, const Addresses& dense, const Addresses& smal
     else
       std::memcpy(packed, at, size_t(n) << shift);
   });
+  fill_gaps(layout, small, log2);
 }
 
 void scatter_back(const Layout& layout, const Addresses& dense, const Addresses& small, const std::vector<int>& log2,

@@ -13,7 +13,8 @@ using Addresses = std::vector<uintptr_t>;
 // Zero what is removed. log2: of the bytes of an element, by tensor.
 void apply_mask(const Layout& layout, const Addresses& x, const std::vector<int>& log2, int threads);
 
-// small = the kept elements of dense, in dense's order in memory and without gaps; and back. The layout is indexed.
+// small = the kept elements of dense, in dense's order in memory and without gaps; and back. The layout is indexed. Each
+// small tensor has room up to the next multiple of 64 bytes, which compact fills with zeros.
 void compact(const Layout& layout, const Addresses& dense, const Addresses& small, const std::vector<int>& log2, int threads);
 void scatter_back(const Layout& layout, const Addresses& dense, const Addresses& small, const std::vector<int>& log2,
                   int threads);

@@ -1,0 +1,137 @@
+"""AdamW, its masks and the moving average of the weights in one pass: torch.ops.ebdiff.masked_adamw_."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+from .channel_mask_checks import check_adamw, check_axes, refuse_shared
+from .library import define
+from .mask_axes import Axes
+from .serve import backend, reference_of, run
+
+__all__ = ["masked_adamw_"]
+
+
+@torch.no_grad()
+def masked_adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avg: Sequence[Tensor],
+    exp_avg_sq: Sequence[Tensor],
+    ema: Sequence[Tensor],
+    axes: Axes,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    ema_decay: float = 0.0,
+    maximize: bool = False,
+) -> None:
+    """One step of AdamW, of the moving average of the weights, and of the masks on all of them, in one pass.
+
+    Computed in float32 (float64 for float64), each operation rounded once and stored to the nearest: the same bits
+    from the reference, from every instruction set and with any number of threads. Removed channels of the parameters,
+    both moments and the average become exact zeros, whatever their gradients hold.
+
+    Args:
+        params, grads, exp_avg, exp_avg_sq: lists of equal length; the tensors of one place share shape and dtype
+            (float32, float64, bfloat16, float16).
+        ema: as `params`, or empty for no average.
+        axes: masks on the parameters; empty for none.
+        lr, beta1, beta2, eps, weight_decay: of AdamW (decoupled decay).
+        step: number of this step, from 1.
+        ema_decay: ema <- ema_decay * ema + (1 - ema_decay) * new parameters.
+        maximize: go up the gradient.
+
+    Raises:
+        EbdiffError: lists, shapes, dtypes or devices that do not fit together, or tensors that share memory. Nothing
+            was changed then.
+    """
+    if params:
+        lists = (params, grads, exp_avg, exp_avg_sq, ema)
+        masks = (axes.keep, axes.owner, axes.dims)
+        _masked_adamw_op(*lists, *masks, lr, beta1, beta2, eps, weight_decay, step, ema_decay, maximize)
+
+
+def _masked_adamw_impl(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avg: Sequence[Tensor],
+    exp_avg_sq: Sequence[Tensor],
+    ema: Sequence[Tensor],
+    keep: Sequence[Tensor],
+    owner: Sequence[int],
+    dims: Sequence[int],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    ema_decay: float,
+    maximize: bool,
+) -> None:
+    check_axes(params, keep, owner, dims, written=True)
+    check_adamw(params, grads, exp_avg, exp_avg_sq, ema, step)
+    numbers = _adamw_numbers(lr, beta1, beta2, eps, weight_decay, step, ema_decay)
+    grads = [
+        grad if grad.stride() == parameter.stride() else torch.empty_like(parameter).copy_(grad)
+        for grad, parameter in zip(grads, params, strict=True)
+    ]
+    lists = (params, grads, exp_avg, exp_avg_sq, ema)
+    alike = all(
+        a.stride() == p.stride() for tensors in lists[1:] for a, p in zip(tensors, params, strict=False)
+    )  # else the reference
+    if not alike or backend(params[0]) is None:
+        refuse_shared([*params, *exp_avg, *exp_avg_sq, *ema], read=grads)  # the compiled part looks for itself
+    for numbers_of, part_owner in _by_dtype(params, owner):
+        part = [[tensors[i] for i in numbers_of] if tensors else [] for tensors in lists]
+        chosen = [k for k, i in enumerate(part_owner) if i >= 0]
+        masks = ([keep[k] for k in chosen], [part_owner[k] for k in chosen], [dims[k] for k in chosen])
+        serve = run if alike else reference_of
+        serve("masked_adamw_", params[0], *part, *masks, numbers, maximize)
+
+
+def _by_dtype(params: Sequence[Tensor], owner: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """For each dtype: the places of its tensors, and the owners renumbered among them (-1: of another dtype)."""
+    places: dict[torch.dtype, list[int]] = {}
+    for i, parameter in enumerate(params):
+        places.setdefault(parameter.dtype, []).append(i)
+    if len(places) == 1:
+        return [(list(range(len(params))), list(owner))]
+    result = []
+    for chosen in places.values():
+        number = {place: i for i, place in enumerate(chosen)}
+        result.append((chosen, [number.get(i, -1) for i in owner]))
+    return result
+
+
+def _adamw_numbers(
+    lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int, ema_decay: float
+) -> dict[str, float]:
+    return {
+        "one_minus_beta1": 1 - beta1,
+        "beta2": beta2,
+        "one_minus_beta2": 1 - beta2,
+        "decay": 1 - lr * weight_decay,
+        "inverse_bias2": 1 / sqrt(1 - beta2**step),
+        "eps": eps,
+        "step_size": lr / (1 - beta1**step),
+        "one_minus_ema": 1 - ema_decay,
+    }
+
+
+_masked_adamw_op = define(
+    "masked_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, "
+    "Tensor(d!)[] ema, Tensor[] keep, int[] owner, int[] dims, float lr, float beta1, float beta2, float eps, "
+    "float weight_decay, int step, float ema_decay, bool maximize) -> ()",
+    _masked_adamw_impl,
+    lambda *arguments: None,
+)

@@ -1,0 +1,195 @@
+"""What the operators on channel masks compute, in plain torch: the specification, and what serves without _C.
+
+Masks come as triples, one for each masked axis: ``keep[k]`` is bool [size of the dimension], True = KEPT, and covers
+dimension ``dims[k]`` of tensor number ``owner[k]``. Arguments have been checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "ARENA_BYTES",
+    "Kind",
+    "apply_mask_",
+    "arena_plan",
+    "by_owner",
+    "channel_sums",
+    "compact",
+    "kept_shape",
+    "mask_distance",
+    "masked_adamw_",
+    "memory_strides",
+    "scatter_back_",
+    "views",
+]
+
+Kind = Literal["square", "absolute", "product", "absolute product"]
+ARENA_BYTES = 64  # every tensor of an arena starts at a multiple: a cache line, and the widest vector register
+
+
+def by_owner(keep: Sequence[Tensor], owner: Sequence[int], dims: Sequence[int]) -> dict[int, dict[int, Tensor]]:
+    """{number of a tensor: {dim: keep}}."""
+    table: dict[int, dict[int, Tensor]] = {}
+    for kept, tensor, dim in zip(keep, owner, dims, strict=True):
+        table.setdefault(tensor, {})[dim] = kept
+    return table
+
+
+def apply_mask_(tensors: Sequence[Tensor], keep: Sequence[Tensor], owner: Sequence[int], dims: Sequence[int]) -> None:
+    """Zero the removed channels, in place."""
+    for kept, i, dim in zip(keep, owner, dims, strict=True):
+        tensors[i].index_fill_(dim, _positions(~kept, tensors[i]), 0)
+
+
+def compact(
+    tensors: Sequence[Tensor], keep: Sequence[Tensor], owner: Sequence[int], dims: Sequence[int], kept: Sequence[int]
+) -> list[Tensor]:
+    """The kept slices of all tensors, in one flat arena per dtype (see `arena_plan`)."""
+    table = by_owner(keep, owner, dims)
+    shapes = [kept_shape(tensor, i, owner, dims, kept) for i, tensor in enumerate(tensors)]
+    lengths, places = arena_plan(tensors, shapes)
+    arenas = [tensors[0].new_zeros(length, dtype=dtype) for dtype, length in lengths.items()]
+    for i, (tensor, view) in enumerate(zip(tensors, views(arenas, tensors, shapes, places), strict=True)):
+        for dim, alive in table.get(i, {}).items():
+            tensor = tensor.index_select(dim, _positions(alive, tensor))
+        view.copy_(tensor)
+    return arenas
+
+
+def scatter_back_(
+    dense: Sequence[Tensor],
+    small: Sequence[Tensor],
+    keep: Sequence[Tensor],
+    owner: Sequence[int],
+    dims: Sequence[int],
+) -> None:
+    """Write the small tensors to the kept positions of the dense ones; removed positions stay as they are."""
+    table = by_owner(keep, owner, dims)
+    for i, (tensor, part) in enumerate(zip(dense, small, strict=True)):
+        where = [torch.arange(size, device=tensor.device) for size in tensor.shape]
+        for dim, alive in table.get(i, {}).items():
+            where[dim] = _positions(alive, tensor)
+        tensor[torch.meshgrid(*where, indexing="ij") if where else ...] = part
+
+
+def masked_adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avg: Sequence[Tensor],
+    exp_avg_sq: Sequence[Tensor],
+    ema: Sequence[Tensor],
+    keep: Sequence[Tensor],
+    owner: Sequence[int],
+    dims: Sequence[int],
+    numbers: Mapping[str, float],
+    maximize: bool,
+) -> None:
+    """One step of AdamW, of its masks and of the moving average.
+
+    In float32 (float64 for float64), each operation rounded once, in this order; results are rounded to the nearest.
+    Source: Loshchilov & Hutter 2019, algorithm 2.
+    """
+    n = numbers
+    for i, (p, m, v) in enumerate(zip(params, exp_avg, exp_avg_sq, strict=True)):
+        wide = torch.promote_types(p.dtype, torch.float32)
+        gradient = -grads[i].to(wide) if maximize else grads[i].to(wide)
+        mean = m.to(wide) + (gradient - m.to(wide)) * n["one_minus_beta1"]
+        square = v.to(wide) * n["beta2"] + gradient * gradient * n["one_minus_beta2"]
+        root = square.pow(0.5)  # not sqrt(): MKL's, which torch calls for float64, is not always the nearest
+        change = mean / (root * n["inverse_bias2"] + n["eps"]) * n["step_size"]
+        p.copy_(p.to(wide) * n["decay"] - change)
+        m.copy_(mean)
+        v.copy_(square)
+        if ema:
+            e = ema[i].to(wide)
+            ema[i].copy_(e - (e - p.to(wide)) * n["one_minus_ema"])
+    for tensors in (params, exp_avg, exp_avg_sq, ema):
+        if tensors:
+            apply_mask_(tensors, keep, owner, dims)
+
+
+def channel_sums(
+    x: Sequence[Tensor], y: Sequence[Tensor], owner: Sequence[int], dims: Sequence[int], kind: Kind
+) -> Tensor:
+    """float64, flat: for each k the sums of f(x, y) of tensor ``owner[k]`` over all dimensions but ``dims[k]``."""
+    parts = [torch.empty(0, dtype=torch.float64)]
+    for i, dim in zip(owner, dims, strict=True):
+        value = x[i].double() if kind in ("square", "absolute") else x[i].double() * y[i].double()
+        value = value.square() if kind == "square" else value if kind == "product" else value.abs()
+        others = [d for d in range(value.dim()) if d != dim]
+        parts.append((value.sum(others) if others else value).cpu())
+    return torch.cat(parts)
+
+
+def mask_distance(bits: Tensor, newest: int) -> Tensor:
+    """int64 [n]: in how many bits each row of the packed masks differs from row `newest`."""
+    differ = bits ^ bits[newest]
+    return sum(((differ >> shift) & 1).sum(1) for shift in range(8)) + torch.zeros_like(bits[:, 0], dtype=torch.int64)
+
+
+# Arenas ---------------------------------------------------------------------------------------------------------------
+
+
+def kept_shape(
+    tensor: Tensor, number: int, owner: Sequence[int], dims: Sequence[int], kept: Sequence[int]
+) -> list[int]:
+    """The shape of what is kept of a tensor."""
+    shape = list(tensor.shape)
+    for i, dim, count in zip(owner, dims, kept, strict=True):
+        if i == number:
+            shape[dim] = count
+    return shape
+
+
+def memory_strides(tensor: Tensor, shape: Sequence[int]) -> list[int]:
+    """The strides of a dense tensor of this shape whose dimensions lie in memory in the order of `tensor`'s."""
+    steps = tensor.stride()
+    order = sorted(range(tensor.dim()), key=lambda d: -steps[d])
+    strides, step = [1] * tensor.dim(), 1
+    for d in reversed(order):
+        strides[d] = step
+        step *= max(shape[d], 1)
+    return strides
+
+
+def arena_plan(
+    tensors: Sequence[Tensor], shapes: Sequence[Sequence[int]]
+) -> tuple[dict[torch.dtype, int], list[tuple[int, int]]]:
+    """Where each tensor goes: ({dtype: elements of its arena}, [(number of the arena, first element)]).
+
+    Arenas come in the order in which their dtypes first appear; every tensor starts at a multiple of 64 bytes, and the
+    gaps are zero.
+    """
+    lengths: dict[torch.dtype, int] = {}
+    places = []
+    for tensor, shape in zip(tensors, shapes, strict=True):
+        step = ARENA_BYTES // tensor.dtype.itemsize
+        start = lengths.setdefault(tensor.dtype, 0)
+        count = 1
+        for size in shape:
+            count *= size
+        places.append((list(lengths).index(tensor.dtype), start))
+        lengths[tensor.dtype] = start + -(-count // step) * step
+    return lengths, places
+
+
+def views(
+    arenas: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    shapes: Sequence[Sequence[int]],
+    places: Sequence[tuple[int, int]],
+) -> list[Tensor]:
+    """The tensors inside their arenas, laid out in memory as those they were taken from."""
+    return [
+        arenas[arena].as_strided(shape, memory_strides(tensor, shape), start)
+        for tensor, shape, (arena, start) in zip(tensors, shapes, places, strict=True)
+    ]
+
+
+def _positions(flags: Tensor, like: Tensor) -> Tensor:
+    return flags.nonzero()[:, 0].to(like.device)

@@ -1,0 +1,40 @@
+"""Who serves an operator: the compiled part where it takes the arguments, else the reference."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import channel_mask_reference as reference
+from . import native, native_cpu
+from .native_cpu import NotTaken
+
+__all__ = ["backend", "reference_of", "run"]
+
+
+def backend(tensor: Tensor) -> Any:
+    """The module with the compiled implementations for a tensor's device; None without one."""
+    if tensor.device.type == "cpu":
+        return native_cpu if native.module() is not None else None
+    if native.has_cuda() and native.covers(*torch.cuda.get_device_capability(tensor.device)):
+        return import_module(".native_cuda", __package__)
+    return None
+
+
+def run(name: str, tensor: Tensor, *arguments: Any) -> Any:
+    """Compiled where the compiled part takes the arguments, else by the reference."""
+    compiled = backend(tensor)
+    if compiled is not None:
+        try:
+            return getattr(compiled, name)(*arguments)
+        except NotTaken:
+            pass
+    return getattr(reference, name)(*arguments)
+
+
+def reference_of(name: str, tensor: Tensor, *arguments: Any) -> Any:
+    """As `run`, but always the reference."""
+    return getattr(reference, name)(*arguments)
