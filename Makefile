@@ -1,4 +1,4 @@
-# demo: the main job on the embedded images. test, lint, bench: what contributors run. All in a virtual environment of
+# demo: the main job on the embedded images. test, lint, bench, sanitize: what contributors run. All in a virtual environment of
 # its own, torch first, so that TORCH chooses the build and nothing after it replaces it:
 #   make demo TORCH=torch==2.13.0     make test PYTHON=python3.12     make test ARGS="-k law"
 PYTHON ?= python3
@@ -12,7 +12,11 @@ STAMP := $(VENV)/.installed-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -
 
 MAKEFLAGS += --no-builtin-rules
 
-.PHONY: demo test lint bench clean
+# What the compiled part is made of: after a change it is built again (only what changed, in a few seconds).
+COMPILED := setup.py $(wildcard build_tools/*.py csrc/*.* csrc/*/*.*)
+SANITIZED := $(wildcard tests/test_channel_mask*.py tests/test_adamw*.py)
+
+.PHONY: demo test lint bench sanitize clean
 
 demo: $(STAMP)-run
 	$(BIN)/ebdiff run $(ARGS)
@@ -28,12 +32,17 @@ lint: $(STAMP)-lint
 bench: $(STAMP)-test
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only $(ARGS)
 
+# The CPU part under AddressSanitizer and UndefinedBehaviorSanitizer. Without torch.compile: it starts compilers.
+sanitize: $(STAMP)-test
+	$(BIN)/python -m build_tools.sanitize build/sanitize \
+	    $(BIN)/python -m pytest $(SANITIZED) -k "not compile" -p no:cacheprovider $(ARGS)
+
 clean:
-	rm -rf $(VENV) build dist ebdiff.egg-info
+	rm -rf $(VENV) build dist ebdiff.egg-info ebdiff/_build.json ebdiff/_C.*
 
 # `pip install torch` leaves a torch that is there alone; the constraint keeps the second install from changing it.
 # TORCH is not quoted, so that it can hold pip's options too.
-$(STAMP)-%: pyproject.toml setup.py
+$(STAMP)-%: pyproject.toml $(COMPILED)
 	@$(PYTHON) -c 'import sys; sys.exit("ebdiff needs Python 3.11 or later: make PYTHON=... chooses one" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(TORCH)

@@ -62,7 +62,7 @@ def sources() -> ModuleType:
 
 def build(settings: Settings, within: Path, extra: str = "") -> Outcome:
     """Build ebdiff._C in a folder below `within`, one for each set of tools, so that each rebuilds what changed."""
-    off = Missing(f"EBDIFF_BUILD={settings.mode}", "`pip install -e .` without it")
+    off = Missing(f"EBDIFF_BUILD={settings.mode}", "unset it")
     if settings.mode == "none":
         return Outcome(None, (), {"cpu": off, "cuda": off})
     nvcc, missing, failed = None, {"cuda": off}, []
@@ -103,7 +103,7 @@ def _prepare(settings: Settings, within: Path, extra: str, nvcc: Any) -> tuple[P
     if nvcc:
         names = [*(f"sm_{name}" for name in nvcc.architectures), f"compute_{nvcc.architectures[-1]}"]
         info["cuda"] = {**facts, "parts": ["cpu", "cuda"], "nvcc": nvcc.version, "architectures": names}
-    key = repr((sys.executable, compiler, version, extra, nvcc and nvcc[:2]))
+    key = repr((sys.executable, compiler, version, extra, nvcc, settings.werror))
     folder = within / f"_C-{sys.implementation.cache_tag}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
     plan = Plan(ROOT / "csrc", folder, compiler, find_python(), nvcc, info, settings.werror, extra)
     (folder / "include").mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,8 @@ OPTIONAL = {
     "datasets": ("images from hf:<data set>", "pip install 'ebdiff[datasets]'"),
     "torch_fidelity": ("Inception features, from local weights", "pip install torch-fidelity"),
 }
+# Served by ebdiff._C where it is built, else by the plain torch beside them in ebdiff.ops.
+COMPILED_OPS = ("apply_mask_", "compact", "scatter_back_", "masked_adamw_", "channel_sums", "mask_distance")
 
 
 def installation() -> list[str]:
@@ -31,11 +33,9 @@ def installation() -> list[str]:
     for name, (use, command) in OPTIONAL.items():
         found = find_spec(name) is not None
         lines.append(f"  {name} {_version(name) if found else 'missing'} ({use}{'' if found else f': {command}'})")
-    compiled = find_spec("ebdiff._C") is not None
-    lines.append(f"  compiled part {'present' if compiled else 'not in this version'}")
+    lines += _compiled()
     if torch.cuda.is_available():
-        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        lines.append(f"  GPUs: {', '.join(names)}")
+        lines += [f"  GPU: {_gpu(index)}" for index in range(torch.cuda.device_count())]
     else:
         lines.append(f"  no GPU that torch can use; {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads")
     weights = os.environ.get("EBDIFF_INCEPTION")
@@ -74,6 +74,53 @@ def describe(folder: Path) -> list[str]:
         got="another folder" if folder.is_dir() else "no folder",
         remedy="check the path",
     )
+
+
+def _compiled() -> list[str]:
+    """What is in ebdiff._C, who serves which op because of it, and how to add what is not in it."""
+    from .ops import native
+
+    compiled, facts, left_out = native.module(), native.facts(), native.missing()
+    if compiled is None:
+        said = left_out.get("cpu", {}).get("output", "")
+        return [f"  compiled part: {native.why_not()}", *_quoted(said), _served("reference", "reference")]
+    parts = " and ".join(part.upper() for part in facts.get("parts", ()))
+    tools = f"{facts.get('compiler', 'an unknown compiler')}, pybind11 {facts.get('pybind11', 'unknown')}"
+    lines = [f"  compiled part: {parts}, ABI {compiled.ABI}, by {tools}"]
+    if native.has_cuda():
+        lines.append(f"    CUDA by nvcc {facts['nvcc']} for {', '.join(facts['architectures'])}")
+    elif "cuda" in left_out:
+        why = left_out["cuda"]
+        lines += [
+            f"    no CUDA part: {why['problem']}; {why['remedy']}, then {native.again()}",
+            *_quoted(why["output"]),
+        ]
+    if native.is_outdated():
+        lines.append(f"    built from other sources: {native.again()} again")
+    return [*lines, _served(f"C++ {compiled.isa()}", "CUDA" if native.has_cuda() else "reference")]
+
+
+def _gpu(index: int) -> str:
+    import torch
+
+    from .ops import native
+
+    major, minor = torch.cuda.get_device_capability(index)
+    name = f"{torch.cuda.get_device_name(index)} (sm_{major}{minor})"
+    if native.has_cuda() and not native.covers(major, minor):
+        return f"{name}, not served by the CUDA part: EBDIFF_CUDA_ARCHS='{major}{minor}' {native.again()}"
+    return name
+
+
+def _served(cpu: str, cuda: str) -> str:
+    return f"    {', '.join(COMPILED_OPS)}: {cpu} on the CPU, {cuda} on a GPU"
+
+
+def _quoted(message: str) -> list[str]:
+    """The lines of a compiler's message that say what is wrong."""
+    lines = message.splitlines()
+    wrong = [line for line in lines if "error" in line.lower()] or lines
+    return [f"      {line.strip()}" for line in wrong[:3]]
 
 
 def _run(folder: Path) -> list[str]:
