@@ -97,10 +97,15 @@ def _beside(home: Path) -> tuple[Path, Path]:
 
 def _choose(asked: Sequence[str], able: set[str]) -> tuple[str, ...]:
     wrong = [name for name in asked if name not in able]
-    chosen = sorted(asked or [name for name in USUAL if name in able], key=lambda name: (int(name.rstrip("af")), name))
+    chosen = sorted(asked or [name for name in USUAL if name in able], key=_age)
     if wrong or not chosen:
         what = f"sm_{', sm_'.join(wrong or USUAL)}"
         raise Missing(
-            f"this nvcc does not compile for {what}", f"EBDIFF_CUDA_ARCHS chooses from {' '.join(sorted(able))}"
+            f"this nvcc does not compile for {what}",
+            f"EBDIFF_CUDA_ARCHS chooses from {' '.join(sorted(able, key=_age))}",
         )
     return tuple(chosen)
+
+
+def _age(name: str) -> tuple[int, str]:
+    return int(name.rstrip("af")), name

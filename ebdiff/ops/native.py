@@ -5,12 +5,12 @@ EBDIFF_NATIVE=0 switches it off, so that the references serve everything; EBDIFF
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import re
 import sys
 from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -81,10 +81,11 @@ def again() -> str:
 def _load() -> tuple[ModuleType | None, str]:
     if os.environ.get("EBDIFF_NATIVE") == "0":
         return None, "switched off by EBDIFF_NATIVE=0"
-    try:
-        compiled = _import(os.environ.get("EBDIFF_C_PATH"))
-    except ModuleNotFoundError:
+    path = os.environ.get("EBDIFF_C_PATH") or _beside()
+    if not path:
         return None, _not_built()
+    try:
+        compiled = _import(path)
     except (ImportError, OSError) as error:
         return None, f"it does not load ({error}); {again()}"
     if getattr(compiled, "ABI", None) != ABI:
@@ -92,14 +93,19 @@ def _load() -> tuple[ModuleType | None, str]:
     return compiled, ""
 
 
-def _import(path: str | None) -> ModuleType:
-    if not path:
-        return importlib.import_module("ebdiff._C")
+def _beside() -> str:
+    """The module in this very package; by name, another installation's might answer."""
+    paths = (PACKAGE / f"_C{suffix}" for suffix in EXTENSION_SUFFIXES)
+    return next((str(path) for path in paths if path.exists()), "")
+
+
+def _import(path: str) -> ModuleType:
     spec = spec_from_file_location("ebdiff._C", path)
     if spec is None or spec.loader is None:
-        raise ImportError(f"EBDIFF_C_PATH={path} is no extension module")
+        raise ImportError(f"{path} is no extension module")
     compiled = module_from_spec(spec)
     spec.loader.exec_module(compiled)
+    sys.modules["ebdiff._C"] = compiled
     return compiled
 
 
