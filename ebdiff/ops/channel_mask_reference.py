@@ -92,6 +92,7 @@ def masked_adamw_(
     """One step of AdamW, of its masks and of the moving average.
 
     In float32 (float64 for float64), each operation rounded once, in this order; results are rounded to the nearest.
+    (With MKL the square root of float64 can be one unit in the last place off; then so is this, but not `_C`.)
     Source: Loshchilov & Hutter 2019, algorithm 2.
     """
     n = numbers
@@ -100,7 +101,7 @@ def masked_adamw_(
         gradient = -grads[i].to(wide) if maximize else grads[i].to(wide)
         mean = m.to(wide) + (gradient - m.to(wide)) * n["one_minus_beta1"]
         square = v.to(wide) * n["beta2"] + gradient * gradient * n["one_minus_beta2"]
-        root = square.pow(0.5)  # not sqrt(): MKL's, which torch calls for float64, is not always the nearest
+        root = square.double().sqrt().to(wide)  # MKL's, which torch calls, is not the nearest in its own precision
         change = mean / (root * n["inverse_bias2"] + n["eps"]) * n["step_size"]
         p.copy_(p.to(wide) * n["decay"] - change)
         m.copy_(mean)
@@ -117,13 +118,20 @@ def channel_sums(
     x: Sequence[Tensor], y: Sequence[Tensor], owner: Sequence[int], dims: Sequence[int], kind: Kind
 ) -> Tensor:
     """float64, flat: for each k the sums of f(x, y) of tensor ``owner[k]`` over all dimensions but ``dims[k]``."""
-    parts = [torch.empty(0, dtype=torch.float64)]
+    table: dict[int, Tensor] = {}
+    parts = []
     for i, dim in zip(owner, dims, strict=True):
-        value = x[i].double() if kind in ("square", "absolute") else x[i].double() * y[i].double()
-        value = value.square() if kind == "square" else value if kind == "product" else value.abs()
-        others = [d for d in range(value.dim()) if d != dim]
-        parts.append((value.sum(others) if others else value).cpu())
-    return torch.cat(parts)
+        if i not in table:
+            table = {i: _term(x[i], y[i] if y else None, kind)}  # one at a time, in memory
+        others = [d for d in range(x[i].dim()) if d != dim]
+        parts.append(table[i].sum(others, dtype=torch.float64) if others else table[i].double())
+    return torch.cat(parts).cpu()
+
+
+def _term(x: Tensor, y: Tensor | None, kind: Kind) -> Tensor:
+    wide = torch.promote_types(x.dtype if y is None else torch.promote_types(x.dtype, y.dtype), torch.float32)
+    value = x.to(wide) if y is None else x.to(wide) * y.to(wide)
+    return value.square() if kind == "square" else value if kind == "product" else value.abs()
 
 
 def mask_distance(bits: Tensor, newest: int) -> Tensor:

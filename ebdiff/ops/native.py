@@ -113,7 +113,7 @@ def _not_built() -> str:
     note = _note()
     why = missing().get("cpu")
     if why:
-        return f"not built: {why['problem']}; {why['remedy']}"
+        return f"not built: {why['problem']}; {why['remedy']}, then {again()}"
     tag = sys.implementation.cache_tag
     if note.get("python", tag) != tag:
         return f"built for {note['python']}, not for this {tag}; {again()}"

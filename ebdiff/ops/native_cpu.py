@@ -68,6 +68,7 @@ def layout_of(
 
 
 def apply_mask_(tensors: Sequence[Tensor], keep: Sequence[Tensor], owner: Sequence[int], dims: Sequence[int]) -> None:
+    """Zero the removed channels."""
     layout = layout_of(tensors, keep, owner, dims)
     _c().apply_mask(layout, addresses(tensors), _log2(tensors), torch.get_num_threads())
 
@@ -149,6 +150,7 @@ def channel_sums(
 
 
 def mask_distance(bits: Tensor, newest: int) -> Tensor:
+    """`bits` is contiguous."""
     out = torch.empty(len(bits), dtype=torch.int64)
     rows, width = bits.shape
     _c().mask_distance(bits.data_ptr(), rows, width, newest, out.data_ptr(), torch.get_num_threads())

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from ..ops.channel_mask import channel_sums
+from ..ops.channel_mask_reference import Kind
 from .plan import ChannelPlan
 
-__all__ = ["ChannelSums"]
+__all__ = ["ChannelSums", "Kind"]
 
 
 class ChannelSums:
     """Adds up per-element contributions of weights to per-channel scores, with all index arithmetic done beforehand.
 
     A channel's score is |sum over the channel| in each slice of its space, averaged over the slices that belong to
-    weights with at least two dimensions. One transfer from the device for all spaces.
+    weights with at least two dimensions. One pass over the weights, and one transfer from each device.
     """
 
     def __init__(self, plan: ChannelPlan) -> None:
@@ -26,12 +28,13 @@ class ChannelSums:
             for name, dims in plan.by_parameter.items()
             if len(plan.shapes[name]) > 1 and name not in plan.buffers
         }
-        start, at = {}, 0
+        start: dict[tuple[str, int], int] = {}
+        at = 0
         for name, dims in self.dims.items():
             for dim in dims:
                 start[name, dim] = at
                 at += plan.shapes[name][dim]
-        self.length = at
+        self.length, self._start = at, start
         source, slot, channel, share, first, slots = [], [], [], [], 0, 0
         for space in plan:
             slices = [member for member in space.members if (member.parameter, member.dim) in start]
@@ -48,44 +51,27 @@ class ChannelSums:
         self._source, self._slot, self._channel = (torch.cat([empty, *parts]) for parts in (source, slot, channel))
         self._share = torch.cat([empty.double(), *share])
 
-    @torch.no_grad()
-    def of(self, elements: Callable[[str], Tensor | None]) -> Tensor:
+    def of(self, kind: Kind, x: Mapping[str, Tensor], y: Mapping[str, Tensor] | None = None) -> Tensor:
         """float64 [all channels], on the CPU: the scores, spaces one after another in the plan's order.
 
         Args:
-            elements: parameter name -> float tensor of its shape (dimensions past the second may be summed over
-                already), or None where it contributes nothing. Called one by one, so that only one is alive at a time.
+            kind: what is added up: "square" or "absolute" of x, "product" or "absolute product" of x and y.
+            x, y: parameter name -> floating tensor of its shape. A parameter that one of them lacks adds nothing.
         """
-        parts = []
-        for name, dims in self.dims.items():
-            values = elements(name)
-            if values is None:
-                parts += [torch.zeros(self.plan.shapes[name][dim]) for dim in dims]
-                continue
-            if values.dim() > 2 and dims[-1] < 2:
-                values = values.sum(tuple(range(2, values.dim())))
-            parts += [values.sum([d for d in range(values.dim()) if d != dim]) for dim in dims]
-        if not parts:
-            return torch.zeros(self.size, dtype=torch.float64)
-        device = max((part.device for part in parts), key=lambda d: d.type != "cpu")
-        flat = torch.cat([part.to(device) for part in parts]).double().cpu()
-        sums = torch.zeros(self._slots, dtype=torch.float64).index_add_(0, self._slot, flat[self._source])
+        names = [name for name in self.dims if name in x and (y is None or name in y)]
+        flat = torch.zeros(self.length, dtype=torch.float64)
+        for device in {x[name].device for name in names}:
+            here = [name for name in names if x[name].device == device]
+            pairs = [(i, name, dim) for i, name in enumerate(here) for dim in self.dims[name]]
+            others = [] if y is None else [y[name].detach() for name in here]
+            owner, dims = [i for i, _, _ in pairs], [dim for *_, dim in pairs]
+            sums = channel_sums([x[name].detach() for name in here], others, owner, dims, kind)
+            lengths = [self.plan.shapes[name][dim] for _, name, dim in pairs]
+            for (_, name, dim), part in zip(pairs, torch.split(sums, lengths), strict=True):
+                flat[self._start[name, dim] :][: len(part)] = part
+        slots = torch.zeros(self._slots, dtype=torch.float64).index_add_(0, self._slot, flat[self._source])
         scores = torch.zeros(self.size, dtype=torch.float64)
-        return scores.index_add_(0, self._channel, sums.abs_().mul_(self._share))
-
-    def of_magnitudes(self, weights: Mapping[str, Tensor], power: int) -> Tensor:
-        """As `of`, for |w|^power of each weight."""
-
-        def element(name: str) -> Tensor:
-            weight = weights[name].detach()
-            if weight.dim() == 2 or max(self.dims[name]) > 1:
-                return weight.float().abs().pow_(power)
-            # The sum over a kernel's positions, without a temporary of the weight's size.
-            positions = tuple(range(2, weight.dim()))
-            norm: Tensor = torch.linalg.vector_norm(weight, power, positions, dtype=torch.float32)
-            return norm.pow_(power)
-
-        return self.of(element)
+        return scores.index_add_(0, self._channel, slots.abs_().mul_(self._share))
 
     def split(self, scores: Tensor, raw: bool = False) -> dict[str, Tensor]:
         """{space name: float32 [size]}: divided by the mean of their space, so that spaces compare, unless `raw`."""

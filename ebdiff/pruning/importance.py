@@ -65,14 +65,9 @@ def importance(
     sums = ChannelSums(plan)
     weights = {name: p for name, p in model.named_parameters() if name in sums.dims}
     if losses is None:
-        return sums.split(sums.of_magnitudes(weights, power=2 if method == "magnitude" else 1))
+        return sums.split(sums.of("square" if method == "magnitude" else "absolute", weights))
     gradients = _gradients(weights, losses, threshold if method == "diff-pruning" else 0.0)
-
-    def contribution(name: str) -> Tensor:
-        product = (weights[name].detach() * gradients[name]).float()
-        return product if method == "taylor" else product.abs_()
-
-    return sums.split(sums.of(contribution))
+    return sums.split(sums.of("product" if method == "taylor" else "absolute product", weights, gradients))
 
 
 def _gradients(weights: Mapping[str, Tensor], losses: Iterable[Tensor], threshold: float) -> dict[str, Tensor]:

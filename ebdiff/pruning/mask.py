@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from ..errors import EbdiffError
+from ..ops.channel_mask import mask_distance
 from .budget import Budget, widths_for
 from .plan import ChannelPlan, Norm
 
-__all__ = ["ChannelMask", "NormMode", "Scope", "distance", "distances"]
+__all__ = ["ChannelMask", "NormMode", "Scope", "chance_corrected", "distance", "distances", "mask_distance"]
 
 NormMode = Literal["ragged", "balanced"]
 Scope = Literal["local", "global"]
@@ -41,6 +42,7 @@ class ChannelMask:
     keep: Mapping[str, Tensor]
     norm: NormMode = "ragged"
     asked: Mapping[str, float] = field(default_factory=dict)
+    _kept: dict[str, Mapping[int, Tensor]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name, kept in self.keep.items():
@@ -51,6 +53,7 @@ class ChannelMask:
         }
         object.__setattr__(self, "keep", MappingProxyType(keep))
         object.__setattr__(self, "asked", MappingProxyType(dict(self.asked)))
+        object.__setattr__(self, "_kept", {})
         if self.norm not in ("ragged", "balanced"):
             raise EbdiffError("norm", expected="'ragged' or 'balanced'", got=repr(self.norm), remedy="choose one")
         if self.norm == "balanced":
@@ -167,6 +170,16 @@ class ChannelMask:
     def removed(self) -> float:
         """Share of all channels removed."""
         return 1 - sum(int(kept.sum()) for kept in self.keep.values()) / self.size if self.size else 0.0
+
+    def kept(self, parameter: str) -> Mapping[int, Tensor]:
+        """{dim: bool [size of dim]}, True = kept, for each dimension of a parameter of which some channel is removed.
+
+        The same tensors at every call: they are not to be changed.
+        """
+        if parameter not in self._kept:
+            kept = self.plan.kept(self.keep, parameter)
+            self._kept[parameter] = {dim: alive for dim, alive in kept.items() if not bool(alive.all())}
+        return self._kept[parameter]
 
     def bits(self) -> Tensor:
         """bool [size]: the masks of all spaces one after another, in the plan's order."""

@@ -6,7 +6,7 @@ The law: ``shrink(model, mask)(x) == masked(model, mask)(x)``, and the same for 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,6 +18,7 @@ from ..errors import EbdiffError
 from ..nn.group_norm import MaskedGroupNorm
 from .mask import ChannelMask
 from .modules import adapt, refuse_wrapped, replace
+from .slices import apply_mask_, compact
 
 if TYPE_CHECKING:
     from ..tickets.ticket import Ticket
@@ -45,9 +46,11 @@ def shrink(model: Module, ticket: Ticket | ChannelMask) -> Module:
     mask = _mask_of(ticket)
     refuse_wrapped(model)
     mask.plan.check(model)
+    named = list(_tensors(model))
+    gradients = _compacted([(name, tensor.grad) for name, tensor in named], mask)
     memo: dict[int, Any] = {}
-    for name, tensor in _tensors(model):
-        memo[id(tensor)] = _sliced_like(tensor, mask.plan.kept(mask.keep, name))
+    for (_, tensor), values, gradient in zip(named, compact(_values(named), mask.plan, mask), gradients, strict=True):
+        memo[id(tensor)] = _like(tensor, values, gradient)
     small = copy.deepcopy(model, memo)
     _finish(small, mask)
     return small
@@ -79,13 +82,24 @@ def shrink_(
     mask = _mask_of(ticket)
     refuse_wrapped(model)
     mask.plan.check(model)
-    kept = {name: mask.plan.kept(mask.keep, name) for name, _ in _tensors(model)}
     optimizers = [] if optimizer is None else [optimizer] if not isinstance(optimizer, Sequence) else list(optimizer)
-    changes = [*_optimizer_changes(model, optimizers, kept), *_ema_changes(model, ema, mask, kept)]
-    for name, tensor in list(_tensors(model)):
-        _resize_(tensor, kept[name])
-    for change in changes:
-        change()
+    state = _optimizer_state(model, optimizers)
+    averages, average_model = _ema_state(model, ema, mask)
+    held = [inner for inner in map(_own, optimizers) if inner is not None]
+    for inner in held:
+        inner.check_shrink(mask)
+    for places in (state, averages):
+        small = compact([(place.name, place.tensor) for place in places], mask.plan, mask)
+        for place, values in zip(places, small, strict=True):
+            place.holder[place.key] = values
+    named = list(_tensors(model))
+    gradients = _compacted([(name, tensor.grad) for name, tensor in named], mask)
+    for (_, tensor), values, gradient in zip(named, compact(_values(named), mask.plan, mask), gradients, strict=True):
+        _replace_values(tensor, values, gradient)
+    if average_model is not None:
+        shrink_(average_model, mask)
+    for inner in held:
+        inner.shrunk(mask)
     _finish(model, mask)
 
 
@@ -102,26 +116,19 @@ def masked(model: Module, mask: Ticket | ChannelMask) -> Module:
     refuse_wrapped(model)
     mask.plan.check(model)
     dense = copy.deepcopy(model)
-    with torch.no_grad():
-        for name, tensor in _tensors(dense):
-            kept = mask.plan.kept(mask.keep, name)
-            _zero_removed(tensor, kept)
-            if tensor.requires_grad and kept:
-                tensor.register_hook(partial(_without_removed, kept=kept))
+    apply_mask_(_values(_tensors(dense)), mask.plan, mask)
+    for name, tensor in _tensors(dense):
+        if tensor.requires_grad and mask.kept(name):
+            tensor.register_hook(partial(_without_removed, name=name, mask=mask))
     for norm in mask.plan.norms:
         if mask.regroups(norm):
             replace(dense, norm.module, MaskedGroupNorm(dense.get_submodule(norm.module), mask.groups_of(norm)))
     return dense
 
 
-def _zero_removed(tensor: Tensor, kept: Mapping[int, Tensor]) -> None:
-    for dim, alive in kept.items():
-        tensor.index_fill_(dim, (~alive).nonzero()[:, 0].to(tensor.device), 0)
-
-
-def _without_removed(gradient: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
+def _without_removed(gradient: Tensor, name: str, mask: ChannelMask) -> Tensor:
     gradient = gradient.clone()
-    _zero_removed(gradient, kept)
+    apply_mask_({name: gradient}, mask.plan, mask)
     return gradient
 
 
@@ -160,67 +167,64 @@ def _finish(model: nn.Module, mask: ChannelMask) -> None:
 # Slicing --------------------------------------------------------------------------------------------------------------
 
 
-def _sliced(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
-    """The kept positions of a tensor, in its memory format; always a new tensor."""
-    channels_last = tensor.dim() == 4 and not tensor.is_contiguous()
-    channels_last &= tensor.is_contiguous(memory_format=torch.channels_last)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    result = tensor.detach()
-    indices = {dim: alive.nonzero()[:, 0].to(tensor.device) for dim, alive in kept.items() if not bool(alive.all())}
-    if {0, 1} <= indices.keys():  # both in one pass: five times as fast as one after the other
-        result = result[indices.pop(0)[:, None], indices.pop(1)]
-    for dim, index in indices.items():
-        result = result.index_select(dim, index)
-    if result.data_ptr() == tensor.data_ptr():
-        return result.clone(memory_format=layout)
-    return result.contiguous(memory_format=layout)
+def _values(named: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    return [(name, tensor.detach()) for name, tensor in named]
 
 
-def _sliced_like(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
-    result = _sliced(tensor, kept)
+def _compacted(named: Sequence[tuple[str, Tensor | None]], mask: ChannelMask) -> list[Tensor | None]:
+    """`compact` of what is there, None where there is nothing."""
+    present = [(name, tensor.detach()) for name, tensor in named if tensor is not None]
+    small = iter(compact(present, mask.plan, mask))
+    return [None if tensor is None else next(small) for _, tensor in named]
+
+
+def _like(tensor: Tensor, values: Tensor, gradient: Tensor | None) -> Tensor:
+    """A new parameter or buffer, as `tensor` is."""
     if isinstance(tensor, nn.Parameter):
-        result = nn.Parameter(result, requires_grad=tensor.requires_grad)
-        if tensor.grad is not None:
-            result.grad = _sliced(tensor.grad, kept)
-    return result
+        values = nn.Parameter(values, requires_grad=tensor.requires_grad)
+        values.grad = gradient
+    return values
 
 
-def _resize_(tensor: Tensor, kept: Mapping[int, Tensor]) -> None:
-    """Slice a tensor in place, its identity and `.grad` included."""
-    new = _sliced(tensor, kept)
-    gradient = None if tensor.grad is None else _sliced(tensor.grad, kept)
+def _replace_values(tensor: Tensor, values: Tensor, gradient: Tensor | None) -> None:
+    """Give a tensor other values, of another shape; it stays the same object."""
     tensor.grad = None
     # A change of dtype makes autograd forget a gradient accumulator of the old shape, which a graph that is still
     # alive (the user's last `loss`) would otherwise hand to the next backward pass.
     tensor.data = torch.empty(
-        0, dtype=torch.float16 if new.dtype != torch.float16 else torch.float32, device=new.device
+        0, dtype=torch.float16 if values.dtype != torch.float16 else torch.float32, device=values.device
     )
-    tensor.data = new
+    tensor.data = values
     tensor.grad = gradient
 
 
 # Training state -------------------------------------------------------------------------------------------------------
 
-Change = Callable[[], None]
-Kept = Mapping[str, Mapping[int, Tensor]]
-
 
 @dataclass(frozen=True)
-class _Set:
-    """Put the kept part of a tensor back where it came from."""
+class _Place:
+    """Where a tensor of the shape of the parameter `name` is kept."""
 
+    name: str
     holder: Any
     key: Any
-    kept: Mapping[int, Tensor]
 
-    def __call__(self) -> None:
-        self.holder[self.key] = _sliced(self.holder[self.key], self.kept)
+    @property
+    def tensor(self) -> Tensor:
+        value: Tensor = self.holder[self.key]
+        return value.detach()
 
 
-def _optimizer_changes(model: nn.Module, optimizers: list[Any], kept: Kept) -> list[Change]:
+def _own(optimizer: Any) -> Any:
+    """The `ebdiff.optim.AdamW` behind what was passed (accelerate wraps it), None where it is another optimizer."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return inner if hasattr(inner, "check_shrink") else None
+
+
+def _optimizer_state(model: nn.Module, optimizers: list[Any]) -> list[_Place]:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    changes: list[Change] = []
+    places: list[_Place] = []
     for optimizer in optimizers:
         if not hasattr(optimizer, "param_groups"):
             got = type(optimizer).__name__
@@ -239,7 +243,7 @@ def _optimizer_changes(model: nn.Module, optimizers: list[Any], kept: Kept) -> l
             name = names.get(id(parameter))
             for key, value in state.items() if name is not None else ():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    changes.append(_Set(state, key, kept[str(name)]))
+                    places.append(_Place(str(name), state, key))
                 elif _holds_elements(value):
                     raise EbdiffError(
                         f"cannot shrink the state of {type(optimizer).__name__}",
@@ -247,7 +251,7 @@ def _optimizer_changes(model: nn.Module, optimizers: list[Any], kept: Kept) -> l
                         got=f"{key}: {tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__}",
                         remedy="use an optimizer with per-element state such as AdamW, or build it after shrink()",
                     )
-    return changes
+    return places
 
 
 def _holds_elements(state: Any) -> bool:
@@ -258,20 +262,21 @@ def _holds_elements(state: Any) -> bool:
     return any(map(_holds_elements, parts))
 
 
-def _ema_changes(model: nn.Module, ema: Any, mask: ChannelMask, kept: Kept) -> list[Change]:
+def _ema_state(model: nn.Module, ema: Any, mask: ChannelMask) -> tuple[list[_Place], nn.Module | None]:
+    """The tensors of an EMA, or the model that it is."""
     if ema is None:
-        return []
+        return [], None
     if isinstance(ema, nn.Module):
         inner = next(
             (getattr(ema, n) for n in ("ema_model", "module") if isinstance(getattr(ema, n, None), nn.Module)), ema
         )
         refuse_wrapped(inner)
         mask.plan.check(inner)
-        return [lambda: shrink_(inner, mask)]
+        return [], inner
     parameters = dict(model.named_parameters())
     pairs: list[tuple[Any, Any, str]]
     if isinstance(ema, Mapping):
-        pairs = [(ema, name, name) for name in ema if name in kept]
+        pairs = [(ema, name, name) for name in ema if name in mask.plan.shapes]
         complete = set(parameters) <= set(ema)
     else:
         shadow = ema if isinstance(ema, list) else getattr(ema, "shadow_params", None)
@@ -285,4 +290,4 @@ def _ema_changes(model: nn.Module, ema: Any, mask: ChannelMask, kept: Kept) -> l
             got=type(ema).__name__,
             remedy="pass the EMA that follows this model",
         )
-    return [_Set(holder, key, kept[name]) for holder, key, name in pairs]
+    return [_Place(name, holder, key) for holder, key, name in pairs], None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EbdiffError
-from ..pruning.channel_sums import ChannelSums
+from ..pruning.channel_sums import ChannelSums, Kind
 from ..pruning.mask import ChannelMask, NormMode
 from ..pruning.modules import refuse_wrapped
 from ..pruning.plan import ChannelPlan
@@ -199,8 +199,8 @@ class EarlyBird:
         if criterion not in ("magnitude", "magnitude-l1"):
             raise EbdiffError("criterion", expected="one of Criterion", got=repr(criterion), remedy="choose one")
         weights = weights_of(self.model, self.ema)
-        power = 2 if criterion == "magnitude" else 1
-        return self._sums.split(self._sums.of_magnitudes(weights, power), raw)
+        kind: Kind = "square" if criterion == "magnitude" else "absolute"
+        return self._sums.split(self._sums.of(kind, weights), raw)
 
     def _mask(self, scores: Mapping[str, Tensor], ratio: float) -> ChannelMask:
         s = self.settings

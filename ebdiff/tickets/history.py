@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import EbdiffError
-from ..pruning.mask import ChannelMask, NormMode, chance_corrected
+from ..pruning.mask import ChannelMask, NormMode, chance_corrected, mask_distance
 from ..pruning.plan import ChannelPlan
 
 __all__ = ["MaskHistory"]
@@ -105,15 +105,15 @@ class MaskHistory:
 
     def distances(self, corrected: bool = False) -> list[float]:
         """From the newest mask to each of the others, in the order of `steps[:-1]`."""
-        entries = self._entries
-        return [self._between(entries[-1][1], other, corrected) for _, other in entries[:-1]]
-
-    def _between(self, a: Bits, b: Bits, corrected: bool) -> float:
-        if not self._size:
-            return 0.0
-        share = float(_ONES[a ^ b].sum()) / self._size
-        removed = 1 - float(_ONES[a].sum() + _ONES[b].sum()) / (2 * self._size)
-        return chance_corrected(share, removed) if corrected else share
+        if len(self) < 2 or not self._size:
+            return [0.0] * (len(self) - 1)
+        rows = np.stack([bits for _, bits in self._entries])
+        shares = [count / self._size for count in mask_distance(torch.from_numpy(rows)).tolist()[:-1]]
+        if not corrected:
+            return shares
+        kept = [int(_ONES[row].sum()) for row in rows]
+        removed = [1 - (count + kept[-1]) / (2 * self._size) for count in kept]
+        return [chance_corrected(*pair) for pair in zip(shares, removed, strict=False)]
 
     def heatmap(self, corrected: bool = False) -> tuple[tuple[int, ...], Tensor]:
         """(steps, float64 [n, n]): the distances between all pairs of masks, the first mask included."""

@@ -92,20 +92,16 @@ def gradient_scores(sums: ChannelSums, weights: Mapping[str, nn.Parameter]) -> T
         EbdiffError: there are no gradients.
     """
 
-    def element(name: str) -> Tensor | None:
-        gradient = weights[name].grad
-        return None if gradient is None else weights[name].detach().float() * gradient.float()
-
-    scores = sums.of(element)
+    gradients = {name: grad for name in sums.dims if (grad := weights[name].grad) is not None}
+    scores = sums.of("product", weights, gradients)
     if not torch.isfinite(scores).all():
         return None
     if not scores.any():
-        gradients = [weights[name].grad for name in sums.dims]
-        if not any(bool(gradient.any()) for gradient in gradients if gradient is not None):
+        if not any(bool(gradient.any()) for gradient in gradients.values()):
             raise EbdiffError(
                 "no gradients to score channels by",
                 expected="gradients of the last backward()",
-                got="none" if all(gradient is None for gradient in gradients) else "zeros",
+                got="zeros" if gradients else "none",
                 remedy="call step() after backward() and optimizer.step(), before zero_grad()",
             )
         return None

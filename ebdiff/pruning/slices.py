@@ -1,0 +1,156 @@
+"""A mask applied to any number of tensors at once: zeroing, cutting down and growing back.
+
+Tensors are named after the parameter (or buffer) whose shape they have, so a name may come several times: weights,
+gradients, moments, averages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeAlias
+
+from torch import Tensor
+
+from ..errors import EbdiffError
+from ..ops import channel_mask as ops
+from ..ops.mask_axes import Axes
+from .plan import ChannelPlan
+
+if TYPE_CHECKING:
+    from .mask import ChannelMask
+
+__all__ = ["Named", "apply_mask_", "compact", "scatter_back"]
+
+Named: TypeAlias = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
+
+
+def apply_mask_(tensors: Named, plan: ChannelPlan, mask: ChannelMask) -> None:
+    """Zero the removed channels of all tensors, in place and in one pass; whatever they held, NaN included.
+
+    Args:
+        tensors: {name: tensor} or pairs of them: any dtypes, memory layouts and devices. Names that the plan does not
+            know are refused; tensors without a prunable axis stay as they are.
+        plan: the plan of the mask.
+        mask: True = KEPT.
+
+    Raises:
+        EbdiffError: a mask of another plan, an unknown name, a shape that is not its parameter's, tensors whose
+            elements share memory. Nothing was changed then.
+    """
+    names, values = _checked(tensors, plan, mask)
+    kept = [mask.kept(name) for name in names]
+    chosen = [i for i, axes in enumerate(kept) if axes]
+    for places in _by_device([values[i] for i in chosen]):
+        here = [chosen[i] for i in places]
+        ops.apply_mask_([values[i] for i in here], Axes.of(kept[i] for i in here))
+
+
+def compact(tensors: Named, plan: ChannelPlan, mask: ChannelMask) -> list[Tensor]:
+    """The kept slices of all tensors, in their order, dtype, device and memory layout (channels_last stays so).
+
+    They are views of one new arena for each device and dtype, so they are freed together: call this once for what lives
+    and dies together (weights; gradients; moments).
+
+    Args, errors: as `apply_mask_`.
+    """
+    names, values = _checked(tensors, plan, mask)
+    kept = [mask.kept(name) for name in names]
+    return _each_device(
+        values, lambda places: ops.compact([values[i] for i in places], Axes.of(kept[i] for i in places))
+    )
+
+
+def scatter_back(
+    tensors: Named, plan: ChannelPlan, mask: ChannelMask, into: Sequence[Tensor] | None = None
+) -> list[Tensor]:
+    """The inverse of `compact`: tensors of the plan's full shapes, for growing a network back.
+
+    Args:
+        tensors: kept slices by name, as `compact` made them.
+        plan: the plan of the mask.
+        mask: the mask they were cut by.
+        into: tensors of full size to write to, in the order of `tensors`; removed channels keep their values there. By
+            default new ones, in which removed channels are zero.
+
+    Raises:
+        EbdiffError: a mask of another plan, an unknown name, or shapes that do not fit. Nothing was changed then.
+    """
+    pairs = _pairs(tensors)
+    _check_plan(plan, mask)
+    for name, _ in pairs:
+        _check_name(name, plan)
+    if into is not None and len(into) != len(pairs):
+        raise EbdiffError("into", expected=f"{len(pairs)} tensors", got=str(len(into)), remedy="one for each")
+    kept = [mask.kept(name) for name, _ in pairs]
+    if into is None:
+        large = [_full_like(small, plan.shapes[name]) for name, small in pairs]
+    else:
+        large = list(into)
+        for (name, _), tensor in zip(pairs, large, strict=True):
+            _check_shape(name, tensor, plan)
+
+    def here(places: list[int]) -> list[Tensor]:
+        dense = [large[i] for i in places]
+        return ops.scatter_back([pairs[i][1] for i in places], Axes.of(kept[i] for i in places), dense, into=dense)
+
+    return _each_device([small for _, small in pairs], here)
+
+
+def _full_like(small: Tensor, shape: Sequence[int]) -> Tensor:
+    """Zeros of this shape whose dimensions lie in memory in the order of the small tensor's."""
+    order = sorted(range(small.dim()), key=lambda d: -small.stride()[d])
+    inverse = sorted(range(small.dim()), key=lambda d: order[d])
+    return small.new_zeros([shape[d] for d in order]).permute(inverse)
+
+
+def _checked(tensors: Named, plan: ChannelPlan, mask: ChannelMask) -> tuple[list[str], list[Tensor]]:
+    _check_plan(plan, mask)
+    pairs = _pairs(tensors)
+    for name, tensor in pairs:
+        _check_name(name, plan)
+        _check_shape(name, tensor, plan)
+    return [name for name, _ in pairs], [tensor for _, tensor in pairs]
+
+
+def _pairs(tensors: Named) -> list[tuple[str, Tensor]]:
+    return list(tensors.items() if isinstance(tensors, Mapping) else tensors)
+
+
+def _check_plan(plan: ChannelPlan, mask: ChannelMask) -> None:
+    if mask.plan is not plan and mask.plan.fingerprint() != plan.fingerprint():
+        raise EbdiffError(
+            "mask of another plan", expected=plan.fingerprint(), got=mask.plan.fingerprint(), remedy="draw it from this"
+        )
+
+
+def _check_name(name: str, plan: ChannelPlan) -> None:
+    if name not in plan.shapes:
+        known = plan.aliases.get(name)
+        remedy = f"it is tied to {known}: name that" if known else "name tensors as model.named_parameters() does"
+        raise EbdiffError("tensor of an unknown name", expected="a parameter of the plan", got=name, remedy=remedy)
+
+
+def _check_shape(name: str, tensor: Tensor, plan: ChannelPlan) -> None:
+    if tuple(tensor.shape) != tuple(plan.shapes[name]):
+        raise EbdiffError(
+            f"shape of {name}",
+            expected=str(list(plan.shapes[name])),
+            got=str(list(tensor.shape)),
+            remedy="use tensors of the traced model's shapes",
+        )
+
+
+def _by_device(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """The places of the tensors of each device."""
+    places: dict[object, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        places.setdefault(tensor.device, []).append(i)
+    return list(places.values())
+
+
+def _each_device(tensors: Sequence[Tensor], function: Callable[[list[int]], list[Tensor]]) -> list[Tensor]:
+    """Call `function` with the places of each device; its results in the order of the tensors."""
+    results: dict[int, Tensor] = {}
+    for places in _by_device(tensors):
+        results.update(zip(places, function(places), strict=True))
+    return [results[i] for i in range(len(tensors))]
