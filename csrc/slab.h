@@ -5,6 +5,7 @@
 // both axes of a weight are masked in one pass by two short tables. Host code, for the CPU and for CUDA launches.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <map>
 #include <stdexcept>
@@ -175,6 +176,13 @@ struct Layout {
           for (int64_t i = 0; i < axis.inner; ++i) keep[start + c * axis.inner + i] = 0;
   }
 };
+
+// So many threads that each has some 32,000 elements to work on, at most `threads`.
+inline int threads_for(const Layout& layout, int threads) {
+  int64_t elements = 0;
+  for (const Slab& slab : layout.slabs) elements += slab.rows * slab.cols;
+  return int(std::min<int64_t>(threads, 1 + elements / 32768));
+}
 
 // A part of a slab that one thread works on.
 struct Task {

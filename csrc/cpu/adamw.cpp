@@ -12,7 +12,7 @@ void masked_adamw(const Layout& layout, Dtype dtype, const Addresses& p, const A
   const int shift = dtype == Dtype::f64 ? 3 : dtype == Dtype::f32 ? 2 : 1;
   const Zero zero(int64_t(tasks.size()) * kElements << shift);
   const auto step = rows().adamw[int(dtype)];
-  parallel_for(int64_t(tasks.size()), threads, [&](int64_t i) {
+  parallel_for(int64_t(tasks.size()), threads_for(layout, threads), [&](int64_t i) {
     const Task& task = tasks[i];
     const Slab& slab = layout.slabs[task.slab];
     const uint8_t* rows_kept = slab.row_keep < 0 ? nullptr : &layout.keep[slab.row_keep];

@@ -12,7 +12,7 @@ template <class Copy>
 static void walk(const Layout& layout, const Addresses& dense, const Addresses& small, const std::vector<int>& log2,
                  int threads, const Copy& copy) {
   const std::vector<Task> tasks = tasks_of(layout, kElements, true);
-  parallel_for(int64_t(tasks.size()), threads, [&](int64_t i) {
+  parallel_for(int64_t(tasks.size()), threads_for(layout, threads), [&](int64_t i) {
     const Task& task = tasks[i];
     const Slab& slab = layout.slabs[task.slab];
     const int shift = log2[task.slab];

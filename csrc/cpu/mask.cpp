@@ -12,7 +12,7 @@ constexpr int64_t kElements = 1 << 16;
 void apply_mask(const Layout& layout, const Addresses& x, const std::vector<int>& log2, int threads) {
   const std::vector<Task> tasks = tasks_of(layout, kElements);
   const Zero zero(int64_t(tasks.size()) * kElements * 4);
-  parallel_for(int64_t(tasks.size()), threads, [&](int64_t i) {
+  parallel_for(int64_t(tasks.size()), threads_for(layout, threads), [&](int64_t i) {
     const Task& task = tasks[i];
     const Slab& slab = layout.slabs[task.slab];
     const uint8_t* rows_kept = slab.row_keep < 0 ? nullptr : &layout.keep[slab.row_keep];

@@ -51,7 +51,7 @@ void channel_sums(const Layout& layout, const std::vector<int>& dtype, const Add
   for (const Axis& axis : layout.axes)
     if (axis.is_column) column_axis[axis.slab] = &axis;
   std::vector<Partial> partials(tasks.size());
-  parallel_for(int64_t(tasks.size()), threads, [&](int64_t i) {
+  parallel_for(int64_t(tasks.size()), threads_for(layout, threads), [&](int64_t i) {
     const int s = tasks[i].slab;
     const auto run = dtype[s] == int(Dtype::f64) ? sum_task<double> : sum_task<float>;
     partials[i] = run(layout.slabs[s], column_axis[s], tasks[i], dtype[s], x[s], y.empty() ? 0 : y[s], kind);

@@ -81,22 +81,30 @@ def _masked_adamw_impl(
     check_axes(params, keep, owner, dims, written=True)
     check_adamw(params, grads, exp_avg, exp_avg_sq, ema, step)
     numbers = _adamw_numbers(lr, beta1, beta2, eps, weight_decay, step, ema_decay)
-    grads = [
-        grad if grad.stride() == parameter.stride() else torch.empty_like(parameter).copy_(grad)
-        for grad, parameter in zip(grads, params, strict=True)
-    ]
+    strides = [parameter.stride() for parameter in params]
+    grads = _laid_out(grads, params, strides)
     lists = (params, grads, exp_avg, exp_avg_sq, ema)
-    alike = all(
-        a.stride() == p.stride() for tensors in lists[1:] for a, p in zip(tensors, params, strict=False)
-    )  # else the reference
+    alike = all([tensor.stride() for tensor in tensors] == strides for tensors in lists if tensors)
     if not alike or backend(params[0]) is None:
         refuse_shared([*params, *exp_avg, *exp_avg_sq, *ema], read=grads)  # the compiled part looks for itself
+    serve = run if alike else reference_of
     for numbers_of, part_owner in _by_dtype(params, owner):
         part = [[tensors[i] for i in numbers_of] if tensors else [] for tensors in lists]
         chosen = [k for k, i in enumerate(part_owner) if i >= 0]
         masks = ([keep[k] for k in chosen], [part_owner[k] for k in chosen], [dims[k] for k in chosen])
-        serve = run if alike else reference_of
         serve("masked_adamw_", params[0], *part, *masks, numbers, maximize)
+
+
+def _laid_out(
+    grads: Sequence[Tensor], params: Sequence[Tensor], strides: Sequence[tuple[int, ...]]
+) -> Sequence[Tensor]:
+    """Gradients laid out in memory as their parameters."""
+    if [grad.stride() for grad in grads] == strides:
+        return grads
+    return [
+        grad if grad.stride() == stride else torch.empty_like(parameter).copy_(grad)
+        for grad, parameter, stride in zip(grads, params, strides, strict=True)
+    ]
 
 
 def _by_dtype(params: Sequence[Tensor], owner: Sequence[int]) -> list[tuple[list[int], list[int]]]:

@@ -54,7 +54,7 @@ def compact(tensors: Sequence[Tensor], axes: Axes) -> list[Tensor]:
     if not tensors:
         return []
     arenas = _compact_op(tensors, axes.keep, axes.owner, axes.dims, axes.kept)
-    shapes = [reference.kept_shape(t, i, axes.owner, axes.dims, axes.kept) for i, t in enumerate(tensors)]
+    shapes = reference.kept_shapes(tensors, axes.owner, axes.dims, axes.kept)
     return reference.views(arenas, tensors, shapes, reference.arena_plan(tensors, shapes)[1])
 
 
@@ -136,7 +136,7 @@ def _compact_impl(
     compiled = backend(tensors[0])
     if compiled is not None:
         arenas = _compact_fake(tensors, keep, owner, dims, kept)
-        shapes = [reference.kept_shape(t, i, owner, dims, kept) for i, t in enumerate(tensors)]
+        shapes = reference.kept_shapes(tensors, owner, dims, kept)
         small = reference.views(arenas, tensors, shapes, reference.arena_plan(tensors, shapes)[1])
         try:
             compiled.compact(tensors, small, keep, owner, dims)
@@ -149,7 +149,7 @@ def _compact_impl(
 def _compact_fake(
     tensors: Sequence[Tensor], keep: Sequence[Tensor], owner: Sequence[int], dims: Sequence[int], kept: Sequence[int]
 ) -> list[Tensor]:
-    shapes = [reference.kept_shape(tensor, i, owner, dims, kept) for i, tensor in enumerate(tensors)]
+    shapes = reference.kept_shapes(tensors, owner, dims, kept)
     lengths, _ = reference.arena_plan(tensors, shapes)
     return [tensors[0].new_empty(length, dtype=dtype) for dtype, length in lengths.items()]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import EbdiffError
-from .channel_mask_reference import Kind, kept_shape
+from .channel_mask_reference import Kind, kept_shapes
 
 __all__ = ["SharedMemory", "check_adamw", "check_axes", "check_packed", "check_small", "check_sums", "refuse_shared"]
 
@@ -64,9 +64,8 @@ def check_small(
     """Refuse small tensors that are not what `compact` makes of the dense ones."""
     _refuse_if(len(dense) != len(small), "small tensors", f"{len(dense)} of them", str(len(small)))
     _check_plain(small, dense[0].device)
-    kept = [int(alive.sum()) for alive in keep]
-    for i, (large, part) in enumerate(zip(dense, small, strict=True)):
-        shape = kept_shape(large, i, owner, dims, kept)
+    shapes = kept_shapes(dense, owner, dims, [int(alive.sum()) for alive in keep])
+    for i, (large, part, shape) in enumerate(zip(dense, small, shapes, strict=True)):
         if list(part.shape) != shape or part.dtype != large.dtype:
             _refuse(f"small tensor {i}", f"{large.dtype} {shape}", f"{part.dtype} {list(part.shape)}")
     refuse_shared([*dense, *small])
@@ -93,7 +92,6 @@ def check_adamw(
             pairs = enumerate(zip(params, tensors, strict=True))
             i, p, t = next((i, p, t) for i, (p, t) in pairs if (p.shape, p.dtype) != (t.shape, t.dtype))
             _refuse(f"{name}[{i}]", f"{p.dtype} {list(p.shape)}, as its parameter", f"{t.dtype} {list(t.shape)}")
-        _refuse_if(name != "grads" and any(map(_repeats, tensors)), name, "no shared elements", "an expanded tensor")
     other = next((dtype for dtype in dtypes if dtype not in _FLOATS), None)
     _refuse_if(other is not None, "parameters", ", ".join(map(str, _FLOATS)), str(other))
 

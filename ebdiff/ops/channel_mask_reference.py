@@ -20,7 +20,7 @@ __all__ = [
     "by_owner",
     "channel_sums",
     "compact",
-    "kept_shape",
+    "kept_shapes",
     "mask_distance",
     "masked_adamw_",
     "memory_strides",
@@ -51,7 +51,7 @@ def compact(
 ) -> list[Tensor]:
     """The kept slices of all tensors, in one flat arena per dtype (see `arena_plan`)."""
     table = by_owner(keep, owner, dims)
-    shapes = [kept_shape(tensor, i, owner, dims, kept) for i, tensor in enumerate(tensors)]
+    shapes = kept_shapes(tensors, owner, dims, kept)
     lengths, places = arena_plan(tensors, shapes)
     arenas = [tensors[0].new_zeros(length, dtype=dtype) for dtype, length in lengths.items()]
     for i, (tensor, view) in enumerate(zip(tensors, views(arenas, tensors, shapes, places), strict=True)):
@@ -143,15 +143,14 @@ def mask_distance(bits: Tensor, newest: int) -> Tensor:
 # Arenas ---------------------------------------------------------------------------------------------------------------
 
 
-def kept_shape(
-    tensor: Tensor, number: int, owner: Sequence[int], dims: Sequence[int], kept: Sequence[int]
-) -> list[int]:
-    """The shape of what is kept of a tensor."""
-    shape = list(tensor.shape)
+def kept_shapes(
+    tensors: Sequence[Tensor], owner: Sequence[int], dims: Sequence[int], kept: Sequence[int]
+) -> list[list[int]]:
+    """The shapes of what is kept of the tensors; ``kept[k]`` positions of masked axis k."""
+    shapes = [list(tensor.shape) for tensor in tensors]
     for i, dim, count in zip(owner, dims, kept, strict=True):
-        if i == number:
-            shape[dim] = count
-    return shape
+        shapes[i][dim] = count
+    return shapes
 
 
 def memory_strides(tensor: Tensor, shape: Sequence[int]) -> list[int]:

@@ -69,12 +69,17 @@ def missing() -> dict[str, dict[str, str]]:
 
 def is_outdated() -> bool:
     """Was the compiled part built from other sources than those that lie beside the package?"""
-    return CSRC.is_dir() and facts().get("sources", "") not in ("", digest_of(CSRC))
+    return _in_checkout() and facts().get("sources", "") not in ("", digest_of(CSRC))
 
 
 def again() -> str:
     """The command that builds the compiled part."""
-    return "pip install -e ." if CSRC.is_dir() else "pip install --force-reinstall --no-deps --no-binary ebdiff ebdiff"
+    return "pip install -e ." if _in_checkout() else "pip install --force-reinstall --no-deps --no-binary ebdiff ebdiff"
+
+
+def _in_checkout() -> bool:
+    """Is this the source tree, and not site-packages, where csrc may be anybody's?"""
+    return CSRC.is_dir() and (PACKAGE.parent / "setup.py").is_file()
 
 
 @cache
