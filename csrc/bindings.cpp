@@ -69,6 +69,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("ABI") = 1;
   m.def("build_info", [] { return py::module_::import("json").attr("loads")(EBDIFF_BUILD_INFO); });
   m.def("isa", [] { return rows().isa; });
+  m.def("use_huge_pages", &use_huge_pages);
   m.def("shares_memory", &shares_memory);
 
   py::class_<Layout>(m, "Layout")

@@ -1,11 +1,25 @@
 #include <cstring>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include "ops.h"
 #include "parallel.h"
 
 namespace ebdiff {
 
 constexpr int64_t kElements = 1 << 16;
+
+void use_huge_pages(uintptr_t start, int64_t bytes) {
+#ifdef __linux__
+  constexpr uintptr_t kPage = 4096;
+  const uintptr_t first = (start + kPage - 1) & ~(kPage - 1), last = (start + uintptr_t(bytes)) & ~(kPage - 1);
+  if (bytes >= (int64_t(4) << 20)) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)start, (void)bytes;
+#endif
+}
 
 // Walk the kept rows of dense and small together; copy(dense row, small row, keep, columns or null, count, shift) moves one.
 template <class Copy>

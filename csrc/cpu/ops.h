@@ -13,6 +13,9 @@ using Addresses = std::vector<uintptr_t>;
 // Zero what is removed. log2: of the bytes of an element, by tensor.
 void apply_mask(const Layout& layout, const Addresses& x, const std::vector<int>& log2, int threads);
 
+// New memory that will be written from end to end: ask for large pages, so that the first touch costs a third. Best effort.
+void use_huge_pages(uintptr_t start, int64_t bytes);
+
 // small = the kept elements of dense, in dense's order in memory and without gaps; and back. The layout is indexed. Each
 // small tensor has room up to the next multiple of 64 bytes, which compact fills with zeros.
 void compact(const Layout& layout, const Addresses& dense, const Addresses& small, const std::vector<int>& log2, int threads);

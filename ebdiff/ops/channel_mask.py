@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import EbdiffError
 from . import channel_mask_reference as reference
+from . import native_cpu
 from .adamw import masked_adamw_
 from .channel_mask_checks import check_axes, check_packed, check_small, check_sums
 from .channel_mask_reference import Kind
@@ -136,6 +137,7 @@ def _compact_impl(
     compiled = backend(tensors[0])
     if compiled is not None:
         arenas = _compact_fake(tensors, keep, owner, dims, kept)
+        native_cpu.use_huge_pages(arenas)
         shapes = reference.kept_shapes(tensors, owner, dims, kept)
         small = reference.views(arenas, tensors, shapes, reference.arena_plan(tensors, shapes)[1])
         try:

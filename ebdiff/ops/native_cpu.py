@@ -21,6 +21,7 @@ __all__ = [
     "mask_distance",
     "masked_adamw_",
     "scatter_back_",
+    "use_huge_pages",
 ]
 
 FLOATS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -71,6 +72,13 @@ def apply_mask_(tensors: Sequence[Tensor], keep: Sequence[Tensor], owner: Sequen
     """Zero the removed channels."""
     layout = layout_of(tensors, keep, owner, dims)
     _c().apply_mask(layout, addresses(tensors), _log2(tensors), torch.get_num_threads())
+
+
+def use_huge_pages(arenas: Sequence[Tensor]) -> None:
+    """Make the first touch of new arenas cheaper; those of other devices are left alone."""
+    for arena in arenas:
+        if arena.device.type == "cpu":
+            _c().use_huge_pages(arena.data_ptr(), arena.nbytes)
 
 
 def compact(
