@@ -21,7 +21,7 @@ __all__ = ["ROOT", "Outcome", "build", "sources"]
 
 ROOT = Path(__file__).resolve().parent.parent
 GET_NVCC = "install the CUDA toolkit, or `pip install nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-cccl`"
-LOOK = "correct what the compiler says above, or leave it out: EBDIFF_BUILD={}"
+LOOK = "correct what the compiler says (EBDIFF_BUILD={} leaves it out)"
 
 LOAD = """
 import sys

@@ -95,8 +95,8 @@ def _place(outcome: Outcome, folder: Path, name: str, mode: str) -> None:
     """Put the module into a folder in one step; without one, take an older one away. The note goes beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in (folder / f"_C{suffix}" for suffix in EXTENSION_SUFFIXES):
-        if outcome.module is None or old.name != name:
-            old.unlink(missing_ok=True)
+        if old.exists() and (outcome.module is None or old.name != name):
+            old.unlink()
     if outcome.module is not None and not _same(outcome.module, folder / name):
         _replace(folder / name, outcome.module.read_bytes())
     note: dict[str, Any] = {"python": sys.implementation.cache_tag, "asked": mode, "built": outcome.parts}

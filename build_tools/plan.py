@@ -111,6 +111,8 @@ def _cxx(plan: Plan, source: Path, group: str) -> list[str]:
 def _nvcc(plan: Plan) -> list[str]:
     assert plan.nvcc is not None
     words = [str(plan.nvcc.path), *NVCC.split(), *gencode(plan.nvcc.architectures), "-I", str(plan.csrc)]
+    # nvcc from wheels does not find its own headers.
+    words += ["-isystem", str(plan.nvcc.include), "-isystem", str(plan.nvcc.include / "cccl")]
     words += ["-ccbin", plan.compiler.command[0]] if len(plan.compiler.command) == 1 else []
     return [*words, *(["-Werror", "all-warnings"] if plan.werror else [])]
 
