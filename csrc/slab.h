@@ -177,11 +177,15 @@ struct Layout {
   }
 };
 
-// So many threads that each has some 32,000 elements to work on, at most `threads`.
-inline int threads_for(const Layout& layout, int threads) {
+inline int64_t elements_of(const Layout& layout) {
   int64_t elements = 0;
   for (const Slab& slab : layout.slabs) elements += slab.rows * slab.cols;
-  return int(std::min<int64_t>(threads, 1 + elements / 32768));
+  return elements;
+}
+
+// So many threads that each has some 32,000 elements to work on, at most `threads`.
+inline int threads_for(const Layout& layout, int threads) {
+  return int(std::min<int64_t>(threads, 1 + elements_of(layout) / 32768));
 }
 
 // A part of a slab that one thread works on.

@@ -10,7 +10,7 @@ void masked_adamw(const Layout& layout, Dtype dtype, const Addresses& p, const A
                   const Addresses& v, const Addresses& e, const AdamWArgs& args, int threads) {
   const std::vector<Task> tasks = tasks_of(layout, kElements);
   const int shift = dtype == Dtype::f64 ? 3 : dtype == Dtype::f32 ? 2 : 1;
-  const Zero zero(int64_t(tasks.size()) * kElements << shift);
+  const Zero zero(elements_of(layout) << shift);
   const auto step = rows().adamw[int(dtype)];
   parallel_for(int64_t(tasks.size()), threads_for(layout, threads), [&](int64_t i) {
     const Task& task = tasks[i];

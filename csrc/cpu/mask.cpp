@@ -11,7 +11,7 @@ constexpr int64_t kElements = 1 << 16;
 
 void apply_mask(const Layout& layout, const Addresses& x, const std::vector<int>& log2, int threads) {
   const std::vector<Task> tasks = tasks_of(layout, kElements);
-  const Zero zero(int64_t(tasks.size()) * kElements * 4);
+  const Zero zero(elements_of(layout) * 4);
   parallel_for(int64_t(tasks.size()), threads_for(layout, threads), [&](int64_t i) {
     const Task& task = tasks[i];
     const Slab& slab = layout.slabs[task.slab];
