@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from .cuda import find_nvcc
+from .cuda import GET_CUDA, find_nvcc
 from .plan import Plan, info_source, ninja_file
 from .settings import Settings
 from .tools import Missing, cores, find_compiler, find_ninja, find_pybind11, find_python
@@ -20,7 +20,6 @@ from .tools import Missing, cores, find_compiler, find_ninja, find_pybind11, fin
 __all__ = ["ROOT", "Outcome", "build", "sources"]
 
 ROOT = Path(__file__).resolve().parent.parent
-GET_NVCC = "install the CUDA toolkit, or `pip install nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-cccl`"
 LOOK = "correct what the compiler says (EBDIFF_BUILD={} leaves it out)"
 
 LOAD = """
@@ -69,7 +68,7 @@ def build(settings: Settings, within: Path, extra: str = "") -> Outcome:
     if settings.mode != "cpu":
         try:
             nvcc = find_nvcc(settings.architectures)
-            missing["cuda"] = Missing("no nvcc on this machine", GET_NVCC)
+            missing["cuda"] = Missing("no nvcc on this machine", GET_CUDA)
             failed = [] if nvcc or settings.mode != "cuda" else ["cuda"]
         except Missing as error:
             missing["cuda"], failed = error, ["cuda"]

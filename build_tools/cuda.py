@@ -14,9 +14,10 @@ from typing import NamedTuple
 
 from .tools import Missing, output_of
 
-__all__ = ["USUAL", "Nvcc", "find_nvcc", "gencode"]
+__all__ = ["GET_CUDA", "USUAL", "Nvcc", "find_nvcc", "gencode"]
 
 USUAL = ("80", "86", "89", "90", "100", "120")
+USUAL_PLACE = Path("/usr/local/cuda")
 GET_CUDA = "install the CUDA toolkit, or `pip install nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-cccl`"
 
 
@@ -74,7 +75,7 @@ def _locate() -> Path | None:
     if on_path:
         return Path(on_path)
     wheels = sorted(Path(sysconfig.get_path("purelib"), "nvidia").glob("*/bin/nvcc"))
-    return next((path for path in [Path("/usr/local/cuda/bin/nvcc"), *reversed(wheels)] if path.exists()), None)
+    return next((path for path in [USUAL_PLACE / "bin" / "nvcc", *reversed(wheels)] if path.exists()), None)
 
 
 def _home(path: Path) -> Path:

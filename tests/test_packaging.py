@@ -1,7 +1,11 @@
-"""What pip builds and installs: every file once, `kernels` only as ebdiff.kernels, from any working directory."""
+"""What pip builds and installs: every file once, `kernels` only as ebdiff.kernels, from any working directory.
+
+Without the compiled part, but for one test; how that is built: tests/test_build.py.
+"""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -36,11 +40,11 @@ def python(*args: str, cwd: Path, **environment: str) -> list[str]:
     return result.stdout.splitlines()
 
 
-def build(kind: str, source: Path, into: Path) -> Path:
+def build(kind: str, source: Path, into: Path, **environment: str) -> Path:
     """Call the build backend that pyproject.toml names, as pip does, but without installing it anew (no network)."""
     into.mkdir()
     call = f"from setuptools import build_meta; print(build_meta.build_{kind}({str(into)!r}))"
-    return into / python("-c", call, cwd=source)[-1]
+    return into / python("-c", call, cwd=source, **{"EBDIFF_BUILD": "none", **environment})[-1]
 
 
 def committed_files() -> list[str]:
@@ -57,12 +61,18 @@ def committed_files() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    folder = tmp_path_factory.mktemp("packaging")
-    tree = folder / "tree"
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source tree as git would commit it."""
+    tree = tmp_path_factory.mktemp("source") / "tree"
     for name in committed_files():
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, tree / name, follow_symlinks=False)
+    return tree
+
+
+@pytest.fixture(scope="module")
+def built(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    folder = tmp_path_factory.mktemp("packaging")
     sdist = build("sdist", tree, folder / "sdist")
     wheel = build("wheel", tree, folder / "wheel")
     with tarfile.open(sdist) as archive:
@@ -91,13 +101,14 @@ def test_the_wheel_holds_every_source_and_asset_once(built: Built) -> None:
         if name.startswith(("ebdiff/", "kernels/")) and name != "ebdiff/kernels" and not name.endswith(".md")
     ]
     assert {"ebdiff/kernels/__init__.py", "ebdiff/py.typed", "ebdiff/assets/fashion16.npz"} <= set(expected)
-    assert contents(built.wheel) == sorted(expected)
+    assert contents(built.wheel) == sorted([*expected, "ebdiff/_build.json"])
 
 
 def test_the_source_distribution_holds_what_a_build_needs(built: Built) -> None:
     with tarfile.open(built.sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    sources = {name for name in committed_files() if name.startswith(("csrc/", "kernels/", "ebdiff/", "tests/"))}
+    folders = ("build_tools/", "csrc/", "kernels/", "ebdiff/", "tests/")
+    sources = {name for name in committed_files() if name.startswith(folders)}
     assert sources - {"ebdiff/kernels"} <= names
     assert {"pyproject.toml", "setup.py", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"} <= names
     assert not any("__pycache__" in name or name.endswith((".so", ".pyc")) for name in names)
@@ -105,6 +116,30 @@ def test_the_source_distribution_holds_what_a_build_needs(built: Built) -> None:
 
 def test_a_wheel_of_the_source_distribution_is_the_same(built: Built) -> None:
     assert contents(built.wheel_of_sdist) == contents(built.wheel)
+
+
+def test_a_wheel_without_the_compiled_part_is_for_every_platform(built: Built) -> None:
+    assert built.wheel.name.endswith("-py3-none-any.whl")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not shutil.which("g++") or not find_spec("pybind11") or not find_spec("ninja"), reason="no compiler"
+)
+def test_a_wheel_with_the_compiled_part_holds_it_once_and_loads_it(tree: Path, built: Built, tmp_path: Path) -> None:
+    wheel = build("wheel", tree, tmp_path / "wheel", EBDIFF_BUILD="cpu", EBDIFF_WERROR="1", PATH=os.environ["PATH"])
+    (module,) = set(contents(wheel)) - set(contents(built.wheel))
+    assert Path(module).match("ebdiff/_C.*.so")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "installed")
+    call = (
+        "from ebdiff.ops import native; print(native.why_not(), native.is_outdated()); print(native.facts()['parts']);"
+        "print(native.module().isa()); print(native.module().__file__)"
+    )
+    lines = python("-c", call, cwd=tmp_path, PYTHONPATH=str(tmp_path / "installed"))
+    assert lines[:2] == [" False", "['cpu']"]
+    assert lines[2] in ("base", "avx2", "avx512")
+    assert Path(lines[3]) == tmp_path / "installed" / module
 
 
 def test_the_licences_and_the_command_are_in_the_metadata(built: Built) -> None:
