@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import optim as optim
     from .errors import EbdiffError as EbdiffError
     from .nn.group_norm import RaggedGroupNorm as RaggedGroupNorm
     from .nn.router import TimestepRouter as TimestepRouter
@@ -49,6 +50,7 @@ _HOME = {
     "importance": "pruning.importance",
     "load": "pruning.save",
     "masked": "pruning.shrink",
+    "optim": "optim",  # a room: ebdiff.optim.AdamW, as torch.optim.AdamW
     "save": "pruning.save",
     "shrink": "pruning.shrink",
     "shrink_": "pruning.shrink",
@@ -71,7 +73,8 @@ __all__ = sorted(_HOME)
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
-        value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+        home = import_module(f".{_HOME[name]}", __name__)
+        value = home if _HOME[name] == name else getattr(home, name)
     elif name.startswith("Shrunk"):  # ebdiff.ShrunkUNet2DModel and its like: made on demand from the diffusers class
         from .pruning.save import shrunk_class_named
 
