@@ -210,7 +210,7 @@ def test_the_search_for_pickles_finds_them(source: str) -> None:
     assert list(pickles_in(source))
 
 
-@pytest.mark.parametrize("folder", ["ebdiff", "kernels", "benchmarks", "examples"])
+@pytest.mark.parametrize("folder", ["ebdiff", "kernels", "benchmarks", "examples", "build_tools"])
 def test_nothing_is_pickled(folder: str) -> None:
     paths = {"ebdiff": SOURCES, "kernels": KERNELS}.get(folder) or sorted((ROOT / folder).rglob("*.py"))
     assert paths

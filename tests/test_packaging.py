@@ -122,15 +122,22 @@ def test_a_wheel_without_the_compiled_part_is_for_every_platform(built: Built) -
     assert built.wheel.name.endswith("-py3-none-any.whl")
 
 
+@pytest.fixture(scope="module")
+def compiled(tree: Path, built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel with the CPU part of csrc; its objects stay in the tree's build folder. Takes about 15 seconds."""
+    if not shutil.which("g++") or not find_spec("pybind11") or not find_spec("ninja"):
+        pytest.skip("no C++ compiler, pybind11 or ninja")
+    into = tmp_path_factory.mktemp("compiled") / "wheel"
+    return build("wheel", tree, into, EBDIFF_BUILD="cpu", EBDIFF_WERROR="1", PATH=os.environ["PATH"])
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not shutil.which("g++") or not find_spec("pybind11") or not find_spec("ninja"), reason="no compiler"
-)
-def test_a_wheel_with_the_compiled_part_holds_it_once_and_loads_it(tree: Path, built: Built, tmp_path: Path) -> None:
-    wheel = build("wheel", tree, tmp_path / "wheel", EBDIFF_BUILD="cpu", EBDIFF_WERROR="1", PATH=os.environ["PATH"])
-    (module,) = set(contents(wheel)) - set(contents(built.wheel))
+def test_a_wheel_with_the_compiled_part_holds_it_once_and_loads_it(
+    compiled: Path, built: Built, tmp_path: Path
+) -> None:
+    (module,) = set(contents(compiled)) - set(contents(built.wheel))
     assert Path(module).match("ebdiff/_C.*.so")
-    with zipfile.ZipFile(wheel) as archive:
+    with zipfile.ZipFile(compiled) as archive:
         archive.extractall(tmp_path / "installed")
     call = (
         "from ebdiff.ops import native; print(native.why_not(), native.is_outdated()); print(native.facts()['parts']);"
@@ -140,6 +147,18 @@ def test_a_wheel_with_the_compiled_part_holds_it_once_and_loads_it(tree: Path, b
     assert lines[:2] == [" False", "['cpu']"]
     assert lines[2] in ("base", "avx2", "avx512")
     assert Path(lines[3]) == tmp_path / "installed" / module
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("nm"), reason="no binutils")
+def test_code_for_wider_registers_shares_nothing_with_the_rest(compiled: Path, tree: Path) -> None:
+    """A weak symbol, such as an inline function's, could be the copy that the linker keeps for every machine."""
+    objects = sorted(tree.glob("build/_C-*/objects/cpu/rows_*.cpp.o"))
+    assert [path.name.split(".")[0] for path in objects] == ["rows_avx2", "rows_avx512", "rows_base"]
+    for path in objects:
+        listing = subprocess.run(["nm", "--defined-only", "--extern-only", path], capture_output=True, text=True)
+        (symbol,) = listing.stdout.splitlines()
+        assert path.name.split(".")[0] in symbol
 
 
 def test_the_licences_and_the_command_are_in_the_metadata(built: Built) -> None:
