@@ -23,7 +23,7 @@ from ebdiff.files import read_json, read_tensors
 from ebdiff.nn.router import TimestepRouter
 from ebdiff.pruning.save import load
 from ebdiff.pruning.shrink import shrinks_of
-from ebdiff.training import job
+from ebdiff.training import job, loop
 from ebdiff.training.accounting import Cost, Meter
 from ebdiff.training.judge import macs_per_image
 from ebdiff.training.log import read_log
@@ -257,6 +257,27 @@ def test_costs_go_on_after_an_interruption() -> None:
     assert Cost.from_json(json.loads(json.dumps(cost.to_json()))) == cost
     on_gpus = Meter("cuda", devices=4).read()
     assert on_gpus.device_seconds == pytest.approx(4 * on_gpus.wall_seconds)
+
+
+def test_a_loss_that_is_not_finite_names_the_last_good_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints are written every 3 steps; what the search resumes from is there, with what watches."""
+    real, calls = loop._backward, 0
+
+    def diverge(*arguments: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        loss = real(*arguments)
+        return loss * float("nan") if calls == 8 else loss
+
+    monkeypatch.setattr(loop, "_backward", diverge)
+    world = tiny(tmp_path)
+    job.prepare(world)
+    with pytest.raises(EbdiffError, match=r"stopped at step 8: expected a finite loss.*checkpoint of step 6 is whole"):
+        list(job.find(world))
+    folders = sorted(path.name for path in (tmp_path / "search" / "checkpoints").iterdir())
+    assert folders == ["step-00000003", "step-00000006"]
+    again = next(job.find(world))
+    assert again.note == "resumed at step 6"
 
 
 def test_work_is_named_once(finished: World) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -106,6 +107,38 @@ def test_any_optimizer_and_memory_format_resumes(tmp_path: Path, model: Any, mak
     assert equal(second, first)
     steps(second, 6)
     assert equal(second, straight)
+
+
+def test_a_checkpoint_of_torch_s_adamw_restores(tmp_path: Path) -> None:
+    """What was written before AdamW moved the EMA itself, with torch's settings, goes on here to rounding."""
+    straight, writer, reader = begin(), begin(), begin(1)
+    for state in (straight, writer):
+        state.optimizer = torch.optim.AdamW(state.model.parameters(), lr=CONFIG.lr, weight_decay=0.0, fused=True)
+    steps(straight, 6)
+    steps(writer, 3, checkpoints=Checkpoints(tmp_path))
+    saved = Checkpoints(tmp_path).newest()
+    assert saved is not None
+    reader.restore(saved)
+    assert equal(reader, writer)
+    steps(reader, 6)
+    for name, tensor in straight.tensors().items():
+        torch.testing.assert_close(reader.tensors()[name], tensor, rtol=1e-5, atol=1e-6)
+    assert reader.facts()["ema"] == straight.facts()["ema"]
+
+
+@pytest.mark.parametrize("wrap", [lambda o: o, Accelerator(cpu=True).prepare], ids=["plain", "prepared"])
+def test_the_ema_moves_once_in_a_step(wrap: Callable[[Any], Any]) -> None:
+    """Whether the optimizer moves it, or the loop does because the optimizer moves none or another one."""
+    state, by_torch, replaced = begin(), begin(), begin()
+    state.optimizer = wrap(state.optimizer)
+    by_torch.optimizer = torch.optim.AdamW(by_torch.model.parameters(), lr=CONFIG.lr, weight_decay=0.0)
+    replaced.ema = copy.deepcopy(replaced.ema)
+    for one in (state, by_torch, replaced):
+        steps(one, 5)
+        assert one.ema.optimization_step == 5
+    for shadows in zip(state.ema.shadow_params, by_torch.ema.shadow_params, replaced.ema.shadow_params, strict=True):
+        torch.testing.assert_close(shadows[0], shadows[1], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(shadows[0], shadows[2], rtol=1e-5, atol=1e-6)
 
 
 def grouped(state: TrainState, first: int) -> TrainState:
@@ -233,7 +266,7 @@ def test_a_numpy_seed_is_the_same_seed() -> None:
 
 
 def extra_parameter(state: TrainState) -> None:
-    state.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    state.optimizer.add_param_group({"params": [("extra", nn.Parameter(torch.ones(2)))]})
 
 
 def wrapped(state: TrainState) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..data import to_model
 from ..errors import EbdiffError
+from ..optim import steps_ema
 from ..pruning.modules import refuse_wrapped
 from ..timesteps.region import Partition, Region
 from ..timesteps.sampler import Sampler, Within
@@ -85,7 +86,8 @@ def train(
         sampler: draws timesteps and weights on that prediction's squared error.
         config: how to train.
         until: the step to stop at.
-        checkpoints: where to write state every `checkpoint_every` steps and at the end, before that step is yielded.
+        checkpoints: where to write state every `checkpoint_every` steps and at the end, before that step is yielded;
+            0: the caller writes there. Errors name the newest.
         regions: let all timesteps of a step come from one region, drawn with the mass that `sampler` gives it; the
             distribution of timesteps over many steps stays that of `sampler`.
         accelerator: of accelerate; made here if not given.
@@ -101,9 +103,8 @@ def train(
         got = f"checkpoint_every={checkpoint_every} alone"
         raise EbdiffError("checkpoint_every", expected="checkpoints", got=got, remedy="say where: Checkpoints(folder)")
     state.to(accelerator.device)
-    return _steps(
-        state, images, scheduler, sampler, config, until, checkpoints, checkpoint_every or until, regions, accelerator
-    )
+    every = until if checkpoint_every is None else checkpoint_every
+    return _steps(state, images, scheduler, sampler, config, until, checkpoints, every, regions, accelerator)
 
 
 def _steps(
@@ -136,9 +137,10 @@ def _steps(
         norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip or float("inf"))
         _check_finite(float(loss), float(norm), step + 1, config, checkpoints)
         state.optimizer.step()
-        state.ema.step(state.model.parameters())
+        if not steps_ema(state.optimizer, state.ema):
+            state.ema.step(state.model.parameters())
         state.step += 1
-        due = state.step == until or state.step % checkpoint_every == 0
+        due = checkpoint_every > 0 and (state.step == until or state.step % checkpoint_every == 0)
         if checkpoints is not None and due and accelerator.is_main_process:
             checkpoints.save(state.step, state.tensors(), state.facts())
         lr = float(state.optimizer.param_groups[0]["lr"])

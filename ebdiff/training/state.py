@@ -10,11 +10,13 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from ..errors import EbdiffError
+from ..optim import AdamW
 from .checkpoint import Saved
 
 __all__ = ["TrainConfig", "TrainState"]
 
 _EMA_FACTS = ("optimization_step", "cur_decay_value")
+_OWN = ("params", "param_names")  # what a parameter group holds besides settings
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,8 @@ class TrainState:
 
     Args:
         model: called as model(x, t).
-        optimizer: of torch; its state is saved by parameter name.
-        ema: diffusers' EMAModel over ``model.parameters()``.
+        optimizer: `ebdiff.optim.AdamW` or one of torch; its state is saved by parameter name.
+        ema: diffusers' EMAModel over ``model.parameters()``; a step of the loop moves it, or the optimizer's does.
         step: optimizer steps taken so far.
     """
 
@@ -77,12 +79,12 @@ class TrainState:
 
     @classmethod
     def begin(cls, model: nn.Module, config: TrainConfig) -> TrainState:
-        """A model before its first step: AdamW, and an EMA that warms up."""
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
-        )
+        """A model before its first step: AdamW, and an EMA that warms up and moves in AdamW's own pass."""
         ema = EMAModel(
             model.parameters(), decay=config.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75, foreach=True
+        )
+        optimizer = AdamW(
+            model.named_parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, ema=ema
         )
         return cls(model, optimizer, ema)
 
@@ -136,7 +138,7 @@ class TrainState:
                 remedy="use an optimizer like AdamW",
             )
         groups = [
-            {key: _plain(value) for key, value in group.items() if key != "params" and _is_plain(_plain(value))}
+            {key: _plain(value) for key, value in group.items() if key not in _OWN and _is_plain(_plain(value))}
             for group in self.optimizer.param_groups
         ]
         return {

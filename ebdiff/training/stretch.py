@@ -82,7 +82,7 @@ class Stretch:
             return meter.read(steps=step - begun, images=images, macs=(step - begun) * per_step)
 
         with StepLog(self.folder, begun, world.config.train.log_every) as log:
-            for report in self._steps(world, state, first + self.steps):
+            for report in self._steps(world, state, first + self.steps, checkpoints):
                 if watch is not None:
                     watch.step(report.region)
                 for share, steps in self.marks.items():
@@ -97,7 +97,7 @@ class Stretch:
         conclusion = self.conclude(watch) if self.conclude and watch is not None else {}
         finish(self.folder, {**self.facts, **conclusion, "cost": cost(state.step).to_json()})
 
-    def _steps(self, world: World, state: TrainState, until: int) -> Iterator[StepReport]:
+    def _steps(self, world: World, state: TrainState, until: int, checkpoints: Checkpoints) -> Iterator[StepReport]:
         return train(
             state,
             world.data.train,
@@ -105,6 +105,8 @@ class Stretch:
             sampler=self.sampler,
             config=train_config(world, self.seed),
             until=until,
+            checkpoints=checkpoints,
+            checkpoint_every=0,  # written here, with what watches: see `store`
             regions=self.regions,
             accelerator=Accelerator(cpu=world.device.type == "cpu"),
         )
