@@ -10,12 +10,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-from .build import build
+from .build import ROOT, build
 from .plan import SANITIZE
 from .settings import Settings
 from .tools import find_compiler
 
 __all__ = ["environment", "main"]
+
+LOADS = """
+from ebdiff.ops import native
+assert "-fsanitize" in native.facts().get("flags", ""), native.why_not() or "another module was loaded"
+"""
 
 
 def environment(module: Path) -> dict[str, str]:
@@ -40,13 +45,16 @@ def environment(module: Path) -> dict[str, str]:
 
 
 def main(folder: str, *command: str) -> int:
-    """Build, run the command, return its exit code; 1 where the module could not be built."""
+    """Build, run the command, return its exit code; 1 where the module could not be built or does not load."""
     outcome = build(Settings("cpu", werror=True), Path(folder).resolve(), SANITIZE)
     if outcome.module is None:
         why = outcome.missing["cpu"]
         print(why.output, f"{why.problem}; {why.remedy}", sep="\n", file=sys.stderr)
         return 1
-    return subprocess.run(command, env=os.environ | environment(outcome.module)).returncode if command else 0
+    variables = os.environ | environment(outcome.module)
+    # Where it does not load, the references would serve, and every test would pass without it.
+    loads = subprocess.run([sys.executable, "-c", LOADS], env=variables, cwd=ROOT).returncode
+    return loads or (subprocess.run(command, env=variables).returncode if command else 0)
 
 
 if __name__ == "__main__":
