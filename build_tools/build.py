@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from .cuda import GET_CUDA, find_nvcc
+from .cuda import GET_CUDA, Nvcc, find_nvcc
 from .plan import Plan, info_source, ninja_file
 from .settings import Settings
 from .tools import Missing, cores, find_compiler, find_ninja, find_pybind11, find_python
@@ -40,13 +40,11 @@ class Outcome(NamedTuple):
         module: the finished module in the build folder; None where not even the CPU part could be built.
         parts: what it holds: (), ("cpu",) or ("cpu", "cuda").
         missing: why each other part is not in it.
-        failed: the parts that broke, as opposed to those not asked for or without an nvcc on this machine.
     """
 
     module: Path | None
     parts: tuple[str, ...]
     missing: dict[str, Missing]
-    failed: tuple[str, ...] = ()
 
 
 def sources() -> ModuleType:
@@ -61,17 +59,14 @@ def sources() -> ModuleType:
 
 def build(settings: Settings, within: Path, extra: str = "") -> Outcome:
     """Build ebdiff._C in a folder below `within`, one for each set of tools, so that each rebuilds what changed."""
-    off = Missing(f"EBDIFF_BUILD={settings.mode}", "unset it")
     if settings.mode == "none":
+        off = Missing("EBDIFF_BUILD=none", "unset it", failure=False)
         return Outcome(None, (), {"cpu": off, "cuda": off})
-    nvcc, missing, failed = None, {"cuda": off}, []
-    if settings.mode != "cpu":
-        try:
-            nvcc = find_nvcc(settings.architectures)
-            missing["cuda"] = Missing("no nvcc on this machine", GET_CUDA)
-            failed = [] if nvcc or settings.mode != "cuda" else ["cuda"]
-        except Missing as error:
-            missing["cuda"], failed = error, ["cuda"]
+    nvcc, missing = None, {}
+    try:
+        nvcc = _nvcc(settings)
+    except Missing as error:
+        missing["cuda"] = error
     try:
         plan, ninja = _prepare(settings, within, extra, nvcc)
         with _alone(plan.folder):
@@ -80,14 +75,26 @@ def build(settings: Settings, within: Path, extra: str = "") -> Outcome:
                 try:
                     return Outcome(_make(ninja, plan, "cuda"), ("cpu", "cuda"), {})
                 except Missing as error:
-                    missing["cuda"], failed = error, ["cuda"]
-            return Outcome(_make(ninja, plan, "cpu"), ("cpu",), missing, tuple(failed))
+                    missing["cuda"] = error
+            return Outcome(_make(ninja, plan, "cpu"), ("cpu",), missing)
     except Missing as error:
-        without = Missing("it needs the CPU part", error.remedy)
-        return Outcome(None, (), {"cpu": error, "cuda": without if nvcc else missing["cuda"]}, ("cpu", *failed))
+        if nvcc:
+            missing["cuda"] = Missing("it needs the CPU part", error.remedy)
+        return Outcome(None, (), {"cpu": error, **missing})
 
 
-def _prepare(settings: Settings, within: Path, extra: str, nvcc: Any) -> tuple[Plan, str]:
+def _nvcc(settings: Settings) -> Nvcc:
+    if settings.mode == "cpu":
+        raise Missing("EBDIFF_BUILD=cpu", "unset it", failure=False)
+    if not any((ROOT / "csrc" / "cuda").glob("*.cu")):
+        raise Missing("no CUDA sources in this version", "a later one may have some", failure=settings.mode == "cuda")
+    nvcc = find_nvcc(settings.architectures)
+    if nvcc is None:
+        raise Missing("no nvcc on this machine", GET_CUDA, failure=settings.mode == "cuda")
+    return nvcc
+
+
+def _prepare(settings: Settings, within: Path, extra: str, nvcc: Nvcc | None) -> tuple[Plan, str]:
     compiler, ninja = find_compiler(), find_ninja()
     pybind11, version = find_pybind11()
     facts: dict[str, Any] = {

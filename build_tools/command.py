@@ -45,9 +45,9 @@ class BuildCompiled(build_ext):
         with _workplace() as folder:
             outcome = make(settings, folder)
             print(_report(outcome), flush=True)
-            if settings.must_not_fail and outcome.failed:  # an error changes nothing: what was there stays
-                problem = outcome.missing[outcome.failed[0]].problem
-                raise CompileError(f"EBDIFF_BUILD={settings.mode}, but {problem}")
+            failures = [why.problem for why in outcome.missing.values() if why.failure]
+            if settings.must_not_fail and failures:  # an error changes nothing: what was there stays
+                raise CompileError(f"EBDIFF_BUILD={settings.mode}, but {failures[0]}")
             _place(outcome, self._target(), Path(self.get_ext_filename("_C")).name, settings.mode)
 
     def get_outputs(self) -> list[str]:

@@ -20,11 +20,12 @@ class Missing(Exception):
         problem: what is wrong.
         remedy: what the user can do.
         output: what the compiler itself said.
+        failure: is it an error where nothing may fail? Not what nobody asked for, or what this machine has no tool for.
     """
 
-    def __init__(self, problem: str, remedy: str, output: str = "") -> None:
+    def __init__(self, problem: str, remedy: str, output: str = "", *, failure: bool = True) -> None:
         super().__init__(problem)
-        self.problem, self.remedy, self.output = problem, remedy, output
+        self.problem, self.remedy, self.output, self.failure = problem, remedy, output, failure
 
 
 class Compiler(NamedTuple):

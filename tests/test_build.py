@@ -202,6 +202,12 @@ def test_fewer_architectures_can_be_asked_for(tree: Path, cuda_home: Path) -> No
     assert "does not compile for sm_70; EBDIFF_CUDA_ARCHS chooses from 75 80 90 100" in said
 
 
+def test_what_has_no_cuda_sources_passes_where_nothing_may_fail(tree: Path) -> None:
+    run(tree, EBDIFF_BUILD="require")
+    assert loaded(tree)["info"]["parts"] == ["cpu"]
+    assert "no CUDA sources" in run(tree, EBDIFF_BUILD="cuda", fails=True)
+
+
 def test_a_failing_nvcc_leaves_the_cpu_part(tree: Path, cuda_home: Path) -> None:
     (tree / "csrc" / "cuda" / "part.cu").write_text("int device_part() { return nonsense; }\n")
     said = run(tree, CUDA_HOME=str(cuda_home))
@@ -212,8 +218,8 @@ def test_a_failing_nvcc_leaves_the_cpu_part(tree: Path, cuda_home: Path) -> None
         run(tree, CUDA_HOME=str(cuda_home), EBDIFF_BUILD=mode, fails=True)
 
 
-def test_a_cuda_home_without_nvcc_is_a_mistake_not_a_machine_without_cuda(tree: Path, tmp_path: Path) -> None:
-    nowhere = str(tmp_path / "nowhere")
+def test_a_cuda_home_without_nvcc_is_a_mistake_not_a_machine_without_cuda(tree: Path, cuda_home: Path) -> None:
+    nowhere = str(cuda_home / "nowhere")
     assert "holds no bin/nvcc; correct CUDA_HOME" in run(tree, CUDA_HOME=nowhere)
     assert loaded(tree)["info"]["parts"] == ["cpu"]
     assert "holds no bin/nvcc" in run(tree, CUDA_HOME=nowhere, EBDIFF_BUILD="require", fails=True)
