@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -248,6 +249,30 @@ def test_parameters_at_rest_are_masked_and_followed_and_frozen_ones_copied() -> 
         torch.testing.assert_close(ema.shadow_params[i], wanted.masked_fill(gone, 0), rtol=1e-6, atol=1e-7)
     assert model[0].weight not in optimizer.state  # type: ignore[comparison-overlap]
     torch.testing.assert_close(model[0].weight, (3 * start[0]).masked_fill(removed(mask, "0.weight"), 0))
+
+
+def test_what_is_frozen_later_is_copied_from_then_on() -> None:
+    model, _ = network()
+    ema = averaged(model)
+    optimizer = AdamW(model.parameters(), lr=0.1, ema=ema)
+    for step in range(4):
+        model[1].requires_grad_(step < 3)
+        for p, gradient in zip(model.parameters(), gradients(model, 0), strict=True):
+            p.grad = gradient
+        optimizer.step()
+        same_now = [torch.equal(p, e) for p, e in zip(model.parameters(), ema.shadow_params, strict=True)]
+        assert same_now == [False, step == 3, False] or step == 0
+
+
+def test_a_tied_parameter_is_masked_by_any_of_its_names() -> None:
+    model, mask = network()
+    plan = replace(mask.plan, aliases={"tied": "1.weight"})
+    tied = ebdiff.ChannelMask(plan, {name: mask[name] for name in mask})
+    weight: Any = model[1].weight
+    optimizer = AdamW([("tied", weight)], mask=tied)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert torch.equal(weight == 0, removed(mask, "1.weight"))
 
 
 KINDS = ["module", "dict", "list", "averaged model"]

@@ -134,11 +134,11 @@ def test_steps_that_differ_are_kept_apart() -> None:
     """A parameter that starts later has its own bias correction; a step set by hand counts."""
     model, twin = network()[0], network()[0]
     ours, theirs = AdamW(model.parameters(), **SETTINGS), torch.optim.AdamW(twin.parameters(), **SETTINGS)
-    for step in range(6):
+    for step in range(8):
         for network_, optimizer in ((model, ours), (twin, theirs)):
             for i, (p, gradient) in enumerate(zip(network_.parameters(), gradients(network_, step), strict=True)):
-                p.grad = None if i == step % 4 else gradient
-            if step == 4:
+                p.grad = None if i == step else gradient
+            if step == 5:
                 optimizer.state[network_[2].weight]["step"].fill_(1)
             optimizer.step()
     close(model, twin)
