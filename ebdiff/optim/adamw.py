@@ -124,18 +124,14 @@ class AdamW(torch.optim.Optimizer):
         _refuse_sparse(self.param_groups)
         average = self._average
         shadows = [] if average is None else average.shadows()
-        calls = [(group, *self._ready(number, shadows)) for number, group in enumerate(self.param_groups)]
-        decay = (
-            0.0 if average is None else average.decay_at(self._number([part for *_, parts in calls for part in parts]))
-        )
-        for group, lists, parts in calls:
-            for part in parts:
-                _update(group, lists, part, shadows, decay)
+        updates = [update for group in range(len(self.param_groups)) for update in self._updates(group, shadows)]
+        decay = 0.0 if average is None else average.decay_at(self._number([part for *_, part in updates]))
+        for group, lists, part in updates:
+            _update(group, lists, part, shadows, decay)
         if self._mask is not None:
             self._mask_resting()
         if average is not None:
-            moved = {place for *_, parts in calls for part in parts for place in part.shadows}
-            self._move_others(average, moved, decay)
+            self._move_others(average, {place for *_, part in updates for place in part.shadows}, decay)
             average.advance(decay)
         return loss
 
@@ -184,20 +180,21 @@ class AdamW(torch.optim.Optimizer):
         self._plans: dict[int, Plan] = {}
         self._removed = None
 
-    def _ready(self, number: int, shadows: list[Tensor]) -> tuple[Lists, list[Part]]:
-        """What the operator takes of a group's parameters with a gradient, and its parts."""
-        trained = [p for p in self.param_groups[number]["params"] if p.grad is not None]
+    def _updates(self, number: int, shadows: list[Tensor]) -> list[tuple[dict[str, Any], Lists, Part]]:
+        """Of a group: its settings, what its parameters with a gradient consist of, and the parts to update them in."""
+        group = self.param_groups[number]
+        trained = [p for p in group["params"] if p.grad is not None]
         if not trained:
-            return ([], [], [], []), []
+            return []
         states = [self.state[p] or self._begin(p) for p in trained]
         plan = self._plans.get(number)
         if plan is None or not plan.fits(trained, states, shadows):
             if self._average is not None:
                 self._average.check()
             plan = self._plans[number] = Plan(trained, states, shadows, self._average, self._masks())
-        gradients = [p.grad for p in trained if p.grad is not None]
+        gradients = [p.grad for p in trained]
         first, second = ([state[name] for state in states] for name in MOMENTS)
-        return (trained, gradients, first, second), plan.parts
+        return [(group, (trained, gradients, first, second), part) for part in plan.parts]
 
     def _begin(self, parameter: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[parameter]
