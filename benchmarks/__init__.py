@@ -70,15 +70,24 @@ def halved_by_torch_pruning(model: nn.Module, example: Mapping[str, Tensor]) -> 
     return model.train()
 
 
-def synchronize(device: torch.device | str) -> None:
-    """Wait for a GPU, so that the clock sees what was queued."""
+def seconds_of(call: Callable[[], Any], device: torch.device | str) -> float:
+    """Wall-clock seconds of one call; on a GPU those between two events, so that waiting for it does not count."""
     if torch.device(device).type == "cuda":
+        before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
+        before.record()
+        call()
+        after.record()
+        torch.cuda.synchronize()
+        return before.elapsed_time(after) / 1000
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 @dataclass
 class SideBySide:
-    """Wall-clock seconds of several candidates, one of each per round, so that a busy spell hits all of them."""
+    """Seconds of several candidates, one of each per round, so that a busy spell hits all of them."""
 
     candidates: Mapping[str, Callable[[], Any]]
     device: torch.device | str = "cpu"
@@ -87,11 +96,7 @@ class SideBySide:
     def __call__(self) -> None:
         """One round."""
         for name, call in self.candidates.items():
-            synchronize(self.device)
-            start = time.perf_counter()
-            call()
-            synchronize(self.device)
-            self.seconds.setdefault(name, []).append(time.perf_counter() - start)
+            self.seconds.setdefault(name, []).append(seconds_of(call, self.device))
 
     def run(self, benchmark: Any, rounds: int, warmup_rounds: int = 1) -> None:
         """`rounds` rounds under pytest-benchmark, whose own figure is the time of a whole round."""
@@ -110,6 +115,58 @@ class SideBySide:
         """Median over rounds of slow / fast within the same round."""
         pairs = zip(self.seconds[slow], self.seconds[fast], strict=True)
         return statistics.median(a / b for a, b in pairs)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way of doing something.
+
+    Args:
+        call: does it once.
+        floor: bytes it cannot do without (see `benchmarks.floors`); 0 where that is not the point.
+        ours: the name of the candidate it is compared with.
+    """
+
+    call: Callable[[], Any]
+    floor: float = 0
+    ours: str = ""
+
+
+def copy_of(elements: int, device: torch.device | str) -> Candidate:
+    """torch's own copy_ of so many float32: the bandwidth of memory that this machine reaches."""
+    source = torch.ones(elements, device=device)
+    target = torch.zeros_like(source)
+    return Candidate(lambda: target.copy_(source), floor=8 * elements)
+
+
+def table(candidates: Mapping[str, Candidate], timing: SideBySide, copy: str = "copy_") -> list[dict[str, Any]]:
+    """Rows for `report`: median and least milliseconds, the floor, and two ratios, each taken within a round.
+
+    `share_of_copy` is floor / time over the same of the candidate `copy`; `times_ours` is how many times longer than
+    ours it took. The `least_` ones compare the least times instead: to be read where the machine was busy.
+    """
+    rows = []
+    for name, candidate in candidates.items():
+        row: dict[str, Any] = {"what": name, "ms": 1e3 * timing.median(name), "least_ms": 1e3 * timing.least(name)}
+        if candidate.floor:
+            bytes_per_copied = candidate.floor / candidates[copy].floor
+            row["floor_gb"] = candidate.floor / 1e9
+            row["share_of_copy"] = bytes_per_copied * timing.ratio(copy, name)
+            row["least_share"] = bytes_per_copied * timing.least(copy) / timing.least(name)
+        if candidate.ours:
+            row["times_ours"] = timing.ratio(name, candidate.ours)
+            row["least_times_ours"] = timing.least(name) / timing.least(candidate.ours)
+        rows.append(row)
+    return rows
+
+
+def side_by_side(
+    benchmark: Any, device: torch.device, candidates: Mapping[str, Candidate], rounds: int
+) -> list[dict[str, Any]]:
+    """Measure candidates in turn, and return their `table`. One of them is "copy_" where any has a floor."""
+    timing = SideBySide({name: candidate.call for name, candidate in candidates.items()}, device)
+    timing.run(benchmark, rounds, warmup_rounds=2)
+    return table(candidates, timing)
 
 
 def _commit() -> str:
