@@ -11,7 +11,7 @@ from torch import Tensor
 from .channel_mask_checks import check_adamw, check_axes, refuse_shared
 from .library import define
 from .mask_axes import Axes
-from .serve import backend, reference_of, run
+from .serve import backend, reference_of, run, written
 
 __all__ = ["masked_adamw_"]
 
@@ -93,6 +93,7 @@ def _masked_adamw_impl(
         chosen = [k for k, i in enumerate(part_owner) if i >= 0]
         masks = ([keep[k] for k in chosen], [part_owner[k] for k in chosen], [dims[k] for k in chosen])
         serve("masked_adamw_", params[0], *part, *masks, numbers, maximize)
+    written(params, exp_avg, exp_avg_sq, ema)
 
 
 def _laid_out(

@@ -19,7 +19,7 @@ from .channel_mask_reference import Kind
 from .library import define
 from .mask_axes import Axes
 from .native_cpu import NotTaken
-from .serve import backend, reference_of, run
+from .serve import backend, reference_of, run, written
 
 __all__ = ["Axes", "apply_mask_", "channel_sums", "compact", "mask_distance", "masked_adamw_", "scatter_back"]
 
@@ -126,6 +126,7 @@ def _apply_mask_impl(
 ) -> None:
     check_axes(tensors, keep, owner, dims, written=True)
     run("apply_mask_", tensors[0], tensors, keep, owner, dims)
+    written(tensors)
 
 
 def _compact_impl(
@@ -167,6 +168,7 @@ def _scatter_back_impl(
         for large, part in zip(dense, small, strict=True)
     ]  # fmt: skip
     run("scatter_back_", dense[0], dense, laid_out, keep, owner, dims)
+    written(dense)
 
 
 def _channel_sums_impl(

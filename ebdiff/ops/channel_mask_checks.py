@@ -40,10 +40,11 @@ def check_axes(
 
 
 def _check_plain(tensors: Sequence[Tensor], device: torch.device) -> None:
-    for i, tensor in enumerate(tensors):
-        if tensor.device != device or tensor.layout is not torch.strided:
-            got = f"number {i} on {tensor.device}, {tensor.layout}"
-            _refuse("tensors", f"strided tensors on one device ({device})", got)
+    if {t.device for t in tensors} <= {device} and {t.layout for t in tensors} <= {torch.strided}:
+        return
+    i = next(i for i, t in enumerate(tensors) if t.device != device or t.layout is not torch.strided)
+    got = f"number {i} on {tensors[i].device}, {tensors[i].layout}"
+    _refuse("tensors", f"strided tensors on one device ({device})", got)
 
 
 def _repeats(tensor: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
@@ -12,7 +13,7 @@ from . import channel_mask_reference as reference
 from . import native, native_cpu
 from .native_cpu import NotTaken
 
-__all__ = ["backend", "reference_of", "run"]
+__all__ = ["backend", "reference_of", "run", "written"]
 
 
 def backend(tensor: Tensor) -> Any:
@@ -38,3 +39,11 @@ def run(name: str, tensor: Tensor, *arguments: Any) -> Any:
 def reference_of(name: str, tensor: Tensor, *arguments: Any) -> Any:
     """As `run`, but always the reference."""
     return getattr(reference, name)(*arguments)
+
+
+def written(*lists: Sequence[Tensor]) -> None:
+    """Tell autograd that these tensors have other values now, which a write through a raw address does not."""
+    for tensors in lists:
+        tracked = [tensor for tensor in tensors if not tensor.is_inference()]
+        if tracked:
+            torch.autograd.graph.increment_version(tracked)

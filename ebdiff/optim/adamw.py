@@ -154,8 +154,8 @@ class AdamW(torch.optim.Optimizer):
         """`ebdiff.shrink_` has shrunken parameters and moments by this mask: there is nothing left to mask.
 
         The EMA: what `shrink_` was given as `ema=` is shrunken already. Where it was not given, the tensors of an
-        EMAModel, a list or a dict are shrunken here by their parameters' names. A module is more than its tensors:
-        it has to go through `shrink_`, with the model or by itself; the next step refuses one that has not.
+        EMAModel, a list or a dict are shrunken here by their parameters' names. A module,
+        which is more than its tensors, `shrink_` shrinks by itself.
         """
         self.mask = None
         if self._average is not None:

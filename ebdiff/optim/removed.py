@@ -26,20 +26,20 @@ class Removed:
     """
 
     def __init__(self, mask: ChannelMask | None, groups: Iterable[dict[str, Any]]) -> None:
-        self._table: dict[int, dict[int, Tensor]] = {}
+        self._table: dict[int, Mapping[int, Tensor]] = {}
         for group in groups if mask is not None else ():
             for name, parameter in named(group):
                 assert mask is not None
                 _check(name, parameter, mask)
                 self._table[id(parameter)] = kept_of(mask, str(name))
 
-    def axes(self, parameter: Tensor) -> dict[int, Tensor]:
+    def axes(self, parameter: Tensor) -> Mapping[int, Tensor]:
         """{dim: bool [size], True = KEPT} for each axis of a parameter that loses channels."""
         return self._table.get(id(parameter), {})
 
     def zero_(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Zero the removed channels of (parameter, tensor of its shape)."""
-        places: dict[torch.device, list[tuple[dict[int, Tensor], Tensor]]] = {}
+        places: dict[torch.device, list[tuple[Mapping[int, Tensor], Tensor]]] = {}
         for parameter, tensor in pairs:
             if self.axes(parameter):
                 places.setdefault(tensor.device, []).append((self.axes(parameter), tensor))
@@ -47,10 +47,9 @@ class Removed:
             apply_mask_([tensor for _, tensor in found], Axes.of(axes for axes, _ in found))
 
 
-def kept_of(mask: ChannelMask, name: str) -> dict[int, Tensor]:
+def kept_of(mask: ChannelMask, name: str) -> Mapping[int, Tensor]:
     """{dim: bool [size], True = KEPT} for each axis of a parameter that loses channels, by any of its names."""
-    kept = mask.plan.kept(mask.keep, mask.plan.aliases.get(name, name))
-    return {dim: alive for dim, alive in kept.items() if not bool(alive.all())}
+    return mask.kept(mask.plan.aliases.get(name, name))
 
 
 def mask_of(mask: ChannelMask | Ticket) -> ChannelMask:

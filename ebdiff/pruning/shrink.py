@@ -74,7 +74,8 @@ def shrink_(
         ticket: a mask or a ticket drawn from its plan.
         optimizer: the optimizer (or several) that holds its parameters; torch's or wrapped by accelerate.
         ema: a copy of the model, something that holds one as `.module` or `.ema_model`, diffusers' EMAModel (anything
-            with `shadow_params`), a list of tensors in the order of ``model.parameters()``, or a dict by name.
+            with `shadow_params`), a list of tensors in the order of ``model.parameters()``, or a dict by name. Not
+            needed where an `ebdiff.optim.AdamW` moves it along.
 
     Raises:
         EbdiffError: the ticket, the optimizer or the EMA does not belong to this model. Nothing was changed then.
@@ -84,8 +85,10 @@ def shrink_(
     mask.plan.check(model)
     optimizers = [] if optimizer is None else [optimizer] if not isinstance(optimizer, Sequence) else list(optimizer)
     state = _optimizer_state(model, optimizers)
-    averages, average_model = _ema_state(model, ema, mask)
     held = [inner for inner in map(_own, optimizers) if inner is not None]
+    if ema is None:  # a module that one of them moves along; other kinds it shrinks itself
+        ema = next((inner.ema for inner in held if isinstance(inner.ema, nn.Module)), None)
+    averages, average_model = _ema_state(model, ema, mask)
     for inner in held:
         inner.check_shrink(mask)
     for places in (state, averages):
