@@ -36,8 +36,11 @@ static void need(const Layout& layout, std::initializer_list<size_t> lengths) {
     if (length != layout.slabs.size()) throw std::invalid_argument("a list is not as long as the layout");
 }
 
-// Does memory that is written to lie within the reach of another tensor? Addresses by list and tensor of the layout.
-static bool shares_memory(const Layout& layout, int bytes, const std::vector<Addresses>& written, const Addresses& read) {
+// Does memory that is written to lie within the reach of another tensor? Addresses by list and tensor of the layout; log2
+// of the bytes of an element by tensor.
+static bool shares_memory(const Layout& layout, const std::vector<int>& log2, const std::vector<Addresses>& written,
+                          const Addresses& read) {
+  if (log2.size() != layout.slabs.size()) throw std::invalid_argument("a list is not as long as the layout");
   struct Span {
     uintptr_t start, end;
     bool is_written;
@@ -46,7 +49,7 @@ static bool shares_memory(const Layout& layout, int bytes, const std::vector<Add
   std::vector<Span> spans;
   const auto add = [&](const Addresses& list, bool is_written) {
     for (size_t i = 0; i < list.size() && i < layout.slabs.size(); ++i)
-      if (const auto length = uintptr_t(layout.slabs[i].extent) * bytes)
+      if (const auto length = uintptr_t(layout.slabs[i].extent) << log2[i])
         spans.push_back({list[i], list[i] + length, is_written});
   };
   for (const Addresses& list : written) add(list, true);

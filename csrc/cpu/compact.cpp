@@ -46,7 +46,7 @@ static void fill_gaps(const Layout& layout, const Addresses& small, const std::v
   for (size_t i = 0; i < small.size(); ++i) {
     const Slab& slab = layout.slabs[i];
     const size_t bytes = size_t(slab.kept_rows * slab.kept_cols) << log2[i];
-    std::memset(reinterpret_cast<char*>(small[i]) + bytes, 0, -bytes & 63);
+    if (bytes & 63) std::memset(reinterpret_cast<char*>(small[i]) + bytes, 0, -bytes & 63);
   }
 }
 

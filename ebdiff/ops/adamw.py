@@ -8,10 +8,10 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from .channel_mask_checks import check_adamw, check_axes, refuse_shared
+from .channel_mask_checks import check_adamw, check_axes, check_devices, refuse_shared
 from .library import define
 from .mask_axes import Axes
-from .serve import backend, reference_of, run, written
+from .serve import reference_of, run, written
 
 __all__ = ["masked_adamw_"]
 
@@ -85,10 +85,11 @@ def _masked_adamw_impl(
     grads = _laid_out(grads, params, strides)
     lists = (params, grads, exp_avg, exp_avg_sq, ema)
     alike = all([tensor.stride() for tensor in tensors] == strides for tensors in lists if tensors)
-    if not alike or backend(params[0]) is None:
-        refuse_shared([*params, *exp_avg, *exp_avg_sq, *ema], read=grads)  # the compiled part looks for itself
     serve = run if alike else reference_of
-    for numbers_of, part_owner in _by_dtype(params, owner):
+    parts = _by_dtype(params, owner)
+    if len(parts) > 1:  # before the first is written; of one dtype, who serves it looks
+        refuse_shared([*params, *exp_avg, *exp_avg_sq, *ema], read=grads)
+    for numbers_of, part_owner in parts:
         part = [[tensors[i] for i in numbers_of] if tensors else [] for tensors in lists]
         chosen = [k for k, i in enumerate(part_owner) if i >= 0]
         masks = ([keep[k] for k in chosen], [part_owner[k] for k in chosen], [dims[k] for k in chosen])
@@ -142,5 +143,5 @@ _masked_adamw_op = define(
     "Tensor(d!)[] ema, Tensor[] keep, int[] owner, int[] dims, float lr, float beta1, float beta2, float eps, "
     "float weight_decay, int step, float ema_decay, bool maximize) -> ()",
     _masked_adamw_impl,
-    lambda *arguments: None,
+    lambda *arguments: check_devices(*arguments[:5], keep=arguments[5]),
 )

@@ -14,7 +14,7 @@ from ..errors import EbdiffError
 from . import channel_mask_reference as reference
 from . import native_cpu
 from .adamw import masked_adamw_
-from .channel_mask_checks import check_axes, check_packed, check_small, check_sums
+from .channel_mask_checks import check_axes, check_devices, check_packed, check_small, check_sums
 from .channel_mask_reference import Kind
 from .library import define
 from .mask_axes import Axes
@@ -137,7 +137,7 @@ def _compact_impl(
         raise EbdiffError("kept", expected="the number of True in each mask", got=str(list(kept)), remedy="count them")
     compiled = backend(tensors[0])
     if compiled is not None:
-        arenas = _compact_fake(tensors, keep, owner, dims, kept)
+        arenas = _new_arenas(tensors, owner, dims, kept)
         native_cpu.use_huge_pages(arenas)
         shapes = reference.kept_shapes(tensors, owner, dims, kept)
         small = reference.views(arenas, tensors, shapes, reference.arena_plan(tensors, shapes)[1])
@@ -149,12 +149,19 @@ def _compact_impl(
     return reference.compact(tensors, keep, owner, dims, kept)
 
 
-def _compact_fake(
-    tensors: Sequence[Tensor], keep: Sequence[Tensor], owner: Sequence[int], dims: Sequence[int], kept: Sequence[int]
+def _new_arenas(
+    tensors: Sequence[Tensor], owner: Sequence[int], dims: Sequence[int], kept: Sequence[int]
 ) -> list[Tensor]:
     shapes = reference.kept_shapes(tensors, owner, dims, kept)
     lengths, _ = reference.arena_plan(tensors, shapes)
     return [tensors[0].new_empty(length, dtype=dtype) for dtype, length in lengths.items()]
+
+
+def _compact_fake(
+    tensors: Sequence[Tensor], keep: Sequence[Tensor], owner: Sequence[int], dims: Sequence[int], kept: Sequence[int]
+) -> list[Tensor]:
+    check_devices(tensors, keep=keep)
+    return _new_arenas(tensors, owner, dims, kept)
 
 
 def _scatter_back_impl(
@@ -186,8 +193,9 @@ def _channel_sums_impl(
 def _channel_sums_fake(
     x: Sequence[Tensor], y: Sequence[Tensor], owner: Sequence[int], dims: Sequence[int], kind: Kind
 ) -> Tensor:
+    check_devices(x, y)
     length = sum(x[i].shape[d] for i, d in zip(owner, dims, strict=True))
-    return torch.empty(length, dtype=torch.float64, device="cpu")
+    return torch.empty(length, dtype=torch.float64, device="meta" if x[0].device.type == "meta" else "cpu")
 
 
 def _mask_distance_impl(bits: Tensor, newest: int) -> Tensor:
@@ -198,11 +206,15 @@ def _mask_distance_impl(bits: Tensor, newest: int) -> Tensor:
 
 _TRIPLES = "Tensor[] keep, int[] owner, int[] dims"
 _apply_mask_op = define(
-    f"apply_mask_(Tensor(a!)[] tensors, {_TRIPLES}) -> ()", _apply_mask_impl, lambda *arguments: None
+    f"apply_mask_(Tensor(a!)[] tensors, {_TRIPLES}) -> ()",
+    _apply_mask_impl,
+    lambda tensors, keep, owner, dims: check_devices(tensors, keep=keep),
 )
-_compact_op = define(f"compact(Tensor[] tensors, {_TRIPLES}, int[] kept) -> Tensor[]", _compact_impl, _compact_fake)
+_compact_op = define(f"compact(Tensor[] tensors, {_TRIPLES}, SymInt[] kept) -> Tensor[]", _compact_impl, _compact_fake)
 _scatter_back_op = define(
-    f"scatter_back_(Tensor(a!)[] dense, Tensor[] small, {_TRIPLES}) -> ()", _scatter_back_impl, lambda *arguments: None
+    f"scatter_back_(Tensor(a!)[] dense, Tensor[] small, {_TRIPLES}) -> ()",
+    _scatter_back_impl,
+    lambda dense, small, keep, owner, dims: check_devices(dense, small, keep=keep),
 )
 _channel_sums_op = define(
     "channel_sums(Tensor[] x, Tensor[] y, int[] owner, int[] dims, str kind) -> Tensor",

@@ -10,7 +10,16 @@ from torch import Tensor
 from ..errors import EbdiffError
 from .channel_mask_reference import Kind, kept_shapes
 
-__all__ = ["SharedMemory", "check_adamw", "check_axes", "check_packed", "check_small", "check_sums", "refuse_shared"]
+__all__ = [
+    "SharedMemory",
+    "check_adamw",
+    "check_axes",
+    "check_devices",
+    "check_packed",
+    "check_small",
+    "check_sums",
+    "refuse_shared",
+]
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _HOW = "see the docstrings of ebdiff.ops.channel_mask"
@@ -47,6 +56,18 @@ def _check_plain(tensors: Sequence[Tensor], device: torch.device) -> None:
     _refuse("tensors", f"strided tensors on one device ({device})", got)
 
 
+def check_devices(*lists: Sequence[Tensor], keep: Sequence[Tensor] = ()) -> None:
+    """What the fake implementations refuse: torch calls them for any list that holds a tensor on "meta".
+
+    Real tensors beside it would be left as they are without a word, and results would be memory nobody has written.
+    """
+    tensors = [tensor for tensors in lists for tensor in tensors]
+    if tensors:
+        _check_plain(tensors, tensors[0].device)
+        unreal = tensors[0].device.type != "meta" and any(kept.device.type == "meta" for kept in keep)
+        _refuse_if(unreal, "masks", "the CPU", "meta")
+
+
 def _repeats(tensor: Tensor) -> bool:
     return 0 in tensor.stride() and torch._debug_has_internal_overlap(tensor) == 1
 
@@ -69,7 +90,7 @@ def check_small(
     for i, (large, part, shape) in enumerate(zip(dense, small, shapes, strict=True)):
         if list(part.shape) != shape or part.dtype != large.dtype:
             _refuse(f"small tensor {i}", f"{large.dtype} {shape}", f"{part.dtype} {list(part.shape)}")
-    refuse_shared([*dense, *small])
+    refuse_shared(dense, read=small)
 
 
 def check_adamw(

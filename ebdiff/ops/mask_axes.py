@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -24,6 +23,7 @@ class Axes:
     keep: tuple[Tensor, ...] = ()
     owner: tuple[int, ...] = ()
     dims: tuple[int, ...] = ()
+    _kept: list[int] | None = field(default=None, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, kept: Iterable[Mapping[int, Tensor]]) -> Axes:
@@ -31,8 +31,10 @@ class Axes:
         triples = [(keep, i, dim) for i, axes in enumerate(kept) for dim, keep in axes.items()]
         return cls(*map(tuple, zip(*triples, strict=True))) if triples else cls()
 
-    @cached_property
+    @property
     def kept(self) -> list[int]:
-        """How many positions of each axis are kept."""
-        counts = {id(keep): int(keep.sum()) for keep in self.keep}
-        return [counts[id(keep)] for keep in self.keep]
+        """How many positions of each axis are kept, counted once. A plain attribute, which torch.compile can guard."""
+        if self._kept is None:
+            counts = {id(keep): int(keep.sum()) for keep in self.keep}
+            object.__setattr__(self, "_kept", [counts[id(keep)] for keep in self.keep])
+        return self._kept or []

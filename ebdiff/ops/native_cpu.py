@@ -69,9 +69,12 @@ def layout_of(
 
 
 def apply_mask_(tensors: Sequence[Tensor], keep: Sequence[Tensor], owner: Sequence[int], dims: Sequence[int]) -> None:
-    """Zero the removed channels."""
+    """Zero the removed channels. Of tensors that share memory one thread could write back what another has zeroed."""
     layout = layout_of(tensors, keep, owner, dims)
-    _c().apply_mask(layout, addresses(tensors), _log2(tensors), torch.get_num_threads())
+    at, log2 = addresses(tensors), _log2(tensors)
+    if _c().shares_memory(layout, log2, [at], []):
+        raise NotTaken
+    _c().apply_mask(layout, at, log2, torch.get_num_threads())
 
 
 def use_huge_pages(arenas: Sequence[Tensor]) -> None:
@@ -139,7 +142,7 @@ def refuse_shared(layout: Any, dtype: torch.dtype, written: Sequence[list[int]],
     Raises:
         EbdiffError: there are such.
     """
-    if _c().shares_memory(layout, dtype.itemsize, written, read):
+    if _c().shares_memory(layout, [_LOG2[dtype.itemsize]] * len(layout), written, read):
         raise SharedMemory()
 
 

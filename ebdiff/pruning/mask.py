@@ -43,6 +43,7 @@ class ChannelMask:
     norm: NormMode = "ragged"
     asked: Mapping[str, float] = field(default_factory=dict)
     _kept: dict[str, Mapping[int, Tensor]] = field(init=False, repr=False)
+    _cut: frozenset[str] = field(init=False, repr=False)  # spaces that lose channels
 
     def __post_init__(self) -> None:
         for name, kept in self.keep.items():
@@ -54,6 +55,8 @@ class ChannelMask:
         object.__setattr__(self, "keep", MappingProxyType(keep))
         object.__setattr__(self, "asked", MappingProxyType(dict(self.asked)))
         object.__setattr__(self, "_kept", {})
+        object.__setattr__(self, "_cut", frozenset(name for name, kept in keep.items() if not bool(kept.all())))
+        _ = self.plan.by_parameter  # a table that torch.compile can read but not make
         if self.norm not in ("ragged", "balanced"):
             raise EbdiffError("norm", expected="'ragged' or 'balanced'", got=repr(self.norm), remedy="choose one")
         if self.norm == "balanced":
@@ -177,8 +180,13 @@ class ChannelMask:
         The same tensors at every call: they are not to be changed.
         """
         if parameter not in self._kept:
-            kept = self.plan.kept(self.keep, parameter)
-            self._kept[parameter] = {dim: alive for dim, alive in kept.items() if not bool(alive.all())}
+            slices = self.plan.by_parameter.get(parameter, {})
+            cut = [dim for dim, members in slices.items() if any(space.name in self._cut for space, _ in members)]
+            kept = self.plan.kept(self.keep, parameter) if cut else {}
+            made = {dim: kept[dim] for dim in cut}
+            if torch.compiler.is_compiling():
+                return made  # part of the graph
+            self._kept[parameter] = made
         return self._kept[parameter]
 
     def bits(self) -> Tensor:
