@@ -79,7 +79,7 @@ def seconds_of(call: Callable[[], Any], device: torch.device | str) -> float:
         call()
         after.record()
         torch.cuda.synchronize()
-        return before.elapsed_time(after) / 1000
+        return float(before.elapsed_time(after)) / 1000
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
@@ -91,11 +91,14 @@ class SideBySide:
 
     candidates: Mapping[str, Callable[[], Any]]
     device: torch.device | str = "cpu"
+    between: Callable[[], Any] | None = None  # before each, off the clock
     seconds: dict[str, list[float]] = field(default_factory=dict)
 
     def __call__(self) -> None:
         """One round."""
         for name, call in self.candidates.items():
+            if self.between is not None:
+                self.between()
             self.seconds.setdefault(name, []).append(seconds_of(call, self.device))
 
     def run(self, benchmark: Any, rounds: int, warmup_rounds: int = 1) -> None:
@@ -161,10 +164,14 @@ def table(candidates: Mapping[str, Candidate], timing: SideBySide, copy: str = "
 
 
 def side_by_side(
-    benchmark: Any, device: torch.device, candidates: Mapping[str, Candidate], rounds: int
+    benchmark: Any,
+    device: torch.device,
+    candidates: Mapping[str, Candidate],
+    rounds: int,
+    between: Callable[[], Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Measure candidates in turn, and return their `table`. One of them is "copy_" where any has a floor."""
-    timing = SideBySide({name: candidate.call for name, candidate in candidates.items()}, device)
+    timing = SideBySide({name: candidate.call for name, candidate in candidates.items()}, device, between)
     timing.run(benchmark, rounds, warmup_rounds=2)
     return table(candidates, timing)
 

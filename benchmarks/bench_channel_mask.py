@@ -124,7 +124,7 @@ def test_mask_of_training_state(benchmark: Any, device: torch.device, report: An
     ways = masked.ways(compiled_multiplication())
     candidates = {
         "copy_": copy_of_all(device),
-        "ebdiff": Candidate(lambda: apply_mask_(together, axes), 4 * masked.floor),
+        "ebdiff": Candidate(lambda: apply_mask_(together, axes), 4 * masked.floor, "ebdiff"),
     }
     for name, way in ways.items():
         if name != "ebdiff":

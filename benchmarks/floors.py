@@ -69,3 +69,7 @@ class Elements:
     def scatter_back(self, size: int) -> int:
         """Bytes: kept elements are read, everything is written."""
         return size * (self.kept + self.all)
+
+    def scatter_into(self, size: int) -> int:
+        """Bytes, into dense tensors that are there: kept elements are read, kept rows written, mixed ones also read."""
+        return size * (self.kept + 2 * self.mixed + self.whole)

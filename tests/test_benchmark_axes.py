@@ -25,6 +25,7 @@ def test_bytes_by_hand() -> None:
     assert found.masked_adamw(4, ema=False) == 4 * (7 * 44 + 3 * 13)
     assert found.compact(4) == 4 * (36 + 8 + 20)
     assert found.scatter_back(4) == 4 * (20 + 57)
+    assert found.scatter_into(4) == 4 * (20 + 2 * 36 + 8)
 
 
 def test_full_size_masks_hold_what_is_counted_as_kept() -> None:
