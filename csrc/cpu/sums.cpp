@@ -4,6 +4,7 @@
 namespace ebdiff {
 
 constexpr int64_t kElements = 1 << 17;
+constexpr int64_t kRows = 256;  // added up in float32 before they go to float64
 
 // Each task leaves the sums of its rows, and those of the channels that its columns belong to; they are added up in the
 // order of the tasks, so that the result does not depend on the number of threads.
@@ -31,14 +32,15 @@ static Partial sum_task(const Slab& slab, const Axis* column_axis, const Task& t
   const int64_t n = task.col_end - task.col;
   std::vector<C> columns(column_axis ? n : 0);
   Partial partial;
+  if (column_axis) partial.channels.resize(column_axis->size);
   for (int64_t r = task.row; r < task.row_end; ++r) {
     const int64_t at = (slab.offset(r) + task.col) * kBytes[dtype];
     const auto in = [at](uintptr_t address) { return address ? reinterpret_cast<const char*>(address) + at : nullptr; };
     partial.rows.push_back(rows().sum[dtype][int(kind)](in(x), in(y), column_axis ? columns.data() : nullptr, n));
-  }
-  if (column_axis) {
-    partial.channels.resize(column_axis->size);
-    add_by_channel(*column_axis, task.col, columns, partial.channels.data());
+    if (column_axis && (r + 1 == task.row_end || (r + 1 - task.row) % kRows == 0)) {
+      add_by_channel(*column_axis, task.col, columns, partial.channels.data());
+      columns.assign(columns.size(), C(0));
+    }
   }
   return partial;
 }

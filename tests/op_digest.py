@@ -1,0 +1,57 @@
+"""A subprocess of test_channel_mask.py: prints the instruction set in use and a digest of what all operators return."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from op_cases import FLOATS, keep_of, only, strided, twins, values
+from torch import Tensor
+
+from ebdiff.ops import native
+from ebdiff.ops.channel_mask import Axes, apply_mask_, channel_sums, compact, mask_distance, masked_adamw_, scatter_back
+
+SHAPES = [
+    ((130, 97), (97, 1)),
+    ((9, 6, 3, 3), (54, 1, 18, 6)),
+    ((5, 80), (160, 2)),
+    ((4, 7, 64), (448, 64, 1)),
+    ((77,), (1,)),
+]
+
+
+def digest_of(offset: int) -> str:
+    """Of all dtypes; the first elements lie `offset` elements behind the start of their memory."""
+    digest = hashlib.sha256()
+    with only("native"):
+        for dtype in [*FLOATS, torch.uint8, torch.complex128]:
+            tensors = [strided(shape, strides, dtype, offset) for shape, strides in SHAPES]
+            for i, tensor in enumerate(tensors):
+                tensor.copy_(values(tensor.shape, dtype, seed=i))
+            for result in results(tensors):
+                digest.update(result.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def results(tensors: Sequence[Tensor]) -> list[Tensor]:
+    axes = Axes.of([{d: keep_of(t.shape[d], "some", d + 1) for d in range(min(t.dim(), 2))} for t in tensors])
+    masked = twins(tensors)
+    apply_mask_(masked, axes)
+    small = compact(tensors, axes)
+    found = [*masked, *small, *scatter_back(small, axes, tensors)]
+    if tensors[0].dtype in FLOATS:
+        found += [channel_sums(tensors, tensors, axes.owner, axes.dims, "absolute product")]
+        p, m, v, e = (twins(tensors) for _ in range(4))
+        for x in v:
+            x.abs_()
+        numbers = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "step": 3}
+        masked_adamw_(p, tensors, m, v, e, axes, **numbers, ema_decay=0.9)  # type: ignore[arg-type]
+        found += [*p, *m, *v, *e]
+    if tensors[0].dtype == torch.uint8:
+        found += [mask_distance(tensors[0].contiguous())]
+    return found
+
+
+if __name__ == "__main__":
+    print(native.module().isa(), *map(digest_of, (0, 1, 3)))  # type: ignore[union-attr]
