@@ -172,7 +172,7 @@ def side_by_side(
 ) -> list[dict[str, Any]]:
     """Measure candidates in turn, and return their `table`. One of them is "copy_" where any has a floor."""
     timing = SideBySide({name: candidate.call for name, candidate in candidates.items()}, device, between)
-    timing.run(benchmark, rounds, warmup_rounds=2)
+    timing.run(benchmark, rounds, warmup_rounds=1)
     return table(candidates, timing)
 
 

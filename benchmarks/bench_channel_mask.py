@@ -11,6 +11,7 @@ channel. `share_of_copy` is that floor by the time, over what copy_ of all param
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -109,8 +110,7 @@ def test_mask_of_weights(benchmark: Any, device: torch.device, report: Any) -> N
         ways = masked.ways(compiled)
         masked.check(ways, device)
         for name, way in ways.items():
-            call = lambda way=way: way(weights)  # noqa: E731
-            candidates[f"{ratio} {name}"] = Candidate(call, masked.floor, f"{ratio} ebdiff")
+            candidates[f"{ratio} {name}"] = Candidate(partial(way, weights), masked.floor, f"{ratio} ebdiff")
     rows = side_by_side(benchmark, device, candidates, ROUNDS)
     report(rows, {"what": "weights, float32, ratio removed", "rounds": ROUNDS})
 
@@ -128,10 +128,14 @@ def test_mask_of_training_state(benchmark: Any, device: torch.device, report: An
     }
     for name, way in ways.items():
         if name != "ebdiff":
-            call = lambda way=way: [way(tensors) for tensors in lists]  # noqa: E731
-            candidates[name] = Candidate(call, 4 * masked.floor, "ebdiff")
+            candidates[name] = Candidate(partial(_each, way, lists), 4 * masked.floor, "ebdiff")
     rows = side_by_side(benchmark, device, candidates, 9)
     report(rows, {"what": "weights, gradients and both moments, float32", "ratio": 0.5, "rounds": 9})
+
+
+def _each(way: Callable[[list[Tensor]], None], lists: list[list[Tensor]]) -> None:
+    for tensors in lists:
+        way(tensors)
 
 
 @pytest.mark.benchmark(group="channel mask")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +92,7 @@ class Compaction:
         """What `compact` calls on a CPU, to the same memory every time; a GPU's allocator gives that by itself."""
         if self.device.type != "cpu" or native.module() is None:
             return {}
-        masks = (self.axes.keep, self.axes.owner, self.axes.dims)
-        call = lambda: native_cpu.compact(self.dense, self.small, *masks)  # noqa: E731
+        call = partial(native_cpu.compact, self.dense, self.small, self.axes.keep, self.axes.owner, self.axes.dims)
         return {"compact, without allocating": Candidate(call, floor, "compact")}
 
     def _holding(self, call: Callable[[], Any]) -> Callable[[], None]:
