@@ -245,6 +245,8 @@ WRONG: dict[str, Any] = {
     "a moment of another shape": lambda lists: ([*lists[:2], [lists[2][0][:1], lists[2][1]], *lists[3:]], {}),
     "integers": lambda lists: ([[x.long() for x in part] for part in lists], {}),
     "an expanded parameter": lambda lists: ([[torch.ones(1, 6).expand(4, 6), lists[0][1]], *lists[1:]], {}),
+    "an expanded moment": lambda lists: ([*lists[:3], [lists[3][0], torch.ones(1).expand(3)], lists[4]], {}),
+    "an expanded average": lambda lists: ([*lists[:4], [lists[4][0], torch.ones(1).expand(3)]], {}),
     "a gradient on meta": lambda lists: ([lists[0], [lists[1][0], lists[1][1].to("meta")], *lists[2:]], {}),
     "beta1 of 1": lambda lists: (lists, {"beta1": 1.0}),
     "beta2 of 2": lambda lists: (lists, {"beta2": 2.0, "step": 5000}),

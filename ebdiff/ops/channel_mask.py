@@ -114,7 +114,7 @@ def mask_distance(bits: Tensor, newest: int = -1) -> Tensor:
     Returns:
         int64 [n].
     """
-    result: Tensor = _mask_distance_op(bits, newest % len(bits) if len(bits) and newest >= -len(bits) else newest)
+    result: Tensor = _mask_distance_op(bits, newest + len(bits) if newest < 0 else newest)
     return result
 
 

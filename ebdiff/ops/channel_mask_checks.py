@@ -34,6 +34,7 @@ def check_axes(
     written: bool = False,
 ) -> None:
     """Refuse masks that fit no tensor, and tensors that no kernel takes."""
+    _refuse_if(not tensors, "tensors", "at least one", "none")
     _check_plain(tensors, tensors[0].device)
     if written:
         _refuse_if(any(map(_repeats, tensors)), "tensors", "no two elements in the same place", "an expanded tensor")
@@ -110,6 +111,8 @@ def check_adamw(
             continue
         _refuse_if(len(tensors) != len(params), name, f"{len(params)} tensors", str(len(tensors)))
         _check_plain(tensors, params[0].device)
+        repeats = name != "grads" and any(map(_repeats, tensors))
+        _refuse_if(repeats, name, "no two elements in the same place", "an expanded tensor")
         if [t.shape for t in tensors] != shapes or [t.dtype for t in tensors] != dtypes:
             pairs = enumerate(zip(params, tensors, strict=True))
             i, p, t = next((i, p, t) for i, (p, t) in pairs if (p.shape, p.dtype) != (t.shape, t.dtype))
@@ -123,6 +126,7 @@ def check_sums(x: Sequence[Tensor], y: Sequence[Tensor], owner: Sequence[int], d
     kinds = Kind.__args__  # type: ignore[attr-defined]
     _refuse_if(kind not in kinds, "kind", " or ".join(kinds), repr(kind))
     _refuse_if(len(owner) != len(dims), "owner and dims", "one length", f"{len(owner)} and {len(dims)}")
+    _refuse_if(not x, "tensors", "at least one", "none")
     _check_plain(x, x[0].device)
     _check_places(x, owner, dims)
     _refuse_if(not all(t.dtype.is_floating_point for t in [*x, *y]), "tensors", "floating dtypes", "others")

@@ -119,7 +119,7 @@ def channel_sums(
 ) -> Tensor:
     """float64, flat: for each k the sums of f(x, y) of tensor ``owner[k]`` over all dimensions but ``dims[k]``."""
     table: dict[int, Tensor] = {}
-    parts = []
+    parts = [x[0].new_empty(0, dtype=torch.float64)]
     for i, dim in zip(owner, dims, strict=True):
         if i not in table:
             table = {i: _term(x[i], y[i] if y else None, kind)}  # one at a time, in memory
@@ -137,7 +137,8 @@ def _term(x: Tensor, y: Tensor | None, kind: Kind) -> Tensor:
 def mask_distance(bits: Tensor, newest: int) -> Tensor:
     """int64 [n]: in how many bits each row of the packed masks differs from row `newest`."""
     differ = bits ^ bits[newest]
-    return sum(((differ >> shift) & 1).sum(1) for shift in range(8)) + torch.zeros_like(bits[:, 0], dtype=torch.int64)
+    zeros = torch.zeros(len(bits), dtype=torch.int64, device=bits.device)
+    return sum((((differ >> shift) & 1).sum(1) for shift in range(8)), zeros)
 
 
 # Arenas ---------------------------------------------------------------------------------------------------------------

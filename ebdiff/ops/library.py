@@ -25,6 +25,6 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
     for device in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, implementation, device)
+        _LIBRARY.impl(name, torch.no_grad()(implementation), device)  # else a write to a leaf could fail half-way
     torch.library.register_fake(f"ebdiff::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.ebdiff, name).default
