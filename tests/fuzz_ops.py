@@ -75,7 +75,9 @@ class Maker:
             self.tensor(self.shape(), self.chance.choice(dtypes)) for _ in range(self.chance.choice([1, 1, 2, 4, 9]))
         ]
         if self.corrupt():
-            found = self.chance.choice([[], [*found, found[0]], [*found, found[0][1:] if found[0].dim() else found[0]]])
+            found = self.chance.choice(
+                [[], [*found, found[0]], [*found, found[0][1:] if is_plain(found[0]) and found[0].dim() else found[0]]]
+            )
         return found
 
     def masks(self, tensors: list[Tensor]) -> tuple[list[Tensor], list[int], list[int]]:
