@@ -3,7 +3,7 @@
 // Built without contraction to fused multiply-add, so that every instruction set gives the same bits.
 #include "kernels.h"
 
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>  // intrinsics are always inlined
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12 finds one in its own header
 #endif
@@ -128,30 +128,87 @@ void scatter(void* x, const void* packed, const uint8_t* __restrict keep, const 
 float root(float x) { return __builtin_sqrtf(x); }
 double root(double x) { return __builtin_sqrt(x); }
 
+template <class C>
+C kept_or_zero(C x, uint8_t keep) {
+  using W = typename Word<sizeof(C)>::type;
+  return bits_as<C>(W(bits_as<W>(x) & bits_kept<W>(keep)));
+}
+
+// AdamW's numbers in the compute type, and one step of it.
+template <class C>
+struct Step {
+  const C one_minus_beta1, beta2, one_minus_beta2, decay, inverse_bias2, eps, step_size, one_minus_ema, sign;
+
+  explicit Step(const AdamWArgs& a)
+      : one_minus_beta1(C(a.one_minus_beta1)), beta2(C(a.beta2)), one_minus_beta2(C(a.one_minus_beta2)),
+        decay(C(a.decay)), inverse_bias2(C(a.inverse_bias2)), eps(C(a.eps)), step_size(C(a.step_size)),
+        one_minus_ema(C(a.one_minus_ema)), sign(a.maximize ? C(-1) : C(1)) {}
+
+  template <bool HasEma, bool HasKeep>
+  void operator()(C* __restrict p, const C* __restrict g, C* __restrict m, C* __restrict v, C* __restrict e,
+                  const uint8_t* __restrict keep, int64_t n) const {
+    for (int64_t i = 0; i < n; ++i) {
+      const uint8_t alive = HasKeep ? keep[i] : 255;
+      const C gradient = g[i] * sign;
+      const C mean = m[i] + (gradient - m[i]) * one_minus_beta1;
+      const C square = v[i] * beta2 + gradient * gradient * one_minus_beta2;
+      const C change = mean / (root(square) * inverse_bias2 + eps) * step_size;
+      const C next = kept_or_zero(p[i] * decay - change, alive);
+      p[i] = next;
+      m[i] = kept_or_zero(mean, alive);
+      v[i] = kept_or_zero(square, alive);
+      if (HasEma) e[i] = kept_or_zero(e[i] - (e[i] - next) * one_minus_ema, alive);
+    }
+  }
+};
+
 template <class T>
-T kept_or_zero(compute_t<T> x, uint8_t keep) {
-  using W = typename Word<sizeof(T)>::type;
-  return bits_as<T>(W(bits_as<W>(store<T>(x)) & bits_kept<W>(keep)));
+void widen(const T* __restrict x, float* __restrict to, int64_t n) {
+  int64_t i = 0;
+#ifdef __F16C__  // gcc 12 has no vectors of float16
+  if constexpr (__is_same(T, float16))
+    for (; i + 8 <= n; i += 8)
+      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i))));
+#endif
+  for (; i < n; ++i) to[i] = load(x[i]);
+}
+
+template <class T>
+void narrow(const float* __restrict x, T* __restrict to, int64_t n) {
+  int64_t i = 0;
+#ifdef __F16C__
+  if constexpr (__is_same(T, float16))
+    for (; i + 8 <= n; i += 8)
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(x + i), 0));  // to nearest
+#endif
+  for (; i < n; ++i) to[i].bits = store<T>(x[i]).bits;
 }
 
 template <class T, bool HasEma, bool HasKeep>
-void adamw_loop(T* __restrict p, const T* __restrict g, T* __restrict m, T* __restrict v, T* __restrict e,
-                const uint8_t* __restrict keep, int64_t n, const AdamWArgs& args) {
-  using C = compute_t<T>;
-  const C one_minus_beta1 = C(args.one_minus_beta1), beta2 = C(args.beta2), one_minus_beta2 = C(args.one_minus_beta2);
-  const C decay = C(args.decay), inverse_bias2 = C(args.inverse_bias2), eps = C(args.eps);
-  const C step_size = C(args.step_size), one_minus_ema = C(args.one_minus_ema), sign = args.maximize ? C(-1) : C(1);
-  for (int64_t i = 0; i < n; ++i) {
-    const uint8_t alive = HasKeep ? keep[i] : 255;
-    const C gradient = load(g[i]) * sign;
-    const C mean = load(m[i]) + (gradient - load(m[i])) * one_minus_beta1;
-    const C square = load(v[i]) * beta2 + gradient * gradient * one_minus_beta2;
-    const C change = mean / (root(square) * inverse_bias2 + eps) * step_size;
-    const T next = kept_or_zero<T>(load(p[i]) * decay - change, alive);
-    p[i] = next;
-    m[i] = kept_or_zero<T>(mean, alive);
-    v[i] = kept_or_zero<T>(square, alive);
-    if (HasEma) e[i] = kept_or_zero<T>(load(e[i]) - (load(e[i]) - load(next)) * one_minus_ema, alive);
+void adamw_loop(T* p, const T* g, T* m, T* v, T* e, const uint8_t* keep, int64_t n, const AdamWArgs& args) {
+  const Step<compute_t<T>> step(args);
+  if constexpr (sizeof(T) >= 4) {
+    step.template operator()<HasEma, HasKeep>(p, g, m, v, e, keep, n);
+  } else {  // a block at a time in float, in the nearest cache; the average follows the rounded parameters
+    constexpr int64_t kBlock = 256;
+    float wide_p[kBlock], wide_g[kBlock], wide_m[kBlock], wide_v[kBlock];
+    for (int64_t i = 0; i < n; i += kBlock) {
+      const int64_t count = n - i < kBlock ? n - i : kBlock;
+      widen(p + i, wide_p, count);
+      widen(g + i, wide_g, count);
+      widen(m + i, wide_m, count);
+      widen(v + i, wide_v, count);
+      step.template operator()<false, HasKeep>(wide_p, wide_g, wide_m, wide_v, nullptr, keep + (HasKeep ? i : 0), count);
+      narrow(wide_p, p + i, count);
+      narrow(wide_m, m + i, count);
+      narrow(wide_v, v + i, count);
+      if (!HasEma) continue;
+      widen(p + i, wide_p, count);
+      widen(e + i, wide_m, count);
+      for (int64_t k = 0; k < count; ++k)
+        wide_m[k] = kept_or_zero(wide_m[k] - (wide_m[k] - wide_p[k]) * step.one_minus_ema, HasKeep ? keep[i + k] : 255);
+      narrow(wide_m, e + i, count);
+    }
   }
 }
 
