@@ -65,7 +65,8 @@ def ninja_file(plan: Plan) -> str:
     """The text of build.ninja. Its targets are "cpu" and "cuda": modules with one and with both parts."""
     both = plan.nvcc is not None
     cpu = dict(_objects(plan, sorted((plan.csrc / "cpu").glob("*.cpp")), "cpu"))
-    gpu = dict(_objects(plan, sorted((plan.csrc / "cuda").glob("*.c*")), "cuda")) if both else {}
+    cuda = sorted(path for end in ("cu", "cpp") for path in (plan.csrc / "cuda").glob(f"*.{end}"))
+    gpu = dict(_objects(plan, cuda, "cuda")) if both else {}
     lines = [
         "rule compile\n  command = $run\n  depfile = $out.d\n  deps = gcc\n  description = compile $out",
         "rule link\n  command = $run\n  description = link $out",
