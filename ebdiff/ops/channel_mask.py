@@ -21,7 +21,16 @@ from .mask_axes import Axes
 from .native_cpu import NotTaken
 from .serve import backend, reference_of, run, written
 
-__all__ = ["Axes", "apply_mask_", "channel_sums", "compact", "mask_distance", "masked_adamw_", "scatter_back"]
+__all__ = [
+    "Axes",
+    "apply_mask_",
+    "channel_sums",
+    "compact",
+    "mask_distance",
+    "masked_adamw_",
+    "scatter_back",
+    "zeros_like",
+]
 
 
 @torch.no_grad()
@@ -74,10 +83,21 @@ def scatter_back(
     Raises:
         EbdiffError: small tensors of other shapes or dtypes than the kept slices of `like`.
     """
-    dense = [torch.zeros_like(tensor, requires_grad=False) for tensor in like] if into is None else list(into)
+    dense = zeros_like(like, [tensor.shape for tensor in like]) if into is None else list(into)
     if dense:
         _scatter_back_op(dense, small, axes.keep, axes.owner, axes.dims)
     return dense
+
+
+def zeros_like(tensors: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Zeros of these shapes, in the dtypes and memory layouts of the tensors (of one device): views of new arenas."""
+    if not tensors:
+        return []
+    lengths, places = reference.arena_plan(tensors, shapes)
+    arenas = [tensors[0].new_zeros(length, dtype=dtype, requires_grad=False) for dtype, length in lengths.items()]
+    if not torch.compiler.is_compiling() and backend(tensors[0]) is not None:
+        native_cpu.use_huge_pages(arenas)
+    return reference.views(arenas, tensors, shapes, places)
 
 
 @torch.no_grad()

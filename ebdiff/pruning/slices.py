@@ -82,25 +82,16 @@ def scatter_back(
     if into is not None and len(into) != len(pairs):
         raise EbdiffError("into", expected=f"{len(pairs)} tensors", got=str(len(into)), remedy="one for each")
     kept = [mask.kept(name) for name, _ in pairs]
-    if into is None:
-        large = [_full_like(small, plan.shapes[name]) for name, small in pairs]
-    else:
-        large = list(into)
-        for (name, _), tensor in zip(pairs, large, strict=True):
-            _check_shape(name, tensor, plan)
+    for (name, _), tensor in zip(pairs, into or (), strict=into is not None):
+        _check_shape(name, tensor, plan)
 
     def here(places: list[int]) -> list[Tensor]:
-        dense = [large[i] for i in places]
-        return ops.scatter_back([pairs[i][1] for i in places], Axes.of(kept[i] for i in places), dense, into=dense)
+        small = [pairs[i][1] for i in places]
+        dense = [into[i] for i in places] if into is not None else None
+        large = ops.zeros_like(small, [plan.shapes[pairs[i][0]] for i in places]) if dense is None else dense
+        return ops.scatter_back(small, Axes.of(kept[i] for i in places), large, into=large)
 
     return _each_device([small for _, small in pairs], here)
-
-
-def _full_like(small: Tensor, shape: Sequence[int]) -> Tensor:
-    """Zeros of this shape whose dimensions lie in memory in the order of the small tensor's."""
-    order = sorted(range(small.dim()), key=lambda d: -small.stride()[d])
-    inverse = sorted(range(small.dim()), key=lambda d: order[d])
-    return small.new_zeros([shape[d] for d in order]).permute(inverse)
 
 
 def _checked(tensors: Named, plan: ChannelPlan, mask: ChannelMask) -> tuple[list[str], list[Tensor]]:
