@@ -22,6 +22,7 @@ from cuda_on_cpu.memory import behind_wall, closed, sparse
 from op_cases import FLOATS, LAYOUTS, OTHERS, STYLES, cases, keep_of, same, same_bytes, tensor_of, values
 from torch import Tensor
 
+from ebdiff.errors import EbdiffError
 from ebdiff.ops import adamw, channel_mask, channel_mask_reference, cuda_table, native, native_cuda, serve
 from ebdiff.ops.channel_mask import Axes, apply_mask_, channel_sums, compact, mask_distance, masked_adamw_, scatter_back
 
@@ -265,6 +266,38 @@ def test_few_launches(emulator: Emulator) -> None:
     assert emulator.launches() == 1 + 1
     apply_mask_([torch.zeros(0, 3)], Axes((torch.tensor([True, False, True]),), (0,), (1,)))
     assert emulator.launches() == 0
+
+
+def test_tables_are_found_again_by_contents(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    uploads = []
+    upload = cuda_table.upload
+    monkeypatch.setattr(cuda_table, "upload", lambda *a: uploads.append(1) or upload(*a))
+    keep = torch.tensor([True, False, True])
+    for _ in range(2):  # other tensors, equal masks elsewhere
+        x = torch.ones(2, 3)
+        apply_mask_([x], Axes((keep.clone(),), (0,), (1,)))
+        assert x.tolist() == [[1, 0, 1]] * 2
+    assert len(uploads) == 1
+    keep[0] = False  # in place, with the tensor's address and identity as before
+    for expected in ([0, 0, 1], [0, 0, 1]):
+        x = torch.ones(2, 3)
+        apply_mask_([x], Axes((keep,), (0,), (1,)))
+        assert x.tolist() == [expected] * 2
+    assert len(uploads) == 2
+    x = torch.ones(3, 2).t()
+    apply_mask_([x], Axes((keep,), (0,), (1,)))  # another layout
+    y = torch.ones(2, 6)
+    twice = Axes((keep, torch.cat([keep, keep])), (0, 1), (1, 1))
+    apply_mask_([x, y], twice)
+    assert y.tolist() == [[0, 0, 1] * 2] * 2
+    assert len(uploads) == 4
+    monkeypatch.setattr(cuda_table, "_MOST", 2)
+    for count in range(1, 5):
+        apply_mask_([torch.ones(3, count)], Axes((keep,), (0,), (0,)))
+    assert len(cuda_table._tables) <= 4
+    monkeypatch.setattr(cuda_table, "is_capturing", lambda device: True)
+    with pytest.raises(EbdiffError, match="before capturing"):
+        apply_mask_([torch.ones(3, 9)], Axes((keep,), (0,), (0,)))
 
 
 def table_for(emulator: Emulator, shape: list[int], strides: list[int], masks: dict[int, Tensor]) -> tuple[Any, Tensor]:

@@ -78,14 +78,14 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   const Numbers<C> n = shared;
   const Tile tile(view, chunk, view.tiles, false);
-  const uintptr_t* at = tensors.at[tile.slab];
+  char* const* at = tensors.at[tile.slab];
   const State<T> state{reinterpret_cast<T*>(at[0]), reinterpret_cast<T*>(at[2]), reinterpret_cast<T*>(at[3]),
                        reinterpret_cast<T*>(at[4]), reinterpret_cast<const T*>(at[1])};
   const Walk walk(tile.start, tile.entry.cols, tile.entry.cols_inverse);
   const Kept kept(view, tile.entry);
   constexpr int kPiece = 16 / sizeof(T);
   int begin = 0;
-  if (is_aligned(at[0] | at[1] | at[2] | at[3] | at[4]) && in_pieces(tile.entry, kPiece)) {
+  if (are_aligned(at[0], at[1], at[2], at[3], at[4]) && in_pieces(tile.entry, kPiece)) {
     begin = tile.count & -kPiece;
     steps<T, kPiece>(state, tile, walk, kept, n, 0, begin);
   }

@@ -15,25 +15,25 @@ struct Source {
         cols(tile.entry.col_index < 0 ? nullptr : view.index + tile.entry.col_index),
         walk(tile.start, tile.entry.kept_cols, tile.entry.kept_cols_inverse) {}
 
-  __device__ __forceinline__ bool is_flat() const { return !rows && !cols && tile.entry.contiguous; }
+  __device__ __forceinline__ bool is_flat() const { return !rows && !cols && tile.contiguous; }
 
   __device__ __forceinline__ int64_t operator()(int i) const {
     if (is_flat()) return tile.start + i;
     const Spot spot = walk(i);
     const int64_t row = rows ? __ldg(rows + spot.row) : spot.row, col = cols ? __ldg(cols + spot.col) : spot.col;
-    return (tile.entry.contiguous ? row * tile.entry.cols : row_offset(tile.entry, row)) + col;
+    return (tile.contiguous ? row * tile.entry.cols : row_offset(tile.entry, row)) + col;
   }
 };
 
 // Positions from begin on, as pieces of the size of W, `each` elements in one.
 template <bool Back, class W>
-__device__ __forceinline__ void move(uintptr_t dense, uintptr_t small, const Source& source, int begin, int end, int each,
+__device__ __forceinline__ void move(char* dense, char* small, const Source& source, int begin, int end, int each,
                                      int log2) {
   constexpr int kBatch = sizeof(W) == 16 ? 2 : 4;  // pieces that a thread has on their way at a time
-  const uintptr_t packed = small + (source.tile.start << log2);
+  char* const packed = small + (source.tile.start << log2);
   for (int first = begin + int(threadIdx.x) * each; first < end; first += kBatch * kThreads * each) {
     W values[kBatch];
-    uintptr_t large[kBatch];
+    char* large[kBatch];
 #pragma unroll
     for (int k = 0; k < kBatch; ++k) {
       const int i = first + k * kThreads * each;
@@ -50,14 +50,14 @@ __device__ __forceinline__ void move(uintptr_t dense, uintptr_t small, const Sou
 }
 
 template <bool Back>
-__global__ void __launch_bounds__(kThreads, 3)  // three blocks on a multiprocessor: left to itself, ptxas spills for four
+__global__ void __launch_bounds__(kThreads, 3)  // blocks on a multiprocessor; left to itself, ptxas spills for more
     move_kernel(const __grid_constant__ Tensors<2> tensors, const View view, const Chunk chunk) {
   const Tile tile(view, chunk, view.kept_tiles, true);
-  const uintptr_t dense = tensors.at[tile.slab][0], small = tensors.at[tile.slab][1];
+  char *const dense = tensors.at[tile.slab][0], *const small = tensors.at[tile.slab][1];
   const int log2 = tensors.kind[tile.slab], piece = 16 >> log2;
   const Source source(view, tile);
   int begin = 0;
-  const bool in_pieces = is_aligned(dense | small) && (source.is_flat() || (!source.cols && tile.entry.step >= piece));
+  const bool in_pieces = are_aligned(dense, small) && (source.is_flat() || (!source.cols && tile.entry.step >= piece));
   if (in_pieces || piece == 1) {
     begin = tile.count & -piece;
     move<Back, uint4>(dense, small, source, 0, begin, piece, log2);
@@ -71,8 +71,8 @@ __global__ void __launch_bounds__(kThreads, 3)  // three blocks on a multiproces
   const int64_t end = tile.start + tile.count;
   if (Back || end < tile.entry.kept_rows * tile.entry.kept_cols) return;
   // Zeros up to the next multiple of 64 bytes, so that an arena holds no bytes by chance.
-  const uintptr_t gap = small + (end << log2), gap_end = small + (((end << log2) + 63) & ~int64_t(63));
-  for (uintptr_t at = gap + threadIdx.x; at < gap_end; at += kThreads) *reinterpret_cast<uint8_t*>(at) = 0;
+  const int64_t gap_end = ((end << log2) + 63) & ~int64_t(63);
+  for (int64_t at = (end << log2) + threadIdx.x; at < gap_end; at += kThreads) small[at] = 0;
 }
 
 template <bool Back>

@@ -51,7 +51,7 @@ constexpr int kParameterBytes = 32000;  // of 32764, from CUDA 12.1 and sm_70 on
 template <int K>
 struct Tensors {
   static constexpr int capacity = kParameterBytes / (8 * K + 1) & ~7;
-  uintptr_t at[capacity][K];
+  char* at[capacity][K];  // as pointers from here on: the compiler then knows that they are to global memory
   uint8_t kind[capacity];
 };
 
@@ -73,7 +73,7 @@ void in_chunks(const std::vector<int64_t>& first, const std::array<const Address
     if (blocks == 0) continue;
     if (blocks > INT32_MAX) throw std::length_error("more blocks than a launch can have");
     for (int i = start; i < end; ++i) {
-      for (size_t k = 0; k < K; ++k) tensors.at[i - start][k] = lists[k]->empty() ? 0 : (*lists[k])[i];
+      for (size_t k = 0; k < K; ++k) tensors.at[i - start][k] = lists[k]->empty() ? nullptr : reinterpret_cast<char*>((*lists[k])[i]);
       tensors.kind[i - start] = uint8_t(kinds[i]);
     }
     launch(tensors, Chunk{start, end - start, first[start]}, int(blocks));

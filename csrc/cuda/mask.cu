@@ -3,7 +3,7 @@
 namespace ebdiff::cuda {
 namespace {
 
-__device__ __forceinline__ void zero(uintptr_t at, int log2) {
+__device__ __forceinline__ void zero(char* at, int log2) {
   switch (log2) {
     case 0: *reinterpret_cast<uint8_t*>(at) = 0; break;
     case 1: *reinterpret_cast<uint16_t*>(at) = 0; break;
@@ -14,22 +14,22 @@ __device__ __forceinline__ void zero(uintptr_t at, int log2) {
 }
 
 // Removed elements are written, a piece of 16 bytes at a time where all of it is removed; nothing is read.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)  // blocks on a multiprocessor; left to itself, ptxas spills for more
     apply_mask_kernel(const __grid_constant__ Tensors<1> tensors, const View view, const Chunk chunk) {
   const Tile tile(view, chunk, view.tiles, false);
   if (!tile.entry.masked) return;
-  const uintptr_t x = tensors.at[tile.slab][0];
+  char* const x = tensors.at[tile.slab][0];
   const int log2 = tensors.kind[tile.slab], piece = 16 >> log2;
   const Walk walk(tile.start, tile.entry.cols, tile.entry.cols_inverse);
   const Kept kept(view, tile.entry);
   int begin = 0;
-  if (is_aligned(x) && in_pieces(tile.entry, piece)) {
+  if (are_aligned(x) && in_pieces(tile.entry, piece)) {
     begin = tile.count & -piece;
     for (int i = int(threadIdx.x) * piece; i < begin; i += kThreads * piece) {
       const Spot spot = walk(i);
       uint32_t removed = ~kept(spot, piece) & ((1u << piece) - 1);
       if (!removed) continue;
-      const uintptr_t at = x + (tile.offset(i, spot) << log2);
+      char* const at = x + (tile.offset(i, spot) << log2);
       if (removed == (1u << piece) - 1)
         *reinterpret_cast<uint4*>(at) = make_uint4(0, 0, 0, 0);
       else

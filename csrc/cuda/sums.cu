@@ -51,7 +51,7 @@ __device__ __forceinline__ void read_terms(const Operands<T>& from, Kind kind, i
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     tile_sums_kernel(const __grid_constant__ Tensors<2> tensors, const View view, const Chunk chunk, const int dtype,
                      const Kind kind, double* workspace) {
   using C = compute_t<T>;
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kThreads)
   const int lanes = int(sums.lanes), groups = kThreads / lanes;
   const int lane = int(threadIdx.x) & (lanes - 1), group = int(threadIdx.x) / lanes;
   Operands<T> from{reinterpret_cast<const T*>(tensors.at[slab][0]), reinterpret_cast<const T*>(tensors.at[slab][1]), false};
-  from.in_pieces = entry.step >= kSumCols && is_aligned(tensors.at[slab][0] | tensors.at[slab][1]);
+  from.in_pieces = entry.step >= kSumCols && are_aligned(from.x, from.y);
   const int stride = from.in_pieces ? 1 : lanes;
   const int64_t tile_col = col_block * kSumCols * lanes, first_col = tile_col + lane * (from.in_pieces ? kSumCols : 1);
   const int64_t first_row = row_block * kSumSteps * groups + group;

@@ -90,18 +90,20 @@ struct Tile {
   const Entry& entry;
   int64_t start;
   int count;
+  bool contiguous;  // in a register: a reference would be read again after every store
 
   __device__ __forceinline__ Tile(const View& view, const Chunk& chunk, const int64_t* tiles, bool kept)
       : slab(slab_of(tiles + chunk.slab, chunk.slabs, chunk.tile + blockIdx.x)),
         entry(view.entries[chunk.slab + slab]),
-        start((chunk.tile + blockIdx.x - tiles[chunk.slab + slab]) * kTile) {
+        start((chunk.tile + blockIdx.x - tiles[chunk.slab + slab]) * kTile),
+        contiguous(entry.contiguous) {
     const int64_t left = (kept ? entry.kept_rows * entry.kept_cols : entry.rows * entry.cols) - start;
     count = left < kTile ? int(left) : kTile;
   }
 
   // Elements from the tensor's first to position i, which lies at this spot.
   __device__ __forceinline__ int64_t offset(int i, Spot spot) const {
-    return entry.contiguous ? start + i : row_offset(entry, spot.row) + spot.col;
+    return contiguous ? start + i : row_offset(entry, spot.row) + spot.col;
   }
 };
 
@@ -110,7 +112,10 @@ __device__ __forceinline__ bool in_pieces(const Entry& entry, int count) {
   return entry.contiguous || entry.step >= count;
 }
 
-__device__ __forceinline__ bool is_aligned(uintptr_t address) { return address % 16 == 0; }
+template <class... T>
+__device__ __forceinline__ bool are_aligned(const T*... addresses) {
+  return ((reinterpret_cast<uintptr_t>(addresses) | ...) & 15) == 0;
+}
 
 template <class T, int N>
 __device__ __forceinline__ void read(const T* from, T (&to)[N]) {
