@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["behind_wall", "closed", "sparse"]
+__all__ = ["behind_wall", "bytes_of", "closed", "fenced", "sparse"]
 
 _PAGE = mmap.PAGESIZE
 _C = ctypes.CDLL(None, use_errno=True)
@@ -40,6 +42,16 @@ def behind_wall(tensor: Tensor) -> Tensor:
     memory[len(content) :] = 0xA5
     whole = memory.untyped_storage()
     return torch.empty(0, dtype=tensor.dtype).set_(whole, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def bytes_of(table: Any) -> Tensor:
+    """Of a `_C.CudaTable`."""
+    return torch.frombuffer(bytearray(table), dtype=torch.uint8)
+
+
+def fenced(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies in front of memory that must not be touched."""
+    return [behind_wall(tensor) for tensor in tensors]
 
 
 def _map(length: int, protection: int) -> int:
