@@ -179,12 +179,15 @@ def test_adamw_in_every_size(emulator: Emulator, dtype: torch.dtype, ema: bool, 
 
 def test_adamw_reads_its_numbers_from_the_device(emulator: Emulator) -> None:
     tensors, axes = sized([(7, 33), (65,)], torch.bfloat16)
-    by_value, by_address = state(tensors), state(tensors)
+    by_value = state(tensors)
     masked_adamw_(*by_value, axes, **SETTINGS, maximize=True)
     numbers = torch.tensor(NUMBERS, dtype=torch.float64)
-    native_cuda.masked_adamw_(*by_address, axes.keep, axes.owner, axes.dims, numbers, True)
-    for left, right in zip(by_value, by_address, strict=True):
-        assert all(map(same_bytes, left, right))
+    for order in (0, 1):  # threads hand each other the numbers
+        by_address = state(tensors)
+        emulator.order(order)
+        native_cuda.masked_adamw_(*by_address, axes.keep, axes.owner, axes.dims, numbers, True)
+        for left, right in zip(by_value, by_address, strict=True):
+            assert all(map(same_bytes, left, right))
 
 
 def terms_of(x: Tensor, y: Tensor | None, kind: str) -> Tensor:
@@ -213,6 +216,15 @@ def test_channel_sums(emulator: Emulator, dtype: torch.dtype, kind: Any) -> None
     for order in (1, 2):
         emulator.order(order)
         assert torch.equal(channel_sums(tensors, y, owner, dims, kind), sums)
+
+
+def test_channel_sums_of_several_dtypes(emulator: Emulator) -> None:
+    tensors = [values((40, 70), dtype, seed=i) for i, dtype in enumerate([*FLOATS, *FLOATS])]
+    apart = [channel_sums([tensor], [], [0, 0], [1, 0], "absolute") for tensor in tensors]
+    emulator.launches()
+    together = channel_sums(tensors, [], [i // 2 for i in range(16)], [1, 0] * 8, "absolute")
+    assert torch.equal(together, torch.cat(apart))
+    assert emulator.launches() == 4 + 1
 
 
 @pytest.mark.parametrize("width", [0, 1, 3, 4, 29, 64, 1000, 1001])
