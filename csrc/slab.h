@@ -165,8 +165,11 @@ struct Layout {
         for (int64_t p = 0; p < length; ++p)
           if (keep[keep_at + p]) index.push_back(int32_t(p));
     }
-    kept = 0;
-    for (int64_t p = 0; p < length; ++p) kept += keep[keep_at + p] != 0;
+    kept = length;  // masked axes are independent of each other
+    for (const Mask* mask : masks) {
+      const int64_t size = axes[mask - first].size;
+      kept = size ? kept / size * (size - std::count(mask->keep, mask->keep + size, uint8_t(0))) : 0;
+    }
   }
 
   static void exclude(const Mask& mask, const Axis& axis, uint8_t* keep, int64_t length) {

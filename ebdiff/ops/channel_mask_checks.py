@@ -41,12 +41,15 @@ def check_axes(
     lengths = {len(keep), len(owner), len(dims)}
     _refuse_if(len(lengths) > 1, "masks", "keep, owner and dims of one length", str(lengths))
     _check_places(tensors, owner, dims)
-    for kept, i, dim in zip(keep, owner, dims, strict=True):
-        size = tensors[i].shape[dim]
-        fits = kept.dtype == torch.bool and kept.shape == (size,) and kept.device.type == "cpu"
+    sizes = [(tensors[i].shape[dim],) for i, dim in zip(owner, dims, strict=True)]
+    alike = [kept.shape for kept in keep] == sizes and {kept.dtype for kept in keep} <= {torch.bool}
+    if alike and {kept.device.type for kept in keep} <= {"cpu"} and all(kept.is_contiguous() for kept in keep):
+        return
+    for kept, i, dim, size in zip(keep, owner, dims, sizes, strict=True):
+        fits = kept.dtype == torch.bool and kept.shape == size and kept.device.type == "cpu"
         if not fits or not kept.is_contiguous():
             got = f"{kept.dtype} {list(kept.shape)} on {kept.device}"
-            _refuse(f"the mask of tensor {i}, dimension {dim}", f"contiguous bool [{size}] on the CPU", got)
+            _refuse(f"the mask of tensor {i}, dimension {dim}", f"contiguous bool {list(size)} on the CPU", got)
 
 
 def _check_plain(tensors: Sequence[Tensor], device: torch.device) -> None:
