@@ -28,11 +28,11 @@ struct Slab {
 
   int64_t offset(int64_t row) const {
     int64_t at = 0;
-    for (int d = dims - 1; d >= 0; --d) {
+    for (int d = dims - 1; d > 0; --d) {
       at += row % size[d] * stride[d];
       row /= size[d];
     }
-    return at;
+    return dims ? at + row * stride[0] : 0;
   }
 };
 

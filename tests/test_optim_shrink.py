@@ -128,7 +128,7 @@ def test_an_ema_shrunken_behind_the_optimizers_back_is_refused() -> None:
     model, optimizer, ema, args, mask = begin(ema=copy.deepcopy, ema_decay=0.5)
     step(model, optimizer, args)
     ebdiff.shrink_(ema, mask)
-    with pytest.raises(EbdiffError, match=r"ema\[0\].*as its parameter"):
+    with pytest.raises(EbdiffError, match="EMA does not fit"):
         step(model, optimizer, args)
 
 

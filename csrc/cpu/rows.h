@@ -232,6 +232,15 @@ double sum_loop(const T* __restrict x, const T* __restrict y, compute_t<T>* __re
   using C = compute_t<T>;
   constexpr int kLanes = 64;
   constexpr bool kTwo = Kind == Sum::product || Kind == Sum::absolute_product;
+  double total = 0;
+  if (n < kLanes) {  // an element for each lane: the same sum
+    for (int64_t i = 0; i < n; ++i) {
+      const C value = term<Kind, C>(load(x[i]), kTwo ? load(y[i]) : C(0));
+      total += double(value);
+      if (HasColumn) column[i] += value;
+    }
+    return total;
+  }
   C lanes[kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes)
@@ -245,7 +254,6 @@ double sum_loop(const T* __restrict x, const T* __restrict y, compute_t<T>* __re
     lanes[j] += value;
     if (HasColumn) column[i + j] += value;
   }
-  double total = 0;
   for (int j = 0; j < kLanes; ++j) total += double(lanes[j]);
   return total;
 }

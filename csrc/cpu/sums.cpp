@@ -10,14 +10,16 @@ constexpr int64_t kRows = 256;  // added up in float32 before they go to float64
 // order of the tasks, so that the result does not depend on the number of threads.
 struct Partial {
   std::vector<double> rows, channels;
+  int64_t first_channel = 0;
 };
 
-// sums[channel of position start + i] += values[i]
+// sums[channel of position start + i - first] += values[i]
 template <class C>
-static void add_by_channel(const Axis& axis, int64_t start, const std::vector<C>& values, double* sums) {
+static void add_by_channel(const Axis& axis, int64_t start, const std::vector<C>& values, double* sums,
+                           int64_t first = 0) {
   int64_t channel = start / axis.inner % axis.size, inside = start % axis.inner;
   for (const C value : values) {
-    sums[channel] += double(value);
+    sums[channel - first] += double(value);
     if (++inside == axis.inner) {
       inside = 0;
       if (++channel == axis.size) channel = 0;
@@ -32,13 +34,16 @@ static Partial sum_task(const Slab& slab, const Axis* column_axis, const Task& t
   const int64_t n = task.col_end - task.col;
   std::vector<C> columns(column_axis ? n : 0);
   Partial partial;
-  if (column_axis) partial.channels.resize(column_axis->size);
+  if (column_axis && n > 0) {  // the columns are the axis and what lies inside it: they do not wrap around
+    partial.first_channel = task.col / column_axis->inner;
+    partial.channels.resize((task.col_end - 1) / column_axis->inner - partial.first_channel + 1);
+  }
   for (int64_t r = task.row; r < task.row_end; ++r) {
     const int64_t at = (slab.offset(r) + task.col) * kBytes[dtype];
     const auto in = [at](uintptr_t address) { return address ? reinterpret_cast<const char*>(address) + at : nullptr; };
     partial.rows.push_back(rows().sum[dtype][int(kind)](in(x), in(y), column_axis ? columns.data() : nullptr, n));
     if (column_axis && (r + 1 == task.row_end || (r + 1 - task.row) % kRows == 0)) {
-      add_by_channel(*column_axis, task.col, columns, partial.channels.data());
+      add_by_channel(*column_axis, task.col, columns, partial.channels.data(), partial.first_channel);
       columns.assign(columns.size(), C(0));
     }
   }
@@ -66,7 +71,7 @@ void channel_sums(const Layout& layout, const std::vector<int>& dtype, const Add
     for (int64_t c = 0; c < axis.size; ++c) out[c] = 0;
     for (size_t t = first[axis.slab]; t < first[axis.slab + 1]; ++t) {
       if (axis.is_column)
-        for (int64_t c = 0; c < axis.size; ++c) out[c] += partials[t].channels[c];
+        for (size_t c = 0; c < partials[t].channels.size(); ++c) out[partials[t].first_channel + c] += partials[t].channels[c];
       else
         add_by_channel(axis, tasks[t].row, partials[t].rows, out);
     }

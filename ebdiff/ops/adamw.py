@@ -79,7 +79,7 @@ def _masked_adamw_impl(
     maximize: bool,
 ) -> None:
     check_axes(params, keep, owner, dims, written=True)
-    check_adamw(params, grads, exp_avg, exp_avg_sq, ema, step)
+    check_adamw(params, grads, exp_avg, exp_avg_sq, ema, step, (beta1, beta2))
     numbers = _adamw_numbers(lr, beta1, beta2, eps, weight_decay, step, ema_decay)
     strides = [parameter.stride() for parameter in params]
     grads = _laid_out(grads, params, strides)

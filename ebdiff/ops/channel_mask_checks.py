@@ -18,6 +18,7 @@ __all__ = [
     "check_packed",
     "check_small",
     "check_sums",
+    "refuse_freed",
     "refuse_shared",
 ]
 
@@ -104,9 +105,11 @@ def check_adamw(
     exp_avg_sq: Sequence[Tensor],
     ema: Sequence[Tensor],
     step: int,
+    betas: tuple[float, float],
 ) -> None:
     """Refuse lists that do not belong together."""
     _refuse_if(step < 1, "step", "at least 1", str(step))
+    _refuse_if(not all(0 <= beta < 1 for beta in betas), "betas", "two numbers in [0, 1)", str(betas))
     shapes = [p.shape for p in params]
     dtypes = [p.dtype for p in params]
     for name, tensors in {"grads": grads, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "ema": ema}.items():
@@ -173,6 +176,15 @@ def refuse_shared(written: Sequence[Tensor], read: Sequence[Tensor] = ()) -> Non
         if start < written_to or (is_written and start < read_to):
             raise SharedMemory()
         written_to, read_to = (max(written_to, end), read_to) if is_written else (written_to, max(read_to, end))
+
+
+def refuse_freed(tensors: Sequence[Tensor]) -> None:
+    """Refuse tensors that reach past the end of their storage, as after ``untyped_storage().resize_(0)``."""
+    for i, tensor in enumerate(tensors):
+        start = tensor.data_ptr() - tensor.storage_offset() * tensor.itemsize
+        reach = _span(tensor)[1] - start
+        if tensor.numel() and reach > tensor.untyped_storage().nbytes():
+            _refuse(f"tensor {i}", f"{reach} bytes of storage", f"{tensor.untyped_storage().nbytes()}: freed?")
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

@@ -37,7 +37,8 @@ class AdamW(torch.optim.Optimizer):
         params: tensors, (name, tensor) pairs such as ``model.named_parameters()``, or groups of either.
         lr: a float, or a tensor of one element.
         betas, eps, weight_decay, maximize: as in torch.optim.AdamW.
-        amsgrad: not offered; only False.
+        amsgrad, capturable, differentiable: not offered; only False.
+        foreach, fused: taken so that calls need not change; it is one pass in any case.
         mask: a ChannelMask or Ticket. From the first step on, the removed channels of weights, moments and EMA are
             exact zeros, whatever their gradients hold. Needs named parameters. `mask` can be set again later.
         ema: diffusers' EMAModel, which goes on counting its own steps; or, with `ema_decay`, a module of the same
@@ -66,14 +67,22 @@ class AdamW(torch.optim.Optimizer):
         amsgrad: bool = False,
         *,
         maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
         mask: ChannelMask | Ticket | None = None,
         ema: Any = None,
         ema_decay: Decay | None = None,
         ema_params: Iterable[Any] | None = None,
     ) -> None:
         self._forget()
+        if capturable or differentiable:
+            got, remedy = f"capturable={capturable}, differentiable={differentiable}", "use torch.optim.AdamW for these"
+            raise EbdiffError("AdamW", expected="neither capturable nor differentiable", got=got, remedy=remedy)
         own = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
-        super().__init__(params, {**own, "maximize": maximize, **_TORCH})
+        theirs = {"foreach": foreach, "capturable": capturable, "differentiable": differentiable, "fused": fused}
+        super().__init__(params, {**own, "maximize": maximize, **_TORCH, **theirs})
         self.mask = mask
         if ema is not None:
             self._average = Average(ema, ema_decay, self._followed(ema, ema_params))
@@ -198,7 +207,7 @@ class AdamW(torch.optim.Optimizer):
 
     def _begin(self, parameter: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[parameter]
-        state["step"] = torch.zeros((), dtype=torch.float32)
+        state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
         for name in MOMENTS:
             state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         return state

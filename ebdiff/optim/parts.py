@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from ..errors import EbdiffError
 from ..ops.channel_mask import Axes
 from .average import Average
 from .removed import Removed
@@ -61,6 +62,7 @@ class Plan:
         alike: dict[tuple[torch.device, float, bool], list[int]] = {}
         follow = []
         for i, (parameter, state) in enumerate(zip(trained, states, strict=True)):
+            _check(parameter, state)
             place = None if average is None else _joining(parameter, average, shadows)
             follow.append(place)
             if place is not None:
@@ -70,13 +72,13 @@ class Plan:
             alike.setdefault((parameter.device, float(state["step"]), place is None), []).append(i)
         self.parts = []
         for (_, taken, _), places in alike.items():
-            count = torch.full((len(places),), taken, dtype=torch.float32)
+            count = torch.full((len(places),), taken, dtype=torch.float32, device="cpu")
             for i, place in enumerate(places):
                 states[place]["step"] = count[i]
             axes = Axes.of(removed.axes(trained[i]) for i in places)
             joined = [place for i in places if (place := follow[i]) is not None]
             self.parts.append(Part(places, count, axes, joined))
-        self._held = [trained, [state["step"] for state in states], list(shadows)]  # so that no id is used again
+        self._held = [trained, _tensors_of(states), list(shadows)]  # so that no id is used again
         self._key = _key(trained, states, shadows)
 
     def fits(self, trained: list[Tensor], states: list[State], shadows: list[Tensor]) -> bool:
@@ -85,16 +87,40 @@ class Plan:
         return even and self._key == _key(trained, states, shadows)
 
 
+def _check(parameter: Tensor, state: State) -> None:
+    """Refuse what the operator would refuse, before anything has been updated."""
+    if hasattr(parameter, "to_local"):
+        raise EbdiffError(
+            "a sharded parameter (DTensor, as FSDP2 makes them)",
+            expected="plain tensors",
+            got=f"{type(parameter).__name__} {list(parameter.shape)}",
+            remedy="use torch.optim.AdamW for sharded models",
+        )
+    for name in MOMENTS:
+        if state[name].shape != parameter.shape or state[name].dtype != parameter.dtype:
+            raise EbdiffError(
+                f"state of AdamW: {name}",
+                expected=f"{parameter.dtype} {list(parameter.shape)}, as its parameter",
+                got=f"{state[name].dtype} {list(state[name].shape)}",
+                remedy="load the state that belongs to these parameters, or start without one",
+            )
+
+
 def _key(trained: list[Tensor], states: list[State], shadows: list[Tensor]) -> tuple[object, ...]:
-    """Changes when tensors are replaced or frozen, or all of them moved to another device, dtype or layout."""
-    first = [trained[0], *shadows[:1]]
+    """Changes when tensors are replaced, frozen, or moved to another device, dtype or memory layout."""
     return (
         list(map(id, trained)),
-        [id(state["step"]) for state in states],
+        list(map(id, _tensors_of(states))),
         list(map(id, shadows)),
         [p.requires_grad for p in trained] if shadows else None,
-        [(tensor.device, tensor.dtype, tensor.stride()) for tensor in first],
+        [p.stride() for p in trained],
+        [shadow.stride() for shadow in shadows],
+        [(p.dtype, p.device) for p in (*trained, *shadows)],
     )
+
+
+def _tensors_of(states: list[State]) -> list[Tensor]:
+    return [state[name] for state in states for name in ("step", *MOMENTS)]
 
 
 def _joining(parameter: Tensor, average: Average, shadows: list[Tensor]) -> int | None:

@@ -91,14 +91,15 @@ def shrink_(
     averages, average_model = _ema_state(model, ema, mask)
     for inner in held:
         inner.check_shrink(mask)
-    for places in (state, averages):
-        small = compact([(place.name, place.tensor) for place in places], mask.plan, mask)
-        for place, values in zip(places, small, strict=True):
-            place.holder[place.key] = values
     named = list(_tensors(model))
+    # Everything is made before anything is replaced.
+    made = [compact([(place.name, place.tensor) for place in places], mask.plan, mask) for places in (state, averages)]
     gradients = _compacted([(name, tensor.grad) for name, tensor in named], mask)
-    for (_, tensor), values, gradient in zip(named, compact(_values(named), mask.plan, mask), gradients, strict=True):
-        _replace_values(tensor, values, gradient)
+    values = compact(_values(named), mask.plan, mask)
+    for place, small in zip([*state, *averages], [*made[0], *made[1]], strict=True):
+        place.holder[place.key] = small
+    for (_, tensor), small, gradient in zip(named, values, gradients, strict=True):
+        _replace_values(tensor, small, gradient)
     if average_model is not None:
         shrink_(average_model, mask)
     for inner in held:
@@ -286,7 +287,12 @@ def _ema_state(model: nn.Module, ema: Any, mask: ChannelMask) -> tuple[list[_Pla
         pairs = [(shadow, i, name) for i, name in enumerate(parameters)]
         complete = isinstance(shadow, list) and len(shadow) == len(parameters)
     shapes = {**parameters, **dict(model.named_buffers())}
-    if not complete or any(holder[key].shape != shapes[name].shape for holder, key, name in pairs):
+    wrong = any(
+        holder[key].shape != shapes[name].shape or holder[key].layout is not torch.strided
+        for holder, key, name in pairs
+        if complete
+    )
+    if not complete or wrong:
         raise EbdiffError(
             "the EMA does not belong to this model",
             expected=f"{len(parameters)} tensors of the parameters' shapes, a copy of the model, or an EMAModel",

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
+import torch
 from torch import Tensor
 
 from ..errors import EbdiffError
@@ -48,15 +49,16 @@ def apply_mask_(tensors: Named, plan: ChannelPlan, mask: ChannelMask) -> None:
 def compact(tensors: Named, plan: ChannelPlan, mask: ChannelMask) -> list[Tensor]:
     """The kept slices of all tensors, in their order, dtype, device and memory layout (channels_last stays so).
 
-    They are views of one new arena for each device and dtype, so they are freed together: call this once for what lives
-    and dies together (weights; gradients; moments).
+    They lie in one new arena for each device and dtype, each as a storage of its own, so that whatever saves tensors by
+    their storage saves each by itself. The arena is freed with the last of them: call this once for what lives and dies
+    together (weights; gradients; moments).
 
     Args, errors: as `apply_mask_`.
     """
     names, values = _checked(tensors, plan, mask)
     kept = [mask.kept(name) for name in names]
     return _each_device(
-        values, lambda places: ops.compact([values[i] for i in places], Axes.of(kept[i] for i in places))
+        values, lambda places: _owners(ops.compact([values[i] for i in places], Axes.of(kept[i] for i in places)))
     )
 
 
@@ -88,10 +90,23 @@ def scatter_back(
     def here(places: list[int]) -> list[Tensor]:
         small = [pairs[i][1] for i in places]
         dense = [into[i] for i in places] if into is not None else None
-        large = ops.zeros_like(small, [plan.shapes[pairs[i][0]] for i in places]) if dense is None else dense
+        shapes = [plan.shapes[pairs[i][0]] for i in places]
+        large = _owners(ops.zeros_like(small, shapes)) if dense is None else dense
         return ops.scatter_back(small, Axes.of(kept[i] for i in places), large, into=large)
 
     return _each_device([small for _, small in pairs], here)
+
+
+def _owners(views: list[Tensor]) -> list[Tensor]:
+    """The same memory, but a storage for each view: accelerate and safetensors take tensors of one storage for tied."""
+    if torch.compiler.is_compiling():
+        return views
+    result = []
+    for view in views:
+        first = view.storage_offset() * view.itemsize
+        part = view.untyped_storage()[first : first + view.nbytes]
+        result.append(view.new_empty(0).set_(part, 0, view.shape, view.stride()))
+    return result
 
 
 def _checked(tensors: Named, plan: ChannelPlan, mask: ChannelMask) -> tuple[list[str], list[Tensor]]:
