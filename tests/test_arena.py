@@ -49,6 +49,15 @@ def test_an_arena_lives_as_long_as_one_of_its_tensors() -> None:
     assert torch.equal(parameter, expected)
 
 
+def test_a_network_without_memory_shrinks() -> None:
+    model, *_, mask = trained(1)
+    small = ebdiff.shrink(model.to("meta"), mask)
+    expected = [[int(alive.sum()) for alive in mask.kept(name).values()] for name, _ in small.named_parameters()]
+    found = [[p.shape[dim] for dim in mask.kept(name)] for name, p in small.named_parameters()]
+    assert found == expected
+    assert {p.device.type for p in small.parameters()} == {"meta"}
+
+
 def test_grown_tensors_have_their_own_storages() -> None:
     model, *_, mask = trained(1)
     small = dict(ebdiff.shrink(model, mask).named_parameters())

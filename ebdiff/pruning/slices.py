@@ -98,8 +98,11 @@ def scatter_back(
 
 
 def _owners(views: list[Tensor]) -> list[Tensor]:
-    """The same memory, but a storage for each view: accelerate and safetensors take tensors of one storage for tied."""
-    if torch.compiler.is_compiling():
+    """The same memory, but a storage for each view: accelerate and safetensors take tensors of one storage for tied.
+
+    Not under torch.compile, and not on "meta", where there is no memory to divide.
+    """
+    if torch.compiler.is_compiling() or any(view.device.type == "meta" for view in views):
         return views
     result = []
     for view in views:
