@@ -62,9 +62,7 @@ class Masked:
             "_foreach_mul_, float masks": lambda tensors: torch._foreach_mul_(self._of_touched(tensors), self.floats),
             "_foreach_mul_, bool masks": lambda tensors: torch._foreach_mul_(self._of_touched(tensors), self.bools),
             "compiled _foreach_mul_, float masks": lambda tensors: compiled(self._of_touched(tensors), self.floats),
-            "ebdiff's reference": lambda tensors: reference.apply_mask_(
-                tensors, self.axes.keep, self.axes.owner, self.axes.dims
-            ),
+            "ebdiff's reference": lambda tensors: reference.apply_mask_(tensors, self.axes),
         }
 
     def _loop(self, tensors: list[Tensor], masks: list[Tensor]) -> None:

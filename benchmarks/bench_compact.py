@@ -92,7 +92,7 @@ class Compaction:
         """What `compact` calls on a CPU, to the same memory every time; a GPU's allocator gives that by itself."""
         if self.device.type != "cpu" or native.module() is None:
             return {}
-        call = partial(native_cpu.compact, self.dense, self.small, self.axes.keep, self.axes.owner, self.axes.dims)
+        call = partial(native_cpu.compact, self.dense, self.small, self.axes)
         return {"compact, without allocating": Candidate(call, floor, "compact")}
 
     def _holding(self, call: Callable[[], Any]) -> Callable[[], None]:

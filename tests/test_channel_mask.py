@@ -217,4 +217,4 @@ def test_lazily_negated_and_conjugated_memory_is_not_read_raw() -> None:
     )
     for lazy in (torch._neg_view(x), z.conj()):
         with pytest.raises(native_cpu.NotTaken):
-            native_cpu.layout_of([lazy], axes.keep, axes.owner, axes.dims)
+            native_cpu.layout_of([lazy], axes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,8 @@ import pytest
 import torch
 from op_cases import FLOATS, OPS, keep_of, needs_native, strided, values
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ebdiff import EbdiffError
 from ebdiff.ops.channel_mask import Axes, apply_mask_, channel_sums, compact, mask_distance, masked_adamw_, scatter_back
@@ -38,8 +41,6 @@ WRONG: dict[str, Callable[[Tensor], tuple[Any, ...]]] = {
     "a mask too long": lambda x: ([x], [torch.ones(4).bool()], [0], [0]),
     "a mask of two dimensions": lambda x: ([x], [KEEP[:, None]], [0], [0]),
     "a mask of numbers": lambda x: ([x], [KEEP.to(torch.uint8)], [0], [0]),
-    "a mask with gaps": lambda x: ([x], [torch.ones(6).bool()[::2]], [0], [0]),
-    "an expanded mask": lambda x: ([x], [torch.ones(1).bool().expand(3)], [0], [0]),
     "a mask on meta": lambda x: ([x], [KEEP.to("meta")], [0], [0]),
     "another tensor on meta": lambda x: ([x, torch.ones(3, device="meta")], [KEEP], [0], [0]),
     "a sparse tensor": lambda x: ([x, torch.ones(3).to_sparse()], [KEEP], [0], [0]),
@@ -155,6 +156,71 @@ def test_under_inference_mode() -> None:
         x = values([3, 4])
         apply_mask_([x], ROWS)
         assert not x[1].any()
+
+
+# masks that are used again, and what goes past the dispatcher
+
+
+def test_axes_hold_copies_of_their_masks() -> None:
+    given, x = KEEP.clone(), torch.ones(3, 4)
+    axes = Axes((given,), (0,), (0,))
+    apply_mask_([x], axes)
+    given.numpy()[:] = [False, True, False]  # unseen by version counters
+    y = torch.ones(3, 4)
+    apply_mask_([y], axes)
+    assert torch.equal(x, y)
+    assert axes.kept == [2]
+    assert torch.equal(pickle.loads(pickle.dumps(axes)).keep[0], KEEP)
+    gaps = Axes((torch.tensor([1, 0, 0, 0, 1, 0]).bool()[::2],), (0,), (0,))
+    apply_mask_([y], gaps)
+    assert y.sum(1).tolist() == [4, 0, 4]
+
+
+def test_axes_fit_tensors_of_other_shapes_and_layouts_call_by_call() -> None:
+    axes = Axes((KEEP, KEEP), (0, 1), (0, 1))
+    for shapes in ([(3, 4), (2, 3)], [(3, 70), (5, 3)], [(3, 4), (2, 3)], [(3, 1), (0, 3)]):
+        for turned in (False, True):
+            x, y = (torch.ones(shape).t().contiguous().t() if turned else torch.ones(shape) for shape in shapes)
+            apply_mask_([x, y], axes)
+            assert not x[1].any()
+            assert x[[0, 2]].all()
+            assert not y[:, 1].any()
+            assert y[:, [0, 2]].all()
+            assert [part.shape[0] for part in compact([x, y], axes)] == [2, shapes[1][0]]
+    for wrong in ([torch.ones(3, 4)], [torch.ones(3, 4), torch.ones(3, 2)], [torch.ones(4, 3), torch.ones(2, 3)]):
+        with pytest.raises(EbdiffError):
+            apply_mask_(wrong, axes)
+
+
+class Seen(TorchDispatchMode):
+    """Notes which operators torch dispatches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(op).removeprefix("ebdiff.").removesuffix(".default"))
+        return op(*args, **(kwargs or {}))
+
+
+def test_who_listens_to_the_dispatcher_hears_every_operator() -> None:
+    x, y = values([3, 4]), values([3, 3], seed=1)
+    axes, packed = Axes((KEEP, KEEP), (0, 1), (0, 1)), values([3, 5], torch.uint8)
+    quiet = everything(x.clone(), y.clone(), axes, packed)
+    with Seen() as seen:
+        heard = everything(x.clone(), y.clone(), axes, packed)
+    assert set(OPS) <= set(seen.names)
+    assert all(map(torch.equal, quiet, heard))
+    with torch.profiler.profile() as profile:
+        everything(x.clone(), y.clone(), axes, packed)
+    assert {f"ebdiff::{op}" for op in OPS} <= {event.name for event in profile.events()}
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = mode.from_tensor(x)
+        apply_mask_([fake], ROWS)
+        assert [part.shape for part in compact([fake], ROWS)] == [(2, 4)]
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        torch.vmap(lambda part: apply_mask_([part], ROWS))(x.expand(2, 3, 4).clone())
 
 
 # opcheck and torch.compile

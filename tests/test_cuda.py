@@ -16,6 +16,7 @@ from torch import Tensor
 from ebdiff.errors import EbdiffError
 from ebdiff.ops import adamw, channel_mask_reference, cuda_table, native, native_cuda
 from ebdiff.ops.channel_mask import Axes, apply_mask_, channel_sums, compact, mask_distance, masked_adamw_, scatter_back
+from ebdiff.ops.channel_mask_reference import Lists
 
 SETTINGS = {"lr": 3e-3, "beta1": 0.9, "beta2": 0.98, "eps": 1e-8, "weight_decay": 0.05, "ema_decay": 0.9}
 
@@ -212,11 +213,10 @@ def test_a_graph_can_read_its_numbers_from_the_device() -> None:
         return torch.tensor([named[name] for name in native_cuda.NUMBERS], dtype=torch.float64)
 
     numbers = numbers_of(1).cuda()
-    masks = (axes.keep, axes.owner, axes.dims, numbers, False)
-    native_cuda.masked_adamw_(*(cuda(part) for part in state(tensors)), *masks)
+    native_cuda.masked_adamw_(Lists(*(cuda(part) for part in state(tensors))), axes, numbers, False)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        native_cuda.masked_adamw_(*captured, *masks)
+        native_cuda.masked_adamw_(Lists(*captured), axes, numbers, False)
     for step in (1, 2, 3):
         numbers.copy_(numbers_of(step))
         graph.replay()

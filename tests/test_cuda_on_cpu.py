@@ -19,8 +19,9 @@ from cuda_on_cpu.memory import behind_wall, fenced
 from op_cases import FLOATS, LAYOUTS, OTHERS, STYLES, cases, keep_of, same, same_bytes, strided, tensor_of, values
 from torch import Tensor
 
-from ebdiff.ops import channel_mask, native_cuda
+from ebdiff.ops import native_cuda
 from ebdiff.ops.channel_mask import Axes, apply_mask_, channel_sums, compact, mask_distance, masked_adamw_, scatter_back
+from ebdiff.ops.channel_mask_reference import Lists
 
 TILE = 1024  # kTile with the 64 threads of the emulated blocks
 SETTINGS = {"lr": 3e-3, "beta1": 0.9, "beta2": 0.98, "eps": 1e-8, "weight_decay": 0.05, "step": 3, "ema_decay": 0.9}
@@ -111,9 +112,9 @@ def test_masks_and_compaction_in_every_size(emulator: Emulator, dtype: torch.dty
 
 def test_gaps_of_arenas_are_zero(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, axes = sized([(5, 7), (1,), (3, 3, 3), (0,), (40, 40)], torch.bfloat16)
-    monkeypatch.setattr(channel_mask, "_new_arenas", lambda *a: [torch.full((1024,), float("nan")).bfloat16()])
+    monkeypatch.setattr(Tensor, "new_empty", lambda *_, dtype: torch.full((4096,), float("nan"), dtype=dtype))
     small = compact(tensors, axes)
-    arena = small[0].as_strided((1024,), (1,), 0)
+    arena = small[0].as_strided((4096,), (1,), 0)
     spots = [(part.storage_offset(), part.numel()) for part in small]
     for start, count in spots:
         assert (arena[start + count : start + -(-count // 32) * 32] == 0).all()
@@ -185,7 +186,7 @@ def test_adamw_reads_its_numbers_from_the_device(emulator: Emulator) -> None:
     for order in (0, 1):  # threads hand each other the numbers
         by_address = state(tensors)
         emulator.order(order)
-        native_cuda.masked_adamw_(*by_address, axes.keep, axes.owner, axes.dims, numbers, True)
+        native_cuda.masked_adamw_(Lists(*by_address), axes, numbers, True)
         for left, right in zip(by_value, by_address, strict=True):
             assert all(map(same_bytes, left, right))
 

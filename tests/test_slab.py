@@ -13,6 +13,7 @@ from op_cases import LAYOUTS, keep_of, masked_ways
 from torch import Tensor
 
 from ebdiff.ops import native, native_cpu
+from ebdiff.ops.mask_axes import Axes
 
 pytestmark = pytest.mark.skipif(native.module() is None, reason="no compiled part")
 
@@ -112,7 +113,7 @@ def test_as_many_masked_positions_as_fit_and_one_more() -> None:
         layout([2, 1 << 30, 3, 5], [15 << 30, 15, 5, 1], {0: alive, 1: alive, 2: alive})
     wide = torch.empty(1 << 31, device="meta", dtype=torch.bool)
     with pytest.raises(native_cpu.NotTaken):
-        native_cpu.layout_of([wide], [alive], [0], [0])
+        native_cpu.layout_of([wide], Axes((alive,), (0,), (0,)))
 
 
 @pytest.mark.parametrize(

@@ -195,3 +195,15 @@ def test_compile_again_with_another_mask() -> None:
         compiled(tensors, chosen)
         apply_mask_(expected, plan, chosen)
         assert all(torch.equal(tensors[name], expected[name]) for name in tensors)
+
+
+def test_a_mask_remembers_what_it_masks() -> None:
+    model, _plan, mask = traced()
+    names = [name for name, _ in model.named_parameters()]
+    axes = mask.axes(names)
+    assert axes is mask.axes(names)
+    assert axes is not mask.axes(names[1:])
+    for k in range(20):
+        mask.axes(names[k % len(names) :] * (k + 1))
+    assert len(mask._axes) <= 8
+    assert [part.tolist() for part in mask.axes(names).keep] == [part.tolist() for part in axes.keep]

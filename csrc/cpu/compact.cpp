@@ -21,22 +21,28 @@ void use_huge_pages(uintptr_t start, int64_t bytes) {
 #endif
 }
 
-// Walk the kept rows of dense and small together; copy(dense row, small row, keep, columns or null, count, shift) moves one.
-template <class Copy>
-static void walk(const Layout& layout, const Addresses& dense, const Addresses& small, const std::vector<int>& log2,
-                 int threads, const Copy& copy) {
+// Walk the kept rows of dense and small together, and copy from the first to the second, or back.
+template <bool Back>
+static void move(const Layout& layout, const Addresses& dense, const Addresses& small, const std::vector<int>& log2,
+                 int threads) {
   const std::vector<Task> tasks = tasks_of(layout, kElements, true);
   parallel_for(int64_t(tasks.size()), threads_for(layout, threads), [&](int64_t i) {
     const Task& task = tasks[i];
     const Slab& slab = layout.slabs[task.slab];
     const int shift = log2[task.slab];
+    const int64_t n = task.col_end - task.col;
     const int32_t* columns = slab.col_index < 0 ? nullptr : &layout.index[slab.col_index] + task.col;
     const uint8_t* keep = slab.col_keep < 0 ? nullptr : &layout.keep[slab.col_keep];
     for (int64_t r = task.row; r < task.row_end; ++r) {
       const int64_t row = slab.row_index < 0 ? r : layout.index[slab.row_index + r];
-      char* at = reinterpret_cast<char*>(dense[task.slab]) + (slab.offset(row) << shift);
+      char* x = reinterpret_cast<char*>(dense[task.slab]) + (slab.offset(row) << shift);
       char* packed = reinterpret_cast<char*>(small[task.slab]) + ((r * slab.kept_cols + task.col) << shift);
-      copy(columns ? at : at + (task.col << shift), packed, keep, columns, task.col_end - task.col, shift);
+      if (columns) {
+        rows().move_kept[Back][shift](x, packed, keep, columns, n);
+      } else {
+        x += task.col << shift;
+        std::memcpy(Back ? x : packed, Back ? packed : x, size_t(n) << shift);
+      }
     }
   });
 }
@@ -52,23 +58,13 @@ static void fill_gaps(const Layout& layout, const Addresses& small, const std::v
 
 void compact(const Layout& layout, const Addresses& dense, const Addresses& small, const std::vector<int>& log2,
              int threads) {
-  walk(layout, dense, small, log2, threads, [](char* at, char* packed, const uint8_t* keep, const int32_t* columns, int64_t n, int shift) {
-    if (columns)
-      rows().gather[shift](packed, at, keep, columns, n);
-    else
-      std::memcpy(packed, at, size_t(n) << shift);
-  });
+  move<false>(layout, dense, small, log2, threads);
   fill_gaps(layout, small, log2);
 }
 
 void scatter_back(const Layout& layout, const Addresses& dense, const Addresses& small, const std::vector<int>& log2,
                   int threads) {
-  walk(layout, dense, small, log2, threads, [](char* at, char* packed, const uint8_t* keep, const int32_t* columns, int64_t n, int shift) {
-    if (columns)
-      rows().scatter[shift](at, packed, keep, columns, n);
-    else
-      std::memcpy(at, packed, size_t(n) << shift);
-  });
+  move<true>(layout, dense, small, log2, threads);
 }
 
 }  // namespace ebdiff

@@ -17,9 +17,9 @@ struct Rows {
   const char* isa;
   // x[c] = 0 where keep[c] is 0, for elements of 1 << log2 bytes.
   void (*zero_removed[5])(void* x, const uint8_t* keep, int64_t n);
-  // Kept elements x[index[0]], ..., x[index[n - 1]] to or from the n packed ones; keep says the same of each element of x.
-  void (*gather[5])(void* packed, const void* x, const uint8_t* keep, const int32_t* index, int64_t n);
-  void (*scatter[5])(void* x, const void* packed, const uint8_t* keep, const int32_t* index, int64_t n);
+  // Kept elements x[index[0]], ..., x[index[n - 1]] to the n packed ones, or (second row) back from them; keep says the
+  // same of each element of x.
+  void (*move_kept[2][5])(void* x, void* packed, const uint8_t* keep, const int32_t* index, int64_t n);
   // By Dtype. e and keep may be null.
   void (*adamw[4])(void* p, const void* g, void* m, void* v, void* e, const uint8_t* keep, int64_t n, const AdamWArgs&);
   // By Dtype and Sum: the sum of f(x, y), which is also added to column[c] (double for float64, else float; may be null).

@@ -78,51 +78,35 @@ struct Lanes<uint16_t> : Lanes<uint32_t> {  // widened to 32 bits
   }
 };
 
-// Move n packed elements; step(place in x, place in packed, bits kept, bits packed) moves up to a register of them.
-template <class W, class Step>
-void walk(const uint8_t* keep, const int32_t* index, int64_t n, const Step& step) {
-  if (n == 0) return;
-  const int64_t end = index[n - 1] + 1;
-  int64_t done = 0;
-  for (int64_t i = index[0]; i < end; i += Lanes<W>::count) {
-    const uint32_t in_range = end - i >= Lanes<W>::count ? 0xffff : (1u << (end - i)) - 1;
-    const uint32_t kept = Lanes<W>::kept(keep + i, in_range), count = __builtin_popcount(kept);
-    step(i, done, kept, (1u << count) - 1);
-    done += count;
-  }
-}
 #endif
 
-template <class W>
-void gather(void* packed, const void* x, const uint8_t* __restrict keep, const int32_t* __restrict index, int64_t n) {
-  W* __restrict to = static_cast<W*>(packed);
-  const W* __restrict from = static_cast<const W*>(x);
+// Gather the kept elements of x into packed, or scatter them back.
+template <bool Back, class W>
+void move_kept(void* dense, void* packed, const uint8_t* __restrict keep, const int32_t* __restrict index, int64_t n) {
+  W* __restrict x = static_cast<W*>(dense);
+  W* __restrict y = static_cast<W*>(packed);
 #ifdef __AVX512F__
   if constexpr (Lanes<W>::count > 0) {
-    walk<W>(keep, index, n, [=](int64_t at, int64_t done, uint32_t kept, uint32_t dense) {
-      Lanes<W>::close(to + done, from + at, kept, dense);
-    });
+    const int64_t end = n ? index[n - 1] + 1 : 0;
+    for (int64_t i = n ? index[0] : 0, done = 0; i < end; i += Lanes<W>::count) {
+      const uint32_t in_range = end - i >= Lanes<W>::count ? 0xffff : (1u << (end - i)) - 1;
+      const uint32_t kept = Lanes<W>::kept(keep + i, in_range), count = __builtin_popcount(kept);
+      if constexpr (Back)
+        Lanes<W>::open(x + i, y + done, kept, (1u << count) - 1);
+      else
+        Lanes<W>::close(y + done, x + i, kept, (1u << count) - 1);
+      done += count;
+    }
     return;
   }
 #endif
   (void)keep;
-  for (int64_t i = 0; i < n; ++i) to[i] = from[index[i]];
-}
-
-template <class W>
-void scatter(void* x, const void* packed, const uint8_t* __restrict keep, const int32_t* __restrict index, int64_t n) {
-  W* __restrict to = static_cast<W*>(x);
-  const W* __restrict from = static_cast<const W*>(packed);
-#ifdef __AVX512F__
-  if constexpr (Lanes<W>::count > 0) {
-    walk<W>(keep, index, n, [=](int64_t at, int64_t done, uint32_t kept, uint32_t dense) {
-      Lanes<W>::open(to + at, from + done, kept, dense);
-    });
-    return;
+  for (int64_t i = 0; i < n; ++i) {
+    if constexpr (Back)
+      x[index[i]] = y[i];
+    else
+      y[i] = x[index[i]];
   }
-#endif
-  (void)keep;
-  for (int64_t i = 0; i < n; ++i) to[index[i]] = from[i];
 }
 
 float root(float x) { return __builtin_sqrtf(x); }
@@ -264,14 +248,16 @@ double sum(const void* x, const void* y, void* column, int64_t n) {
   return run(static_cast<const T*>(x), static_cast<const T*>(y), static_cast<compute_t<T>*>(column), n);
 }
 
-#define EBDIFF_BY_SIZE(f) {f<uint8_t>, f<uint16_t>, f<uint32_t>, f<uint64_t>, f<unsigned __int128>}
+#define EBDIFF_BY_SIZE(f) {f(uint8_t), f(uint16_t), f(uint32_t), f(uint64_t), f(unsigned __int128)}
+#define EBDIFF_ZERO(W) zero_removed<W>
+#define EBDIFF_GATHER(W) move_kept<false, W>
+#define EBDIFF_SCATTER(W) move_kept<true, W>
 #define EBDIFF_BY_SUM(T) {sum<T, Sum::square>, sum<T, Sum::absolute>, sum<T, Sum::product>, sum<T, Sum::absolute_product>}
 
 constexpr Rows kRows = {
     EBDIFF_ISA_NAME,
-    EBDIFF_BY_SIZE(zero_removed),
-    EBDIFF_BY_SIZE(gather),
-    EBDIFF_BY_SIZE(scatter),
+    EBDIFF_BY_SIZE(EBDIFF_ZERO),
+    {EBDIFF_BY_SIZE(EBDIFF_GATHER), EBDIFF_BY_SIZE(EBDIFF_SCATTER)},
     {adamw<float>, adamw<double>, adamw<bfloat16>, adamw<float16>},
     {EBDIFF_BY_SUM(float), EBDIFF_BY_SUM(double), EBDIFF_BY_SUM(bfloat16), EBDIFF_BY_SUM(float16)},
 };

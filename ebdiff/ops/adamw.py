@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from math import sqrt
 
 import torch
 from torch import Tensor
 
 from .channel_mask_checks import check_adamw, check_axes, check_devices, refuse_shared
+from .channel_mask_reference import Lists, by_owner
 from .library import define
 from .mask_axes import Axes
-from .serve import reference_of, run, written
+from .serve import is_plain, reference_of, run, written
 
 __all__ = ["masked_adamw_"]
 
@@ -54,10 +56,14 @@ def masked_adamw_(
         EbdiffError: lists, shapes, dtypes or devices that do not fit together, or tensors that share memory. Nothing
             was changed then.
     """
-    if params:
-        lists = (params, grads, exp_avg, exp_avg_sq, ema)
-        masks = (axes.keep, axes.owner, axes.dims)
-        _masked_adamw_op(*lists, *masks, lr, beta1, beta2, eps, weight_decay, step, ema_decay, maximize)
+    if not params:
+        return
+    lists = Lists(params, grads, exp_avg, exp_avg_sq, ema)
+    numbers = (lr, beta1, beta2, eps, weight_decay, step, ema_decay)
+    if is_plain(*lists):
+        _masked_adamw(lists, axes, *numbers, maximize)
+    else:
+        _masked_adamw_op(*lists, *axes.triples, *numbers, maximize)
 
 
 def _masked_adamw_impl(
@@ -78,23 +84,38 @@ def _masked_adamw_impl(
     ema_decay: float,
     maximize: bool,
 ) -> None:
-    check_axes(params, keep, owner, dims, written=True)
-    check_adamw(params, grads, exp_avg, exp_avg_sq, ema, step, (beta1, beta2))
+    lists = Lists(params, grads, exp_avg, exp_avg_sq, ema)
+    axes = Axes(tuple(keep), tuple(owner), tuple(dims))
+    _masked_adamw(lists, axes, lr, beta1, beta2, eps, weight_decay, step, ema_decay, maximize)
+
+
+def _masked_adamw(
+    lists: Lists,
+    axes: Axes,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    ema_decay: float,
+    maximize: bool,
+) -> None:
+    params = lists.params
+    check_axes(params, axes, written=True)
+    check_adamw(lists, step, (beta1, beta2))
     numbers = _adamw_numbers(lr, beta1, beta2, eps, weight_decay, step, ema_decay)
-    strides = [parameter.stride() for parameter in params]
-    grads = _laid_out(grads, params, strides)
-    lists = (params, grads, exp_avg, exp_avg_sq, ema)
-    alike = all([tensor.stride() for tensor in tensors] == strides for tensors in lists if tensors)
+    strides = list(map(Tensor.stride, params))
+    lists = lists._replace(grads=_laid_out(lists.grads, params, strides))
+    alike = all(list(map(Tensor.stride, tensors)) == strides for tensors in lists if tensors)
     serve = run if alike else reference_of
-    parts = _by_dtype(params, owner)
-    if len(parts) > 1:  # before the first is written; of one dtype, who serves it looks
-        refuse_shared([*params, *exp_avg, *exp_avg_sq, *ema], read=grads)
-    for numbers_of, part_owner in parts:
-        part = [[tensors[i] for i in numbers_of] if tensors else [] for tensors in lists]
-        chosen = [k for k, i in enumerate(part_owner) if i >= 0]
-        masks = ([keep[k] for k in chosen], [part_owner[k] for k in chosen], [dims[k] for k in chosen])
-        serve("masked_adamw_", params[0], *part, *masks, numbers, maximize)
-    written(params, exp_avg, exp_avg_sq, ema)
+    if len({parameter.dtype for parameter in params}) == 1:
+        serve("masked_adamw_", params[0], lists, axes, numbers, maximize)
+    else:
+        refuse_shared(list(chain.from_iterable(lists.written)), read=lists.grads)  # before the first is written
+        for part, part_axes in _by_dtype(lists, axes):
+            serve("masked_adamw_", params[0], part, part_axes, numbers, maximize)
+    written(*lists.written)
 
 
 def _laid_out(
@@ -109,18 +130,15 @@ def _laid_out(
     ]
 
 
-def _by_dtype(params: Sequence[Tensor], owner: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """For each dtype: the places of its tensors, and the owners renumbered among them (-1: of another dtype)."""
+def _by_dtype(lists: Lists, axes: Axes) -> Iterator[tuple[Lists, Axes]]:
+    """The tensors of each dtype, and their masks."""
     places: dict[torch.dtype, list[int]] = {}
-    for i, parameter in enumerate(params):
+    for i, parameter in enumerate(lists.params):
         places.setdefault(parameter.dtype, []).append(i)
-    if len(places) == 1:
-        return [(list(range(len(params))), list(owner))]
-    result = []
+    masks = by_owner(axes)
     for chosen in places.values():
-        number = {place: i for i, place in enumerate(chosen)}
-        result.append((chosen, [number.get(i, -1) for i in owner]))
-    return result
+        part = Lists(*([tensors[i] for i in chosen] if tensors else [] for tensors in lists))
+        yield part, Axes.of(masks.get(i, {}) for i in chosen)
 
 
 def _adamw_numbers(

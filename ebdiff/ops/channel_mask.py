@@ -5,7 +5,7 @@ Each runs as one pass of the compiled part where that takes the tensors, and as 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,8 +18,7 @@ from .channel_mask_checks import check_axes, check_devices, check_packed, check_
 from .channel_mask_reference import Kind
 from .library import define
 from .mask_axes import Axes
-from .native_cpu import NotTaken
-from .serve import backend, reference_of, run, written
+from .serve import backend, is_plain, reference_of, run, written
 
 __all__ = [
     "Axes",
@@ -44,8 +43,10 @@ def apply_mask_(tensors: Sequence[Tensor], axes: Axes) -> None:
     Raises:
         EbdiffError: a mask that fits no tensor, tensors on several devices, sparse tensors. Nothing was changed then.
     """
-    if axes.keep:
-        _apply_mask_op(tensors, axes.keep, axes.owner, axes.dims)
+    if axes.keep and is_plain(tensors):
+        _apply_mask(tensors, axes)
+    elif axes.keep:
+        _apply_mask_op(tensors, *axes.triples)
 
 
 @torch.no_grad()
@@ -63,7 +64,9 @@ def compact(tensors: Sequence[Tensor], axes: Axes) -> list[Tensor]:
     """
     if not tensors:
         return []
-    arenas = _compact_op(tensors, axes.keep, axes.owner, axes.dims, axes.kept)
+    if is_plain(tensors):
+        return _compact(tensors, axes)[1]
+    arenas = _compact_op(tensors, *axes.triples, axes.kept)
     shapes = reference.kept_shapes(tensors, axes.owner, axes.dims, axes.kept)
     return reference.views(arenas, tensors, shapes, reference.arena_plan(tensors, shapes)[1])
 
@@ -84,20 +87,16 @@ def scatter_back(
         EbdiffError: small tensors of other shapes or dtypes than the kept slices of `like`.
     """
     dense = zeros_like(like, [tensor.shape for tensor in like]) if into is None else list(into)
-    if dense:
-        _scatter_back_op(dense, small, axes.keep, axes.owner, axes.dims)
+    if dense and is_plain(dense, small):
+        _scatter_back(dense, small, axes)
+    elif dense:
+        _scatter_back_op(dense, small, *axes.triples)
     return dense
 
 
 def zeros_like(tensors: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
     """Zeros of these shapes, in the dtypes and memory layouts of the tensors (of one device): views of new arenas."""
-    if not tensors:
-        return []
-    lengths, places = reference.arena_plan(tensors, shapes)
-    arenas = [tensors[0].new_zeros(length, dtype=dtype, requires_grad=False) for dtype, length in lengths.items()]
-    if not torch.compiler.is_compiling() and backend(tensors[0]) is not None:
-        native_cpu.use_huge_pages(arenas)
-    return reference.views(arenas, tensors, shapes, places)
+    return _in_arenas(tensors, shapes, tensors[0].new_zeros)[1] if tensors else []
 
 
 @torch.no_grad()
@@ -144,57 +143,68 @@ def mask_distance(bits: Tensor, newest: int = -1) -> Tensor:
 def _apply_mask_impl(
     tensors: Sequence[Tensor], keep: Sequence[Tensor], owner: Sequence[int], dims: Sequence[int]
 ) -> None:
-    check_axes(tensors, keep, owner, dims, written=True)
-    run("apply_mask_", tensors[0], tensors, keep, owner, dims)
+    _apply_mask(tensors, Axes(tuple(keep), tuple(owner), tuple(dims)))
+
+
+def _apply_mask(tensors: Sequence[Tensor], axes: Axes) -> None:
+    check_axes(tensors, axes, written=True)
+    run("apply_mask_", tensors[0], tensors, axes)
     written(tensors)
 
 
 def _compact_impl(
     tensors: Sequence[Tensor], keep: Sequence[Tensor], owner: Sequence[int], dims: Sequence[int], kept: Sequence[int]
 ) -> list[Tensor]:
-    check_axes(tensors, keep, owner, dims)
-    if [int(alive.sum()) for alive in keep] != list(kept):
+    axes = Axes(tuple(keep), tuple(owner), tuple(dims))
+    check_axes(tensors, axes)
+    if axes.kept != list(kept):
         raise EbdiffError("kept", expected="the number of True in each mask", got=str(list(kept)), remedy="count them")
-    compiled = backend(tensors[0])
-    if compiled is not None:
-        arenas = _new_arenas(tensors, owner, dims, kept)
+    return _compact(tensors, axes)[0]
+
+
+def _compact(tensors: Sequence[Tensor], axes: Axes) -> tuple[list[Tensor], list[Tensor]]:
+    """The arenas, and the tensors in them."""
+    check_axes(tensors, axes)
+    shapes = reference.kept_shapes(tensors, axes.owner, axes.dims, axes.kept)
+    arenas, small = _in_arenas(tensors, shapes, tensors[0].new_empty)
+    run("compact", tensors[0], tensors, small, axes)
+    return arenas, small
+
+
+def _in_arenas(
+    tensors: Sequence[Tensor], shapes: Sequence[Sequence[int]], new: Callable[..., Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """New arenas, and in them tensors of these shapes, in the dtypes and memory layouts of the given ones."""
+    lengths, places = reference.arena_plan(tensors, shapes)
+    arenas = [new(length, dtype=dtype) for dtype, length in lengths.items()]
+    if not torch.compiler.is_compiling() and backend(tensors[0]) is not None:
         native_cpu.use_huge_pages(arenas)
-        shapes = reference.kept_shapes(tensors, owner, dims, kept)
-        small = reference.views(arenas, tensors, shapes, reference.arena_plan(tensors, shapes)[1])
-        try:
-            compiled.compact(tensors, small, keep, owner, dims)
-            return arenas
-        except NotTaken:
-            pass
-    return reference.compact(tensors, keep, owner, dims, kept)
-
-
-def _new_arenas(
-    tensors: Sequence[Tensor], owner: Sequence[int], dims: Sequence[int], kept: Sequence[int]
-) -> list[Tensor]:
-    shapes = reference.kept_shapes(tensors, owner, dims, kept)
-    lengths, _ = reference.arena_plan(tensors, shapes)
-    return [tensors[0].new_empty(length, dtype=dtype) for dtype, length in lengths.items()]
+    return arenas, reference.views(arenas, tensors, shapes, places)
 
 
 def _compact_fake(
     tensors: Sequence[Tensor], keep: Sequence[Tensor], owner: Sequence[int], dims: Sequence[int], kept: Sequence[int]
 ) -> list[Tensor]:
     check_devices(tensors, keep=keep)
-    return _new_arenas(tensors, owner, dims, kept)
+    lengths, _ = reference.arena_plan(tensors, reference.kept_shapes(tensors, owner, dims, kept))
+    return [tensors[0].new_empty(length, dtype=dtype) for dtype, length in lengths.items()]
 
 
 def _scatter_back_impl(
     dense: Sequence[Tensor], small: Sequence[Tensor], keep: Sequence[Tensor], owner: Sequence[int], dims: Sequence[int]
 ) -> None:
-    check_axes(dense, keep, owner, dims, written=True)
-    check_small(dense, small, keep, owner, dims)
+    _scatter_back(dense, small, Axes(tuple(keep), tuple(owner), tuple(dims)))
+
+
+def _scatter_back(dense: Sequence[Tensor], small: Sequence[Tensor], axes: Axes) -> None:
+    check_axes(dense, axes, written=True)
+    check_small(dense, small, axes)
     laid_out = [
         part if list(part.stride()) == (strides := reference.memory_strides(large, part.shape))
         else part.new_empty_strided(part.shape, strides).copy_(part)
         for large, part in zip(dense, small, strict=True)
     ]  # fmt: skip
-    run("scatter_back_", dense[0], dense, laid_out, keep, owner, dims)
+    run("scatter_back_", dense[0], dense, laid_out, axes)
     written(dense)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from ..errors import EbdiffError
-from .channel_mask_reference import Kind, kept_shapes
+from .channel_mask_reference import Kind, Lists, kept_shapes
+from .mask_axes import Axes
 
 __all__ = [
     "SharedMemory",
@@ -26,31 +28,24 @@ _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _HOW = "see the docstrings of ebdiff.ops.channel_mask"
 
 
-def check_axes(
-    tensors: Sequence[Tensor],
-    keep: Sequence[Tensor],
-    owner: Sequence[int],
-    dims: Sequence[int],
-    *,
-    written: bool = False,
-) -> None:
+def check_axes(tensors: Sequence[Tensor], axes: Axes, *, written: bool = False) -> None:
     """Refuse masks that fit no tensor, and tensors that no kernel takes."""
     _refuse_if(not tensors, "tensors", "at least one", "none")
     _check_plain(tensors, tensors[0].device)
     if written:
-        _refuse_if(any(map(_repeats, tensors)), "tensors", "no two elements in the same place", "an expanded tensor")
-    lengths = {len(keep), len(owner), len(dims)}
-    _refuse_if(len(lengths) > 1, "masks", "keep, owner and dims of one length", str(lengths))
-    _check_places(tensors, owner, dims)
-    sizes = [(tensors[i].shape[dim],) for i, dim in zip(owner, dims, strict=True)]
-    alike = [kept.shape for kept in keep] == sizes and {kept.dtype for kept in keep} <= {torch.bool}
-    if alike and {kept.device.type for kept in keep} <= {"cpu"} and all(kept.is_contiguous() for kept in keep):
+        _refuse_if(_any_repeats(tensors), "tensors", "no two elements in the same place", "an expanded tensor")
+    shapes = [tensor.shape for tensor in tensors]
+    if axes.known("fits", shapes):
         return
-    for kept, i, dim, size in zip(keep, owner, dims, sizes, strict=True):
-        fits = kept.dtype == torch.bool and kept.shape == size and kept.device.type == "cpu"
-        if not fits or not kept.is_contiguous():
+    lengths = set(map(len, axes.triples))
+    _refuse_if(len(lengths) > 1, "masks", "keep, owner and dims of one length", str(lengths))
+    _check_places(tensors, axes.owner, axes.dims)
+    for kept, i, dim in zip(*axes.triples, strict=True):
+        size = (shapes[i][dim],)
+        if kept.dtype != torch.bool or kept.shape != size or kept.device.type != "cpu":
             got = f"{kept.dtype} {list(kept.shape)} on {kept.device}"
-            _refuse(f"the mask of tensor {i}, dimension {dim}", f"contiguous bool {list(size)} on the CPU", got)
+            _refuse(f"the mask of tensor {i}, dimension {dim}", f"bool {list(size)} on the CPU", got)
+    axes.remember("fits", shapes, True)
 
 
 def _check_plain(tensors: Sequence[Tensor], device: torch.device) -> None:
@@ -73,8 +68,11 @@ def check_devices(*lists: Sequence[Tensor], keep: Sequence[Tensor] = ()) -> None
         _refuse_if(unreal, "masks", "the CPU", "meta")
 
 
-def _repeats(tensor: Tensor) -> bool:
-    return 0 in tensor.stride() and torch._debug_has_internal_overlap(tensor) == 1
+def _any_repeats(tensors: Sequence[Tensor]) -> bool:
+    """Does one of them hold an element twice, as expanded ones do?"""
+    if 0 not in chain.from_iterable(map(Tensor.stride, tensors)):
+        return False
+    return any(torch._debug_has_internal_overlap(tensor) == 1 for tensor in tensors)
 
 
 def _check_places(tensors: Sequence[Tensor], owner: Sequence[int], dims: Sequence[int]) -> None:
@@ -85,39 +83,30 @@ def _check_places(tensors: Sequence[Tensor], owner: Sequence[int], dims: Sequenc
     _refuse_if(len(set(places)) < len(places), "masks", "one for each dimension", "two for the same")
 
 
-def check_small(
-    dense: Sequence[Tensor], small: Sequence[Tensor], keep: Sequence[Tensor], owner: Sequence[int], dims: Sequence[int]
-) -> None:
+def check_small(dense: Sequence[Tensor], small: Sequence[Tensor], axes: Axes) -> None:
     """Refuse small tensors that are not what `compact` makes of the dense ones."""
     _refuse_if(len(dense) != len(small), "small tensors", f"{len(dense)} of them", str(len(small)))
     _check_plain(small, dense[0].device)
-    shapes = kept_shapes(dense, owner, dims, [int(alive.sum()) for alive in keep])
+    shapes = kept_shapes(dense, axes.owner, axes.dims, axes.kept)
     for i, (large, part, shape) in enumerate(zip(dense, small, shapes, strict=True)):
         if list(part.shape) != shape or part.dtype != large.dtype:
             _refuse(f"small tensor {i}", f"{large.dtype} {shape}", f"{part.dtype} {list(part.shape)}")
     refuse_shared(dense, read=small)
 
 
-def check_adamw(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avg: Sequence[Tensor],
-    exp_avg_sq: Sequence[Tensor],
-    ema: Sequence[Tensor],
-    step: int,
-    betas: tuple[float, float],
-) -> None:
+def check_adamw(lists: Lists, step: int, betas: tuple[float, float]) -> None:
     """Refuse lists that do not belong together."""
     _refuse_if(step < 1, "step", "at least 1", str(step))
     _refuse_if(not all(0 <= beta < 1 for beta in betas), "betas", "two numbers in [0, 1)", str(betas))
+    params = lists.params
     shapes = [p.shape for p in params]
     dtypes = [p.dtype for p in params]
-    for name, tensors in {"grads": grads, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "ema": ema}.items():
-        if name == "ema" and not tensors:
+    for name, tensors in lists._asdict().items():
+        if name == "params" or (name == "ema" and not tensors):
             continue
         _refuse_if(len(tensors) != len(params), name, f"{len(params)} tensors", str(len(tensors)))
         _check_plain(tensors, params[0].device)
-        repeats = name != "grads" and any(map(_repeats, tensors))
+        repeats = name != "grads" and _any_repeats(tensors)
         _refuse_if(repeats, name, "no two elements in the same place", "an expanded tensor")
         if [t.shape for t in tensors] != shapes or [t.dtype for t in tensors] != dtypes:
             pairs = enumerate(zip(params, tensors, strict=True))

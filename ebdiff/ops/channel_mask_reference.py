@@ -1,20 +1,22 @@
 """What the operators on channel masks compute, in plain torch: the specification, and what serves without _C.
 
-Masks come as triples, one for each masked axis: ``keep[k]`` is bool [size of the dimension], True = KEPT, and covers
-dimension ``dims[k]`` of tensor number ``owner[k]``. Arguments have been checked.
+Arguments have been checked.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .mask_axes import Axes
+
 __all__ = [
     "ARENA_BYTES",
     "Kind",
+    "Lists",
     "apply_mask_",
     "arena_plan",
     "by_owner",
@@ -32,44 +34,33 @@ Kind = Literal["square", "absolute", "product", "absolute product"]
 ARENA_BYTES = 64  # every tensor of an arena starts at a multiple: a cache line, and the widest vector register
 
 
-def by_owner(keep: Sequence[Tensor], owner: Sequence[int], dims: Sequence[int]) -> dict[int, dict[int, Tensor]]:
+def by_owner(axes: Axes) -> dict[int, dict[int, Tensor]]:
     """{number of a tensor: {dim: keep}}."""
     table: dict[int, dict[int, Tensor]] = {}
-    for kept, tensor, dim in zip(keep, owner, dims, strict=True):
+    for kept, tensor, dim in zip(*axes.triples, strict=True):
         table.setdefault(tensor, {})[dim] = kept
     return table
 
 
-def apply_mask_(tensors: Sequence[Tensor], keep: Sequence[Tensor], owner: Sequence[int], dims: Sequence[int]) -> None:
+def apply_mask_(tensors: Sequence[Tensor], axes: Axes) -> None:
     """Zero the removed channels, in place."""
-    for kept, i, dim in zip(keep, owner, dims, strict=True):
+    for kept, i, dim in zip(*axes.triples, strict=True):
         tensors[i].index_fill_(dim, _positions(~kept, tensors[i]), 0)
 
 
-def compact(
-    tensors: Sequence[Tensor], keep: Sequence[Tensor], owner: Sequence[int], dims: Sequence[int], kept: Sequence[int]
-) -> list[Tensor]:
-    """The kept slices of all tensors, in one flat arena per dtype (see `arena_plan`)."""
-    table = by_owner(keep, owner, dims)
-    shapes = kept_shapes(tensors, owner, dims, kept)
-    lengths, places = arena_plan(tensors, shapes)
-    arenas = [tensors[0].new_zeros(length, dtype=dtype) for dtype, length in lengths.items()]
-    for i, (tensor, view) in enumerate(zip(tensors, views(arenas, tensors, shapes, places), strict=True)):
+def compact(tensors: Sequence[Tensor], small: Sequence[Tensor], axes: Axes) -> None:
+    """Fill `small`, views of arenas (`arena_plan`), and the gaps behind them up to the next multiple of 64 bytes."""
+    table = by_owner(axes)
+    for i, (tensor, view) in enumerate(zip(tensors, small, strict=True)):
         for dim, alive in table.get(i, {}).items():
             tensor = tensor.index_select(dim, _positions(alive, tensor))
+        view.as_strided((_padded(view.numel(), view.dtype),), (1,), view.storage_offset()).zero_()
         view.copy_(tensor)
-    return arenas
 
 
-def scatter_back_(
-    dense: Sequence[Tensor],
-    small: Sequence[Tensor],
-    keep: Sequence[Tensor],
-    owner: Sequence[int],
-    dims: Sequence[int],
-) -> None:
+def scatter_back_(dense: Sequence[Tensor], small: Sequence[Tensor], axes: Axes) -> None:
     """Write the small tensors to the kept positions of the dense ones; removed positions stay as they are."""
-    table = by_owner(keep, owner, dims)
+    table = by_owner(axes)
     for i, (tensor, part) in enumerate(zip(dense, small, strict=True)):
         where = [torch.arange(size, device=tensor.device) for size in tensor.shape]
         for dim, alive in table.get(i, {}).items():
@@ -77,18 +68,22 @@ def scatter_back_(
         tensor[torch.meshgrid(*where, indexing="ij") if where else ...] = part
 
 
-def masked_adamw_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avg: Sequence[Tensor],
-    exp_avg_sq: Sequence[Tensor],
-    ema: Sequence[Tensor],
-    keep: Sequence[Tensor],
-    owner: Sequence[int],
-    dims: Sequence[int],
-    numbers: Mapping[str, float],
-    maximize: bool,
-) -> None:
+class Lists(NamedTuple):
+    """What AdamW updates: lists of equal length, and the average's, which may be empty."""
+
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    exp_avg: Sequence[Tensor]
+    exp_avg_sq: Sequence[Tensor]
+    ema: Sequence[Tensor]
+
+    @property
+    def written(self) -> tuple[Sequence[Tensor], ...]:
+        """Those that are written to."""
+        return self.params, self.exp_avg, self.exp_avg_sq, self.ema
+
+
+def masked_adamw_(lists: Lists, axes: Axes, numbers: Mapping[str, float], maximize: bool) -> None:
     """One step of AdamW, of its masks and of the moving average.
 
     In float32 (float64 for float64), each operation rounded once, in this order; results are rounded to the nearest.
@@ -96,9 +91,9 @@ def masked_adamw_(
     Source: Loshchilov & Hutter 2019, algorithm 2.
     """
     n = numbers
-    for i, (p, m, v) in enumerate(zip(params, exp_avg, exp_avg_sq, strict=True)):
+    for i, (p, g, m, v) in enumerate(zip(*lists[:4], strict=True)):
         wide = torch.promote_types(p.dtype, torch.float32)
-        gradient = -grads[i].to(wide) if maximize else grads[i].to(wide)
+        gradient = -g.to(wide) if maximize else g.to(wide)
         mean = m.to(wide) + (gradient - m.to(wide)) * n["one_minus_beta1"]
         square = v.to(wide) * n["beta2"] + gradient * gradient * n["one_minus_beta2"]
         root = square.double().sqrt().to(wide)  # MKL's, which torch calls, is not the nearest in its own precision
@@ -106,12 +101,12 @@ def masked_adamw_(
         p.copy_(p.to(wide) * n["decay"] - change)
         m.copy_(mean)
         v.copy_(square)
-        if ema:
-            e = ema[i].to(wide)
-            ema[i].copy_(e - (e - p.to(wide)) * n["one_minus_ema"])
-    for tensors in (params, exp_avg, exp_avg_sq, ema):
+        if lists.ema:
+            e = lists.ema[i].to(wide)
+            lists.ema[i].copy_(e - (e - p.to(wide)) * n["one_minus_ema"])
+    for tensors in lists.written:
         if tensors:
-            apply_mask_(tensors, keep, owner, dims)
+            apply_mask_(tensors, axes)
 
 
 def channel_sums(
@@ -176,13 +171,12 @@ def arena_plan(
     lengths: dict[torch.dtype, int] = {}
     places = []
     for tensor, shape in zip(tensors, shapes, strict=True):
-        step = ARENA_BYTES // tensor.dtype.itemsize
         start = lengths.setdefault(tensor.dtype, 0)
         count = 1
         for size in shape:
             count *= size
         places.append((list(lengths).index(tensor.dtype), start))
-        lengths[tensor.dtype] = start + -(-count // step) * step
+        lengths[tensor.dtype] = start + _padded(count, tensor.dtype)
     return lengths, places
 
 
@@ -197,6 +191,12 @@ def views(
         arenas[arena].as_strided(shape, memory_strides(tensor, shape), start)
         for tensor, shape, (arena, start) in zip(tensors, shapes, places, strict=True)
     ]
+
+
+def _padded(count: int, dtype: torch.dtype) -> int:
+    """So many elements that the next tensor of the arena starts at a multiple of 64 bytes."""
+    step = ARENA_BYTES // dtype.itemsize
+    return -(-count // step) * step
 
 
 def _positions(flags: Tensor, like: Tensor) -> Tensor:

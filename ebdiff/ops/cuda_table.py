@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..errors import EbdiffError
 from . import native
-from .native_cpu import NotTaken, layout_of
+from .mask_axes import Axes
+from .native_cpu import NotTaken, is_lazy, layout_of
 
 __all__ = ["Table", "table_of"]
 
@@ -52,15 +53,7 @@ class Table:
         return self.compiled, address, device.index or 0, stream
 
 
-def table_of(
-    tensors: Sequence[Tensor],
-    keep: Sequence[Tensor],
-    owner: Sequence[int],
-    dims: Sequence[int],
-    *,
-    indexed: bool = False,
-    written: bool = True,
-) -> Table:
+def table_of(tensors: Sequence[Tensor], axes: Axes, *, indexed: bool = False, written: bool = True) -> Table:
     """The table of these tensors and masks; arguments as `native_cpu.layout_of`.
 
     One that is not on the device yet is uploaded, which waits for the current stream.
@@ -69,20 +62,20 @@ def table_of(
         NotTaken: as `layout_of`.
         EbdiffError: a CUDA graph is being captured, which forbids the upload.
     """
-    if any(tensor.is_neg() or tensor.is_conj() for tensor in tensors):
+    if is_lazy(tensors):
         raise NotTaken
     device = tensors[0].device
-    # Contents, not identities: a mask can be changed in place, and memory is used again.
-    sizes = [mask.shape[0] for mask in keep]
-    masks = native.module().cuda_mask_bytes([mask.data_ptr() for mask in keep], sizes)  # type: ignore[union-attr]
+    # Contents, not identities: other masks may say the same, and memory is used again.
+    sizes = [mask.shape[0] for mask in axes.keep]
+    masks = native.module().cuda_mask_bytes([mask.data_ptr() for mask in axes.keep], sizes)  # type: ignore[union-attr]
     places = tuple((tensor.shape, tensor.stride()) for tensor in tensors)
-    key = (device, indexed, places, tuple(owner), tuple(dims), masks)
+    key = (device, indexed, places, axes.owner, axes.dims, masks)
     with _lock:
         table = _tables.get(key)
         if table is not None:
             _tables.move_to_end(key)
     if table is None:
-        table = _make(layout_of(tensors, keep, owner, dims, indexed=indexed, written=False), device)
+        table = _make(layout_of(tensors, axes, indexed=indexed, written=False), device)
         with _lock:
             _tables[key] = table
             if len(_tables) > _MOST:

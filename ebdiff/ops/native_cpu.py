@@ -10,7 +10,8 @@ from torch import Tensor
 
 from . import native
 from .channel_mask_checks import SharedMemory, refuse_freed
-from .channel_mask_reference import Kind
+from .channel_mask_reference import Kind, Lists
+from .mask_axes import Axes
 
 __all__ = [
     "NotTaken",
@@ -36,42 +37,44 @@ class NotTaken(Exception):
     """The reference has to do this one."""
 
 
-def layout_of(
-    tensors: Sequence[Tensor],
-    keep: Sequence[Tensor],
-    owner: Sequence[int],
-    dims: Sequence[int],
-    *,
-    indexed: bool = False,
-    written: bool = True,
-) -> Any:
-    """`_C.Layout` of these tensors and masks.
+def layout_of(tensors: Sequence[Tensor], axes: Axes, *, indexed: bool = False, written: bool = True) -> Any:
+    """`_C.Layout` of these tensors and masks, which the masks remember for the next call.
+
+    Args:
+        indexed: it is to list the kept positions too. Such a one is large and is not remembered.
+        written: the tensors are written to.
 
     Raises:
         NotTaken: more than 8 dimensions, a masked axis of 2^31 positions or more, lazily negated memory, or (where the
             tensors are written to) elements that share memory.
     """
-    if any(t.dim() > _MOST_DIMS or t.is_neg() or t.is_conj() for t in tensors):
+    if is_lazy(tensors):
         raise NotTaken
-    try:
-        layout = _c().Layout(
-            [t.shape for t in tensors],
-            [t.stride() for t in tensors],
-            owner,
-            dims,
-            [k.data_ptr() for k in keep],
-            indexed,
-        )
-    except ValueError as error:  # std::length_error
-        raise NotTaken from error
+    places = [tensor.shape for tensor in tensors], list(map(Tensor.stride, tensors))
+    layout = None if indexed else axes.known("layout", places)
+    if layout is None:
+        at = [keep.data_ptr() for keep in axes.keep]
+        if any(tensor.dim() > _MOST_DIMS for tensor in tensors):
+            raise NotTaken
+        try:
+            layout = _c().Layout(*places, axes.owner, axes.dims, at, indexed)
+        except ValueError as error:  # std::length_error
+            raise NotTaken from error
+        if not indexed:
+            axes.remember("layout", places, layout)
     if written and layout.any_overlaps():
         raise NotTaken
     return layout
 
 
-def apply_mask_(tensors: Sequence[Tensor], keep: Sequence[Tensor], owner: Sequence[int], dims: Sequence[int]) -> None:
+def is_lazy(tensors: Sequence[Tensor]) -> bool:
+    """Does the memory of one of them hold the negative or the conjugate of its values?"""
+    return True in map(Tensor.is_neg, tensors) or True in map(Tensor.is_conj, tensors)
+
+
+def apply_mask_(tensors: Sequence[Tensor], axes: Axes) -> None:
     """Zero the removed channels. Of tensors that share memory one thread could write back what another has zeroed."""
-    layout = layout_of(tensors, keep, owner, dims)
+    layout = layout_of(tensors, axes)
     at, log2 = addresses(tensors), _log2(tensors)
     if _c().shares_memory(layout, log2, [at], []):
         raise NotTaken
@@ -85,66 +88,48 @@ def use_huge_pages(arenas: Sequence[Tensor]) -> None:
             _c().use_huge_pages(arena.data_ptr(), arena.nbytes)
 
 
-def compact(
-    tensors: Sequence[Tensor],
-    small: Sequence[Tensor],
-    keep: Sequence[Tensor],
-    owner: Sequence[int],
-    dims: Sequence[int],
-) -> None:
+def compact(tensors: Sequence[Tensor], small: Sequence[Tensor], axes: Axes) -> None:
     """Fill `small`, views of arenas, and the gaps behind them up to the next multiple of 64 bytes."""
-    layout = layout_of(tensors, keep, owner, dims, indexed=True, written=False)
+    layout = layout_of(tensors, axes, indexed=True, written=False)
     _c().compact(layout, addresses(tensors), addresses(small), _log2(tensors), torch.get_num_threads())
 
 
-def scatter_back_(
-    dense: Sequence[Tensor], small: Sequence[Tensor], keep: Sequence[Tensor], owner: Sequence[int], dims: Sequence[int]
-) -> None:
+def scatter_back_(dense: Sequence[Tensor], small: Sequence[Tensor], axes: Axes) -> None:
     """`small` is dense in memory, in the order of its large tensor."""
-    layout = layout_of(dense, keep, owner, dims, indexed=True)
+    layout = layout_of(dense, axes, indexed=True)
     _c().scatter_back(layout, addresses(dense), addresses(small), _log2(dense), torch.get_num_threads())
 
 
-def masked_adamw_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avg: Sequence[Tensor],
-    exp_avg_sq: Sequence[Tensor],
-    ema: Sequence[Tensor],
-    keep: Sequence[Tensor],
-    owner: Sequence[int],
-    dims: Sequence[int],
-    numbers: Mapping[str, float],
-    maximize: bool,
-) -> None:
+def masked_adamw_(lists: Lists, axes: Axes, numbers: Mapping[str, float], maximize: bool) -> None:
     """All tensors of a parameter have its dtype and its strides."""
-    layout = layout_of(params, keep, owner, dims)
-    places: dict[torch.dtype, list[int]] = {}
-    for i, parameter in enumerate(params):
-        places.setdefault(parameter.dtype, []).append(i)
-    if len(places) > 1 or not places.keys() <= FLOATS.keys():
-        raise NotTaken
-    (dtype,) = places
-    lists = [addresses(tensors) for tensors in (params, grads, exp_avg, exp_avg_sq, ema)]
-    refuse_shared(layout, dtype, [lists[0], *lists[2:]], lists[1])
-    _c().masked_adamw(
-        layout,
-        FLOATS[dtype],
-        *lists,
-        [numbers[name] for name in NUMBERS],
-        maximize,
-        torch.get_num_threads(),
-    )
+    layout, dtype = layout_of(lists.params, axes), float_of(lists.params)
+    at = addresses_apart(lists, layout)
+    by_value = [numbers[name] for name in NUMBERS]
+    _c().masked_adamw(layout, dtype, *at, by_value, maximize, torch.get_num_threads())
 
 
-def refuse_shared(layout: Any, dtype: torch.dtype, written: Sequence[list[int]], read: list[int]) -> None:
-    """Refuse tensors whose memory is written to and lies within another's; lists of addresses.
+def float_of(tensors: Sequence[Tensor]) -> int:
+    """The number of the floating dtype that all of them have.
 
     Raises:
-        EbdiffError: there are such.
+        NotTaken: they have several, or another one.
     """
-    if _c().shares_memory(layout, [_LOG2[dtype.itemsize]] * len(layout), written, read):
+    dtypes = {tensor.dtype for tensor in tensors}
+    if len(dtypes) > 1 or not dtypes <= FLOATS.keys():
+        raise NotTaken
+    return FLOATS[dtypes.pop()]
+
+
+def addresses_apart(lists: Lists, layout: Any) -> list[list[int]]:
+    """The addresses of all tensors of AdamW; those of one place have the same dtype and lie alike.
+
+    Raises:
+        EbdiffError: memory that is written to lies within another tensor's, or was freed.
+    """
+    params, grads, *others = at = [addresses(tensors) for tensors in lists]
+    if _c().shares_memory(layout, _log2(lists.params), [params, *others], grads):
         raise SharedMemory()
+    return at
 
 
 def channel_sums(
@@ -153,7 +138,7 @@ def channel_sums(
     """y is laid out as x and has its dtypes."""
     if any(tensor.dtype not in FLOATS for tensor in x):
         raise NotTaken
-    layout = layout_of(x, (), owner, dims, written=False)
+    layout = layout_of(x, Axes(owner=tuple(owner), dims=tuple(dims)), written=False)
     out = torch.empty(sum(x[i].shape[d] for i, d in zip(owner, dims, strict=True)), dtype=torch.float64)
     dtypes = [FLOATS[tensor.dtype] for tensor in x]
     threads = torch.get_num_threads()

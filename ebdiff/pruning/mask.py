@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import EbdiffError
 from ..ops.channel_mask import mask_distance
+from ..ops.mask_axes import Axes
 from .budget import Budget, widths_for
 from .plan import ChannelPlan, Norm
 
@@ -19,6 +20,7 @@ __all__ = ["ChannelMask", "NormMode", "Scope", "chance_corrected", "distance", "
 
 NormMode = Literal["ragged", "balanced"]
 Scope = Literal["local", "global"]
+_MOST_AXES = 8  # lists of parameters that a mask remembers
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +46,7 @@ class ChannelMask:
     asked: Mapping[str, float] = field(default_factory=dict)
     _kept: dict[str, Mapping[int, Tensor]] = field(init=False, repr=False)
     _cut: frozenset[str] = field(init=False, repr=False)  # spaces that lose channels
+    _axes: dict[tuple[str, ...], Axes] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name, kept in self.keep.items():
@@ -55,6 +58,7 @@ class ChannelMask:
         object.__setattr__(self, "keep", MappingProxyType(keep))
         object.__setattr__(self, "asked", MappingProxyType(dict(self.asked)))
         object.__setattr__(self, "_kept", {})
+        object.__setattr__(self, "_axes", {})
         object.__setattr__(self, "_cut", frozenset(name for name, kept in keep.items() if not bool(kept.all())))
         _ = self.plan.by_parameter  # a table that torch.compile can read but not make
         if self.norm not in ("ragged", "balanced"):
@@ -188,6 +192,20 @@ class ChannelMask:
                 return made  # part of the graph
             self._kept[parameter] = made
         return self._kept[parameter]
+
+    def axes(self, parameters: Sequence[str]) -> Axes:
+        """The masked axes of tensors in the shapes of these parameters, for `ebdiff.ops.channel_mask`.
+
+        The same object at every call with the same names: what the operators find out about it, they remember.
+        """
+        if torch.compiler.is_compiling():
+            return Axes.of(map(self.kept, parameters))  # part of the graph
+        names = tuple(parameters)
+        made = self._axes.pop(names, None) or Axes.of(map(self.kept, names))
+        self._axes[names] = made  # the last used at the end
+        if len(self._axes) > _MOST_AXES:
+            del self._axes[next(iter(self._axes))]
+        return made
 
     def bits(self) -> Tensor:
         """bool [size]: the masks of all spaces one after another, in the plan's order."""

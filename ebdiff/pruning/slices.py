@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ..errors import EbdiffError
 from ..ops import channel_mask as ops
-from ..ops.mask_axes import Axes
 from .plan import ChannelPlan
 
 if TYPE_CHECKING:
@@ -39,11 +38,10 @@ def apply_mask_(tensors: Named, plan: ChannelPlan, mask: ChannelMask) -> None:
             elements share memory. Nothing was changed then.
     """
     names, values = _checked(tensors, plan, mask)
-    kept = [mask.kept(name) for name in names]
-    chosen = [i for i, axes in enumerate(kept) if axes]
+    chosen = [i for i, name in enumerate(names) if mask.kept(name)]
     for places in _by_device([values[i] for i in chosen]):
         here = [chosen[i] for i in places]
-        ops.apply_mask_([values[i] for i in here], Axes.of(kept[i] for i in here))
+        ops.apply_mask_([values[i] for i in here], mask.axes([names[i] for i in here]))
 
 
 def compact(tensors: Named, plan: ChannelPlan, mask: ChannelMask) -> list[Tensor]:
@@ -56,10 +54,11 @@ def compact(tensors: Named, plan: ChannelPlan, mask: ChannelMask) -> list[Tensor
     Args, errors: as `apply_mask_`.
     """
     names, values = _checked(tensors, plan, mask)
-    kept = [mask.kept(name) for name in names]
-    return _each_device(
-        values, lambda places: _owners(ops.compact([values[i] for i in places], Axes.of(kept[i] for i in places)))
-    )
+
+    def here(places: list[int]) -> list[Tensor]:
+        return _owners(ops.compact([values[i] for i in places], mask.axes([names[i] for i in places])))
+
+    return _each_device(values, here)
 
 
 def scatter_back(
@@ -83,7 +82,6 @@ def scatter_back(
         _check_name(name, plan)
     if into is not None and len(into) != len(pairs):
         raise EbdiffError("into", expected=f"{len(pairs)} tensors", got=str(len(into)), remedy="one for each")
-    kept = [mask.kept(name) for name, _ in pairs]
     for (name, _), tensor in zip(pairs, into or (), strict=into is not None):
         _check_shape(name, tensor, plan)
 
@@ -92,7 +90,7 @@ def scatter_back(
         dense = [into[i] for i in places] if into is not None else None
         shapes = [plan.shapes[pairs[i][0]] for i in places]
         large = _owners(ops.zeros_like(small, shapes)) if dense is None else dense
-        return ops.scatter_back(small, Axes.of(kept[i] for i in places), large, into=large)
+        return ops.scatter_back(small, mask.axes([pairs[i][0] for i in places]), large, into=large)
 
     return _each_device([small for _, small in pairs], here)
 
@@ -116,8 +114,9 @@ def _checked(tensors: Named, plan: ChannelPlan, mask: ChannelMask) -> tuple[list
     _check_plan(plan, mask)
     pairs = _pairs(tensors)
     for name, tensor in pairs:
-        _check_name(name, plan)
-        _check_shape(name, tensor, plan)
+        if plan.shapes.get(name) != tensor.shape:
+            _check_name(name, plan)
+            _check_shape(name, tensor, plan)
     return [name for name, _ in pairs], [tensor for _, tensor in pairs]
 
 
