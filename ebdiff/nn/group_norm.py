@@ -1,18 +1,39 @@
-"""Group normalisation after pruning: groups of unequal size, or whole groups with channels masked out."""
+"""Group normalisation as layers: with SiLU, with groups of unequal size, with channels masked out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..errors import EbdiffError
-from ..ops.group_norm_silu import Groups, group_norm, groups_from, ragged_group_norm
+from ..ops.group_norm_silu import group_norm_silu
 
-__all__ = ["MaskedGroupNorm", "RaggedGroupNorm"]
+__all__ = ["GroupNormSiLU", "MaskedGroupNorm", "RaggedGroupNorm", "Settings", "settings_of"]
+
+
+class GroupNormSiLU(nn.GroupNorm):
+    """nn.GroupNorm followed by SiLU, in one pass. Same parameters, same state dict keys.
+
+    Shape: [N, C, *] -> [N, C, *] in x's dtype and memory format; statistics in float32 at least.
+    """
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        time_bias: Tensor | None = None,
+    ) -> Tensor:
+        """See `ebdiff.ops.group_norm_silu`, whose arguments these are: [N, C] each."""
+        weight, bias, groups = self.weight, self.bias, self.num_groups
+        return group_norm_silu(
+            x, weight, bias, groups, scale=scale, shift=shift, time_bias=time_bias, eps=self.eps, silu=True
+        )
 
 
 class RaggedGroupNorm(nn.Module):
@@ -42,21 +63,13 @@ class RaggedGroupNorm(nn.Module):
             )
         self.group_sizes = tuple(int(size) for size in group_sizes if size)
         self.num_channels = sum(self.group_sizes)
+        self.offsets = [0, *accumulate(self.group_sizes)]
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(self.num_channels, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(self.num_channels, device=device, dtype=dtype))
-        self._groups: Groups | None = None  # derived from the sizes; made where it is first needed
 
     def forward(self, x: Tensor) -> Tensor:
-        if len(set(self.group_sizes)) == 1:
-            return F.group_norm(x, len(self.group_sizes), self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
-        groups = self._groups
-        if groups is None or groups.mean.device != x.device or groups.mean.dtype != _statistics_dtype(x):
-            groups = self._groups = _groups_like(x, self._group_of_each_channel())
-        return ragged_group_norm(x, groups, self.weight, self.bias, self.eps)
-
-    def _group_of_each_channel(self) -> Tensor:
-        return torch.repeat_interleave(torch.arange(len(self.group_sizes)), torch.tensor(self.group_sizes))
+        return group_norm_silu(x, self.weight, self.bias, self.offsets, eps=self.eps, silu=False)
 
     def extra_repr(self) -> str:
         return f"{len(self.group_sizes)} groups over {self.num_channels} channels, eps={self.eps}"
@@ -67,22 +80,37 @@ class MaskedGroupNorm(nn.Module):
 
     Args:
         norm: the nn.GroupNorm or RaggedGroupNorm it stands in for; its weight and bias are taken over.
-        groups: int64 [channels], the group of each channel, -1 where it is removed.
+        groups: int64 [channels], the group of each channel, -1 where it is removed; those of kept channels do not fall.
     """
 
     def __init__(self, norm: Any, groups: Tensor) -> None:
         super().__init__()
         self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
-        self.groups = groups
+        self.keep: Tensor
+        belongs = groups.cummax(0).values.clamp(min=0)  # a removed channel goes with those before it
+        sizes = torch.bincount(belongs, minlength=1)
+        self.offsets = [0, *accumulate(sizes[sizes > 0].tolist())]
+        self.register_buffer("keep", (groups >= 0).to(norm.weight.device), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return group_norm(x, _groups_like(x, self.groups), self.weight, self.bias, self.eps)
+        return group_norm_silu(x, self.weight, self.bias, self.offsets, keep=self.keep, eps=self.eps, silu=False)
 
 
-def _statistics_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+class Settings(NamedTuple):
+    """What the operator needs to know of a layer."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    groups: int | Sequence[int]
+    keep: Tensor | None
+    eps: float
 
 
-def _groups_like(x: Tensor, groups: Tensor) -> Groups:
-    made = groups_from(groups, _statistics_dtype(x))
-    return Groups(made.mean.to(x.device), made.spread.to(x.device))
+def settings_of(norm: nn.Module) -> Settings | None:
+    """Those of an nn.GroupNorm or of a layer of this module that applies no SiLU; None of anything else."""
+    if type(norm) is nn.GroupNorm:
+        return Settings(norm.weight, norm.bias, norm.num_groups, None, norm.eps)
+    if isinstance(norm, RaggedGroupNorm | MaskedGroupNorm):
+        keep: Any = getattr(norm, "keep", None)
+        return Settings(norm.weight, norm.bias, norm.offsets, keep, norm.eps)
+    return None

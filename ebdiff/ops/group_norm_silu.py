@@ -1,136 +1,197 @@
-"""Group normalisation for groups of any size, with removed channels left out.
+"""Group normalisation, with what networks do before and after it, in one pass: torch.ops.ebdiff.group_norm_silu.
 
-`group_norm` is the specification, differentiable to any order. `ragged_group_norm` computes the same in fewer passes
-over memory and saves nothing but its input and per-channel statistics.
+Groups may be of any size and channels masked out; a time embedding is added before, scale, shift and SiLU come after.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections import Counter
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Groups", "group_norm", "groups_from", "ragged_group_norm"]
+from . import group_norm_reference as reference
+from . import native
+from .group_norm_checks import check_gradient, check_norm, offsets_of
+from .group_norm_reference import Norm
+from .library import define
+from .native_cpu import NotTaken
+
+__all__ = ["fallbacks", "group_norm_silu"]
+
+fallbacks: Counter[str] = Counter()  # {why the reference has served instead of a kernel: how often}
 
 
-class Groups(NamedTuple):
-    """Which channels share statistics, as two matrices.
+def group_norm_silu(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int | Sequence[int],
+    *,
+    keep: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    time_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    silu: bool = True,
+) -> Tensor:
+    """silu(((x + time_bias - mean) / sqrt(variance + eps) * weight + bias) * (1 + scale) + shift), in one pass.
 
-    Args:
-        mean: [C, G], 1 / (size of the group) where a channel belongs to it, 0 elsewhere.
-        spread: [G, C], 1 where a channel belongs to the group, 0 elsewhere; removed channels belong to none.
-    """
-
-    mean: Tensor
-    spread: Tensor
-
-    def over(self, per_channel: Tensor) -> Tensor:
-        """[N, C] -> [N, C]: each channel's value averaged over its group."""
-        return per_channel @ self.mean @ self.spread
-
-    @property
-    def kept(self) -> Tensor:
-        """[C]: 1 for kept channels, 0 for removed ones."""
-        return self.spread.sum(0)
-
-
-def groups_from(groups: Tensor, dtype: torch.dtype = torch.float32) -> Groups:
-    """From int64 [C], the group of each channel, -1 where it is removed. Empty groups are dropped."""
-    present = groups.unique()
-    table = (groups[:, None] == present[present >= 0]).double()
-    return Groups((table / table.sum(0)).to(dtype), table.T.to(dtype).contiguous())
-
-
-def group_norm(x: Tensor, groups: Groups, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Group normalisation with statistics over the kept channels of each group; removed channels become zero.
-
-    Statistics are computed in two steps, centred, in float32 at least. Equal to torch.nn.functional.group_norm where
-    all groups are whole and of equal size.
+    Mean and variance are taken over the kept channels of each group and all positions, in two steps (centred) and in
+    float32 at least. What autograd keeps is x and two numbers for each group. Deterministic.
 
     Args:
-        x: [N, C, *], floating.
-        groups: of the C channels, in float32 (float64 for float64 x).
-        weight, bias: [C].
+        x: [N, C, *], 2 to 5 dimensions, floating, in any memory format.
+        weight, bias: [C], or None for 1 and 0; in x's dtype or float32.
+        groups: their number, which divides C; or where each begins, from 0, and C: [G + 1], for groups of any size.
+        keep: bool [C] on x's device, True = KEPT. Removed channels are left out of the statistics and become zero,
+            whatever they hold: the norm of the smaller network.
+        scale, shift: [N, C], as of adaptive group normalisation.
+        time_bias: [N, C], added to x.
         eps: added to the variance.
+        silu: without it, only the normalisation.
 
     Returns:
-        [N, C, *] in x's dtype and memory format.
+        [N, C, *] in x's dtype and memory format. Under autocast as torch's group_norm: float32 on CUDA.
+
+    Raises:
+        EbdiffError: shapes, dtypes or devices that do not fit together.
+
+    Source: Wu & He 2018 (group normalisation); Dhariwal & Nichol 2021 (scale and shift).
     """
-    wide, weight, bias, shape, spatial = _wide(x, weight, bias)
-    centred = wide - groups.over(wide.mean(spatial) if spatial else wide).view(shape)
-    squared = centred.square()
-    variance = groups.over(squared.mean(spatial) if spatial else squared)
-    scale = (variance + eps).rsqrt() * (weight * groups.kept)
-    return torch.addcmul((bias * groups.kept).view(1, *shape[1:]), centred, scale.view(shape)).to(x.dtype)
-
-
-def ragged_group_norm(x: Tensor, groups: Groups, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """`group_norm` where every channel belongs to a group, in fewer passes."""
-    result: Tensor = _RaggedGroupNorm.apply(  # type: ignore[no-untyped-call]
-        x, weight, bias, groups.mean, groups.spread, eps
-    )
+    result: Tensor = _op(x, weight, bias, scale, shift, time_bias, keep, offsets_of(groups, x), eps, silu)
     return result
 
 
-def _wide(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...], list[int]]:
-    """Everything in float32 at least; [N, C, 1...], and the dimensions that statistics run over."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    shape = (*x.shape[:2], *[1] * (x.dim() - 2))
-    return x.to(dtype), weight.to(dtype), bias.to(dtype), shape, list(range(2, x.dim()))
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    """Is it channels_last beyond doubt? With a size of 1, strides may say so to torch and not to ATen's kernel."""
-    if x.dim() != 4 or min(x.shape[1:]) < 2 or not x.is_contiguous(memory_format=torch.channels_last):
-        return False
-    return x.stride(0) == x.shape[1:].numel()
-
-
-_TINY = 1e-30  # keeps a constant channel's own normalisation finite; far below the variance of any other
-
-
-class _RaggedGroupNorm(torch.autograd.Function):
-    """Channel moments by torch's own instance norm, combined into group moments (Chan et al. 1979)."""
+class _GroupNormSiLU(torch.autograd.Function):
+    """Keeps x and the statistics; computes everything else again."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean_of: Tensor, spread: Tensor, eps: float
-    ) -> Tensor:
-        groups = Groups(mean_of, spread)
-        wide, weight_, bias_, shape, _ = _wide(x, weight, bias)
-        batch, channels = x.shape[:2]
-        positions = x.shape[2:].numel()
-        rows = wide if _is_channels_last(wide) else wide.contiguous().view(batch, channels, positions)
-        own, mean, own_rstd = torch.native_group_norm(rows, None, None, batch, channels, positions, channels, _TINY)
-        own = own.view(x.shape)
-        mean, deviation = mean.view(batch, channels), own_rstd.view(batch, channels).reciprocal()
-        centre = groups.over(mean)
-        rstd = (groups.over(deviation.square() + (mean - centre).square()) + eps).rsqrt()
-        scale = rstd * weight_
-        ctx.save_for_backward(x, weight, bias, mean_of, spread, centre, rstd)
-        ctx.eps = eps
-        # x - centre = own * deviation + (mean - centre): centred without another pass over x
-        shift = torch.addcmul(bias_, mean - centre, scale)
-        return own.mul_((deviation * scale).view(shape)).add_(shift.view(shape)).to(x.dtype)
+    def forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        y, mean, rstd = _forward_op(x, *arguments)
+        return y, mean, rstd
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        (dy,) = gradients
-        x, weight, bias, mean_of, spread, centre, rstd = ctx.saved_tensors
-        groups = Groups(mean_of, spread)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        norm = Norm(*inputs[1:])
+        ctx.save_for_backward(inputs[0], *output[1:], *norm[:6])
+        ctx.rest = norm[6:]
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        dy = gradients[0]
+        x, mean, rstd, *tensors = ctx.saved_tensors
+        norm = Norm(*tensors, *ctx.rest)
+        if dy is None:
+            return (None,) * 10
+        needs = ctx.needs_input_grad[:6]
         if torch.is_grad_enabled():  # a second derivative is asked for: differentiate the specification
-            y = group_norm(x, groups, weight, bias, ctx.eps)
-            return *torch.autograd.grad(y, (x, weight, bias), dy, create_graph=True), None, None, None
-        wide, weight_, _, shape, spatial = _wide(x, weight, bias)
-        dy = dy.to(wide.dtype)
-        centred = wide - centre.view(shape)
-        sum_dy = dy.sum(spatial) if spatial else dy
-        sum_dy_x = (dy * centred).sum(spatial) if spatial else dy * centred
-        positions = x.shape[2:].numel()
-        from_mean = groups.over(weight_ * sum_dy) / positions * rstd
-        from_variance = groups.over(weight_ * sum_dy_x) / positions * rstd.pow(3)
-        dx = torch.addcmul(-from_mean.view(shape), centred, -from_variance.view(shape))
-        dx.addcmul_(dy, (weight_ * rstd).view(shape))
-        dweight, dbias = (sum_dy_x * rstd).sum(0).to(weight.dtype), sum_dy.sum(0).to(bias.dtype)
-        return dx.to(x.dtype), dweight, dbias, None, None, None
+            return *_differentiable(dy, x, norm, needs), None, None, None, None
+        found = iter(_backward_op(dy, x, mean, rstd, *norm, needs))
+        return *(next(found) if need else None for need in needs), None, None, None, None
+
+
+def _differentiable(dy: Tensor, x: Tensor, norm: Norm, needs: Sequence[bool]) -> reference.Gradients:
+    inputs = [tensor for tensor, need in zip((x, *norm.tensors), needs, strict=True) if need and tensor is not None]
+    y = reference.group_norm_silu(x, norm)
+    found = iter(torch.autograd.grad(y, inputs, dy, create_graph=True))
+    return tuple(next(found) if need else None for need in needs)
+
+
+# What the operators do on real tensors --------------------------------------------------------------------------------
+
+
+def _forward_impl(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    norm = _norm(arguments)
+    check_norm(x, norm)
+    result: tuple[Tensor, Tensor, Tensor] = _serve("forward", x, x, norm)
+    return result
+
+
+def _backward_impl(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, *arguments: Any) -> list[Tensor]:
+    """Only the gradients that are needed."""
+    norm, needs = _norm(arguments), arguments[9]
+    check_norm(x, norm)
+    check_gradient(dy, x, mean, rstd, norm)
+    found = _serve("backward", x, dy, x, mean, rstd, norm, needs)
+    return [gradient for gradient in found if gradient is not None]
+
+
+def _norm(arguments: Sequence[Any]) -> Norm:
+    weight, bias, scale, shift, time_bias, keep, offsets, eps, silu = arguments[:9]
+    return Norm(weight, bias, scale, shift, time_bias, keep, tuple(offsets), eps, silu)
+
+
+def _serve(name: str, x: Tensor, *arguments: Any) -> Any:
+    """By a kernel, where one takes the arguments."""
+    kernels = _kernels(x) if x.numel() else None
+    if kernels is not None:
+        try:
+            return getattr(kernels, name)(*arguments)
+        except NotTaken as why:
+            fallbacks[str(why)] += 1
+    elif x.numel():
+        fallbacks["no compiled part" if x.device.type == "cpu" else "no Triton"] += 1
+    return getattr(reference, name)(*arguments)
+
+
+def _kernels(x: Tensor) -> Any:
+    """The module with the kernels for a tensor's device; None without one."""
+    if x.device.type == "cpu":
+        return import_module(".group_norm_cpu", __package__) if native.module() is not None else None
+    return None
+
+
+def _forward_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    norm = _norm(arguments)
+    check_norm(x, norm)
+    shape, dtype = (x.shape[0], len(norm.offsets) - 1), torch.promote_types(x.dtype, torch.float32)
+    return torch.empty_like(x), x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
+
+
+def _backward_fake(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, *arguments: Any) -> list[Tensor]:
+    tensors, needs = (x, *arguments[:5]), arguments[9]
+    return [torch.empty_like(tensor) for tensor, need in zip(tensors, needs, strict=True) if need]
+
+
+def _autograd(x: Tensor, *arguments: Any) -> Tensor:
+    """Under torch.func the specification serves: its transforms go through that to any order, and through no kernel."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        fallbacks["torch.func"] += 1
+        return reference.group_norm_silu(x, _norm(arguments))
+    result: Tensor = _GroupNormSiLU.apply(x, *arguments)[0]  # type: ignore[no-untyped-call]
+    return result
+
+
+def _autocast(x: Tensor, *arguments: Any) -> Tensor:
+    """As torch's group_norm, which computes and returns float32 under autocast on CUDA."""
+    with torch.autocast(x.device.type, enabled=False):
+        wide = [a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in (x, *arguments)]
+        result: Tensor = _op(*wide)
+    return result
+
+
+_ARGUMENTS = (
+    "Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, Tensor? time_bias, Tensor? keep, "
+    "int[] offsets, float eps, bool silu"
+)
+_forward_op = define(
+    f"group_norm_silu_forward(Tensor x, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", _forward_impl, _forward_fake
+)
+_backward_op = define(
+    f"group_norm_silu_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, {_ARGUMENTS}, bool[] needs) -> Tensor[]",
+    _backward_impl,
+    _backward_fake,
+)
+_op = define(
+    f"group_norm_silu(Tensor x, {_ARGUMENTS}) -> Tensor",
+    lambda *arguments: _forward_op(*arguments)[0],
+    lambda x, *arguments: _forward_fake(x, *arguments)[0],
+    autograd=_autograd,
+    autocast={"CUDA": _autocast},
+)
