@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import optim as optim
     from .errors import EbdiffError as EbdiffError
+    from .nn.group_norm import GroupNormSiLU as GroupNormSiLU
     from .nn.group_norm import RaggedGroupNorm as RaggedGroupNorm
+    from .nn.replace import accelerate as accelerate
+    from .nn.replace import restore as restore
     from .nn.router import TimestepRouter as TimestepRouter
     from .pruning.importance import importance as importance
     from .pruning.mask import ChannelMask as ChannelMask
@@ -41,7 +44,10 @@ __version__ = "0.1.0"
 
 _HOME = {
     "EbdiffError": "errors",
+    "GroupNormSiLU": "nn.group_norm",
     "RaggedGroupNorm": "nn.group_norm",
+    "accelerate": "nn.replace",
+    "restore": "nn.replace",
     "TimestepRouter": "nn.router",
     "ChannelMask": "pruning.mask",
     "ChannelPlan": "pruning.plan",

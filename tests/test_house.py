@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ops": {"kernels", "_C"},
     "nn": {"ops"},
     "nn.router": {"ops", "timesteps.region"},  # routes by a Partition
+    "nn.replace.optimizer": {"ops", "optim"},  # gives an optimizer its faster class
     "pruning": {"ops", "nn"},
     "timesteps": {"ops"},
     "tickets": {"pruning", "timesteps.region"},
@@ -49,9 +50,10 @@ MAY_IMPORT_EVERYTHING = {"", "cli", "info"}  # "": the front door; info is a com
 
 # fmt: off
 PUBLIC = [
-    "ChannelMask", "ChannelPlan", "ChannelSpace", "EarlyBird", "EbdiffError", "MaskHistory", "Partition",
-    "RaggedGroupNorm", "Region", "StepReport", "Stratified", "Ticket", "TimestepRouter", "Timesteps", "Uniform",
-    "Within", "distance", "importance", "load", "masked", "optim", "save", "shrink", "shrink_", "trace", "train",
+    "ChannelMask", "ChannelPlan", "ChannelSpace", "EarlyBird", "EbdiffError", "GroupNormSiLU", "MaskHistory",
+    "Partition", "RaggedGroupNorm", "Region", "StepReport", "Stratified", "Ticket", "TimestepRouter", "Timesteps",
+    "Uniform", "Within", "accelerate", "distance", "importance", "load", "masked", "optim", "restore", "save", "shrink",
+    "shrink_", "trace", "train",
 ]
 # fmt: on
 

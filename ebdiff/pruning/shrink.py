@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import EbdiffError
 from ..nn.group_norm import MaskedGroupNorm
+from ..nn.replace.rewrite import plain_class, rewriting_of
 from .mask import ChannelMask
 from .modules import adapt, refuse_wrapped, replace
 from .slices import apply_mask_, compact
@@ -165,7 +166,9 @@ def _finish(model: nn.Module, mask: ChannelMask) -> None:
         from .save import shrunk_class
 
         kind: Any = type(model)
-        model.__class__ = shrunk_class(kind)
+        model.__class__ = shrunk_class(plain_class(kind))
+        if kind is not plain_class(kind):  # accelerated, and so it stays
+            model.__class__ = rewriting_of(model).kind
 
 
 # Slicing --------------------------------------------------------------------------------------------------------------

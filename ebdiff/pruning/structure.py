@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EbdiffError
+from ..nn.replace.rewrite import plain_class
 
 __all__ = ["build", "describe"]
 
@@ -86,14 +87,14 @@ class _Writer:
             return {"same": self.seen[id(module)]}
         self.seen[id(module)] = name
         prefix = f"{name}." if name else ""
-        self._check_class(type(module), name)
+        self._check_class(plain_class(type(module)), name)
         for kind in ("_forward_pre_hooks", "_forward_hooks"):
             if getattr(module, kind):
                 raise EbdiffError(
                     f"{name or 'the model'} has hooks", expected="none", got=kind, remedy="remove them first"
                 )
         return {
-            "class": _path_of(type(module)),
+            "class": _path_of(plain_class(type(module))),
             "name": name,
             "parameters": {key: self._tensor(value, prefix + key) for key, value in module._parameters.items()},
             "buffers": {

@@ -1,0 +1,302 @@
+"""Which norms of a method go to nothing but SiLU? Followed through the syntax tree, on every path it may take.
+
+A *site* is a call ``self.norm(x)``, or an addition that may turn out to be the time embedding's. Its value is carried
+through names, scale ``x * (1 + s)`` and shift ``x + s`` to an activation. Whatever else it meets lets it escape, and an
+escaped site stays as it was.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+__all__ = ["Flow", "Site", "one_plus"]
+
+
+@dataclass(eq=False)
+class Site:
+    """A norm or an addition, and what became of its value."""
+
+    node: ast.Call | ast.BinOp
+    is_norm: bool
+    escaped: str | None = None
+    reached: set[ast.AST] = field(default_factory=set)  # activations of a norm; norms of an addition
+
+    def escape(self, why: str) -> None:
+        """It is used in a way that a fused operator does not know."""
+        self.escaped = self.escaped or why
+
+
+Sites: TypeAlias = frozenset[Site]
+NONE: Sites = frozenset()
+# What each name may hold: values that nobody has used, and values that somebody has.
+Names: TypeAlias = dict[str, tuple[Sites, Sites]]
+
+_LEAVES = ast.Return | ast.Raise
+_NESTED = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda
+_COMPREHENSIONS = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
+_READS_ALL_NAMES = {"locals", "vars", "eval", "exec", "dir"}
+
+
+class Flow:
+    """Follows one function.
+
+    Args:
+        function: its definition.
+        is_norm, is_activation: is the called expression a group normalisation, an activation?
+    """
+
+    def __init__(
+        self,
+        function: ast.FunctionDef,
+        is_norm: Callable[[ast.expr], bool],
+        is_activation: Callable[[ast.expr], bool],
+    ) -> None:
+        self.is_norm, self.is_activation = is_norm, is_activation
+        self.sites: dict[ast.AST, Site] = {}
+        self.passed: dict[ast.AST, set[Site]] = {}  # scale, shift and activation -> the norms that pass
+        self.leaky = _leaky_names(function)
+        self._block(function.body, {})
+        self._settle()
+
+    def fused(self) -> set[Site]:
+        """The norms that go to activations only, and the additions that go to such norms only."""
+        return {site for site in self.sites.values() if site.escaped is None and site.reached}
+
+    def _settle(self) -> None:
+        for site in self.sites.values():
+            if not site.reached:
+                site.escape("no SiLU follows")
+        for site in self.sites.values():
+            if not site.is_norm and any(self.sites[norm].escaped for norm in site.reached):
+                site.escape("goes to a norm that stays as it is")
+
+    # Statements -------------------------------------------------------------------------------------------------------
+
+    def _block(self, body: Iterable[ast.stmt], names: Names) -> bool:
+        """Follow statements; False when none of the paths goes on behind them."""
+        return all(self._statement(statement, names) for statement in body)
+
+    def _statement(self, node: ast.stmt, names: Names) -> bool:
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets: list[ast.expr] = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if node.value is not None:
+                self._assign(targets, node.value, names)
+        elif isinstance(node, ast.If):
+            self._use(node.test, names)
+            return self._branches([node.body, node.orelse], names)
+        elif isinstance(node, ast.For | ast.While):
+            self._loop(node, names)
+        elif isinstance(node, ast.With):
+            self._with(node, names)
+        elif isinstance(node, ast.Break | ast.Continue):
+            self._escape_all(names, "a loop ends first")
+            return False
+        elif isinstance(node, ast.Expr | ast.Assert | _LEAVES | ast.Delete):
+            for part in ast.iter_child_nodes(node):
+                self._use(part, names, "returned" if isinstance(node, ast.Return) else None)
+            return not isinstance(node, _LEAVES)
+        elif isinstance(node, ast.AugAssign):
+            self._use(node.value, names)
+            self._use(node.target, names)
+            self._escape_all(names, "something is changed in place before SiLU")
+        elif isinstance(node, ast.Try):
+            self._try(node, names)
+        elif not isinstance(node, _NESTED | ast.Pass | ast.Import | ast.ImportFrom | ast.Global | ast.Nonlocal):
+            self._escape_all(names, f"a statement that is not followed: {type(node).__name__}")
+            for part in ast.walk(node):
+                if isinstance(part, ast.Call) and self.is_norm(part.func):
+                    self._site(part, True).escape(f"inside of a statement that is not followed: {type(node).__name__}")
+        return True
+
+    def _assign(self, targets: list[ast.expr], value: ast.expr, names: Names) -> None:
+        if len(targets) == 1 and isinstance(targets[0], ast.Name):
+            held = self._value(value, names)
+            if targets[0].id in self.leaky:
+                self._escape(held, "a nested function may read it")
+            names[targets[0].id] = (held, NONE)
+            return
+        self._use(value, names, "unpacked or stored")
+        for target in targets:
+            for part in ast.walk(target):
+                if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
+                    names.pop(part.id, None)
+                elif isinstance(part, ast.Name):
+                    self._use(part, names)
+                elif isinstance(part, ast.Subscript | ast.Attribute):
+                    self._escape_all(names, "something is changed in place before SiLU")
+
+    def _branches(self, bodies: list[list[ast.stmt]], names: Names) -> bool:
+        before, after = dict(names), []
+        for body in bodies:
+            own = dict(before)
+            if self._block(body, own):
+                after.append(own)
+        names.clear()
+        for own in after:
+            _join(names, own)
+        return bool(after)
+
+    def _loop(self, node: ast.For | ast.While, names: Names) -> None:
+        self._use(node.iter if isinstance(node, ast.For) else node.test, names)
+        while True:
+            before, own = dict(names), dict(names)
+            if isinstance(node, ast.For):
+                for part in ast.walk(node.target):
+                    if isinstance(part, ast.Name):
+                        own.pop(part.id, None)
+            else:
+                self._use(node.test, own)
+            self._block(node.body, own)
+            _join(names, own)
+            if names == before:
+                break
+        self._branches([node.orelse, []], names)
+
+    def _with(self, node: ast.With, names: Names) -> None:
+        """autocast and its like hold for what runs inside, so nothing is carried in or out."""
+        why = "SiLU is on the other side of a with statement"
+        for item in node.items:
+            self._use(item.context_expr, names)
+        self._escape_all(names, why)
+        self._block(node.body, names)
+        self._escape_all(names, why)
+
+    def _try(self, node: ast.Try, names: Names) -> None:
+        why = "SiLU is on the other side of a try statement"
+        self._escape_all(names, why)
+        for body in (node.body, *(handler.body for handler in node.handlers), node.orelse, node.finalbody):
+            own = dict(names)
+            self._block(body, own)
+            self._escape_all(own, why)
+            _join(names, own)
+
+    # Expressions ------------------------------------------------------------------------------------------------------
+
+    def _value(self, node: ast.AST, names: Names) -> Sites:
+        """The sites whose value this may be; everything else in it is used."""
+        if isinstance(node, ast.Name):
+            fresh, used = names.get(node.id, (NONE, NONE))
+            self._escape(used, "used more than once")
+            names[node.id] = (NONE, fresh | used)
+            return fresh
+        if isinstance(node, ast.Call):
+            return self._call(node, names)
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Mult):
+            return self._sum(node, names) if isinstance(node.op, ast.Add) else self._product(node, names)
+        if isinstance(node, _COMPREHENSIONS | _NESTED):
+            for part in ast.walk(node):
+                if isinstance(part, ast.Name):
+                    self._escape(names.get(part.id, (NONE, NONE))[0], "used in a nested scope")
+                elif isinstance(part, ast.Call) and self.is_norm(part.func):
+                    self._site(part, True).escape("called in a nested scope")
+            return NONE
+        for part in ast.iter_child_nodes(node):
+            self._use(part, names)
+        return NONE
+
+    def _call(self, node: ast.Call, names: Names) -> Sites:
+        if len(node.args) == 1 and not node.keywords and not isinstance(node.args[0], ast.Starred):
+            if self.is_norm(node.func):
+                for site in self._value(node.args[0], names):
+                    site.escape("goes to another norm") if site.is_norm else site.reached.add(node)
+                return frozenset({self._site(node, True)})
+            if self.is_activation(node.func):
+                for site in self._pass(node, self._value(node.args[0], names)):
+                    site.reached.add(node)
+                return NONE
+        elif self.is_norm(node.func):
+            self._site(node, True).escape("called with more than one argument")
+        for part in ast.iter_child_nodes(node):
+            self._use(part, names, f"goes to {_short(node.func)}(...), not to SiLU")
+        if _writes(node):
+            self._escape_all(names, "something is changed in place before SiLU")
+        if isinstance(node.func, ast.Name) and node.func.id in _READS_ALL_NAMES:
+            self._escape_all(names, f"{node.func.id}() may read it")
+        return NONE
+
+    def _sum(self, node: ast.BinOp, names: Names) -> Sites:
+        left, right = self._value(node.left, names), self._value(node.right, names)
+        norms = {site for site in left | right if site.is_norm}
+        for site in (left | right) - norms:
+            site.escape("a sum of three")
+        if not norms:
+            return frozenset({self._site(node, False)})
+        if any(site.is_norm for site in left) and any(site.is_norm for site in right):
+            self._escape(norms, "added to another norm")
+        return self._pass(node, frozenset(norms))
+
+    def _product(self, node: ast.BinOp, names: Names) -> Sites:
+        left, right = one_plus(node.left), one_plus(node.right)
+        if (left is None) == (right is None):
+            for part in (node.left, node.right):
+                self._use(part, names, "multiplied by something other than 1 + scale")
+            return NONE
+        first, second = (left or node.left), (right or node.right)
+        found = self._value(first, names), self._value(second, names)
+        carried, factor = found if left is None else found[::-1]
+        self._escape(factor, "used as a scale")
+        return self._pass(node, carried)
+
+    def _use(self, node: ast.AST, names: Names, why: str | None = None) -> None:
+        self._escape(self._value(node, names), why or "used for something other than SiLU")
+
+    # Sites ------------------------------------------------------------------------------------------------------------
+
+    def _site(self, node: ast.Call | ast.BinOp, is_norm: bool) -> Site:
+        return self.sites.setdefault(node, Site(node, is_norm))
+
+    def _pass(self, node: ast.AST, sites: Sites) -> Sites:
+        """Norms go on; sums do not."""
+        self._escape((site for site in sites if not site.is_norm), "no norm follows")
+        norms = frozenset(site for site in sites if site.is_norm)
+        self.passed.setdefault(node, set()).update(norms)
+        return norms
+
+    def _escape(self, sites: Iterable[Site], why: str) -> None:
+        for site in sites:
+            site.escape(why)
+
+    def _escape_all(self, names: Names, why: str) -> None:
+        for fresh, _ in names.values():
+            self._escape(fresh, why)
+
+
+def _join(names: Names, other: Names) -> None:
+    for name, (fresh, used) in other.items():
+        held = names.get(name, (NONE, NONE))
+        names[name] = (held[0] | fresh, held[1] | used)
+
+
+def one_plus(node: ast.expr) -> ast.expr | None:
+    """s, if this is 1 + s or s + 1."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        for one, other in ((node.left, node.right), (node.right, node.left)):
+            if isinstance(one, ast.Constant) and type(one.value) in (int, float) and one.value == 1:
+                return other
+    return None
+
+
+def _writes(node: ast.Call) -> bool:
+    """Does a call say that it changes its operands, as add_() or out= do?"""
+    name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+    return (name.endswith("_") and not name.endswith("__")) or any(
+        keyword.arg in ("out", "inplace", None) for keyword in node.keywords
+    )
+
+
+def _leaky_names(function: ast.FunctionDef) -> set[str]:
+    """Names that functions inside of this one, or outside, may read."""
+    inner = [node for node in ast.walk(function) if isinstance(node, _NESTED) and node is not function]
+    names = {part.id for node in inner for part in ast.walk(node) if isinstance(part, ast.Name)}
+    for node in ast.walk(function):
+        if isinstance(node, ast.Global | ast.Nonlocal):
+            names.update(node.names)
+    return names
+
+
+def _short(node: ast.AST) -> str:
+    text = ast.unparse(node)
+    return text if len(text) < 40 else text[:37] + "..."

@@ -1,0 +1,88 @@
+"""Replace what can be replaced in a model, say so, and undo it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from torch import nn
+
+from ...errors import EbdiffError
+from .deferred import norm_settings
+from .optimizer import exchange, put_back
+from .report import Report
+from .rewrite import plain_class, rewriting_of
+
+__all__ = ["accelerate", "fuse", "restore"]
+
+
+def accelerate(model: nn.Module, optimizer: Any = None, *, verbose: bool = True) -> Report:
+    """Run every group norm that SiLU follows as one operator with it, forward and backward, in any model.
+
+    Args:
+        model: changed in place, by giving modules subclasses of their classes with the same names. Parameters,
+            state dict, attributes, `isinstance`, hooks, copies and saved files stay what they are.
+        optimizer: the one that trains it. A torch.optim.AdamW becomes an ebdiff.optim.AdamW, and stays the same object
+            with the same state and settings.
+        verbose: print the report.
+
+    Returns:
+        What was replaced, what was left, and why. Outputs and gradients agree with the original's to the error of the
+        dtype; `ebdiff.restore` undoes it. A second call changes nothing more.
+    """
+    if not isinstance(model, nn.Module):
+        raise EbdiffError("accelerate", expected="a torch.nn.Module", got=type(model).__name__, remedy="pass the model")
+    fused, left = fuse(model)
+    changed = "" if optimizer is None else exchange(optimizer)
+    kinds = Counter[str]()
+    for name, norms in fused.items():
+        kinds[type(model.get_submodule(name)).__name__] += len(norms)
+    report = Report(fused, left, changed, kinds=dict(kinds))
+    if verbose:
+        print(report)
+    return report
+
+
+def restore(model: nn.Module, optimizer: Any = None) -> None:
+    """Undo `accelerate`: the very classes again, and outputs equal bit for bit. Of a plain model, nothing.
+
+    Args:
+        model: changed in place.
+        optimizer: the one that was given to `accelerate`: torch.optim.AdamW again, with the state it has by now.
+    """
+    for module in model.modules():
+        module.__class__ = plain_class(type(module))
+    if optimizer is not None:
+        put_back(optimizer)
+
+
+def fuse(model: nn.Module) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
+    """Give every module in which a norm goes to SiLU its fused class: ({module: norms}, {norm: why it is left})."""
+    names = {id(m): name for name, m in model.named_modules() if isinstance(m, nn.GroupNorm) or norm_settings(m)}
+    fused: dict[str, tuple[str, ...]] = {}
+    done: set[int] = set()
+    left: dict[int, str] = {}
+    for name, module in list(model.named_modules()):
+        if norm_settings(module) or "forward" in vars(module) or hasattr(module, "parametrizations"):
+            continue
+        found = rewriting_of(module)
+        module.__class__ = found.kind
+        if found.fused:
+            fused[name] = found.fused
+            done |= {id(module.get_submodule(path)) for path in found.fused}
+        for path, why in found.left.items():
+            left.setdefault(id(module.get_submodule(path)), why)
+    return fused, {name: _why(model, name, left.get(key)) for key, name in names.items() if key not in done}
+
+
+def _why(model: nn.Module, name: str, found: str | None) -> str:
+    """Why a norm is left."""
+    if found is not None:
+        return found
+    norm = model.get_submodule(name)
+    if norm_settings(norm) is None:
+        return f"{type(norm).__name__} has a forward of its own"
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if "forward" in vars(parent):
+        return f"the forward of this {type(parent).__name__} was replaced on the instance"
+    return f"not called by {type(parent).__name__} as self.{name.rpartition('.')[2]}(x)"

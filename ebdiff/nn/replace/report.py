@@ -1,0 +1,49 @@
+"""What `accelerate` has done, and what not, for a person to read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+__all__ = ["Report"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `ebdiff.accelerate` has done. str() of it is what is printed.
+
+    Args:
+        fused: {module: its norms that run as one operator with their SiLU}.
+        left: {norm: why it stays as it was}.
+        optimizer: what became of the optimizer; empty where none was given.
+        memory_format: what became of the memory format, and why.
+        kinds: {class: how many norms its instances fuse}.
+    """
+
+    fused: dict[str, tuple[str, ...]]
+    left: dict[str, str]
+    optimizer: str = ""
+    memory_format: str = ""
+    kinds: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def norms(self) -> int:
+        """How many group norms are fused with their SiLU."""
+        return sum(map(len, self.fused.values()))
+
+    def __str__(self) -> str:
+        lines = [f"GroupNorm + SiLU as one operator: {self.norms} of {self.norms + len(self.left)} group norms"]
+        lines += [f"  {count:4d} in {kind}" for kind, count in self.kinds.items()]
+        if not self.norms and not self.left:
+            lines = ["GroupNorm + SiLU as one operator: this model has no group norm"]
+        if self.left:
+            lines.append("left as they were:")
+        for why, count in Counter(self.left.values()).most_common():
+            names = [name for name, reason in self.left.items() if reason == why]
+            shown = ", ".join(names[:3]) + (", ..." if count > 3 else "")
+            lines.append(f"  {count:4d} {why}: {shown}")
+        lines += [f"{what}: {value}" for what, value in self._others() if value]
+        return "\n".join(lines)
+
+    def _others(self) -> list[tuple[str, str]]:
+        return [("memory format", self.memory_format), ("optimizer", self.optimizer)]
