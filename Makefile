@@ -42,10 +42,11 @@ clean:
 
 # `pip install torch` leaves a torch that is there alone; the constraint keeps the second install from changing it.
 # TORCH is not quoted, so that it can hold pip's options too.
-$(STAMP)-%: pyproject.toml $(COMPILED)
+$(STAMP)-%: pyproject.toml tests/foreign.txt $(COMPILED)
 	@$(PYTHON) -c 'import sys; sys.exit("ebdiff needs Python 3.11 or later: make PYTHON=... chooses one" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(TORCH)
 	$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(VENV)/torch.txt
 	$(BIN)/python -m pip install -c $(VENV)/torch.txt -e "$(if $(filter-out run,$*),.[$*],.)"
+	$(if $(filter test,$*),$(BIN)/python -m pip install --no-deps -r tests/foreign.txt)
 	@touch $@

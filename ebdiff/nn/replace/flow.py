@@ -186,6 +186,12 @@ class Flow:
             return self._call(node, names)
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Mult):
             return self._sum(node, names) if isinstance(node.op, ast.Add) else self._product(node, names)
+        if isinstance(node, ast.IfExp):
+            self._use(node.test, names)
+            other = dict(names)
+            found = self._value(node.body, names) | self._value(node.orelse, other)
+            _join(names, other)
+            return found
         if isinstance(node, _COMPREHENSIONS | _NESTED):
             for part in ast.walk(node):
                 if isinstance(part, ast.Name):

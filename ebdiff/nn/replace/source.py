@@ -4,9 +4,9 @@ from __future__ import annotations
 import __future__
 
 import ast
-import linecache
 from collections.abc import Iterator, Mapping
 from functools import cache, lru_cache
+from linecache import getlines
 from types import CellType, CodeType, FunctionType
 from typing import Any
 
@@ -62,7 +62,7 @@ def _file(name: str) -> tuple[dict[tuple[str, int], ast.FunctionDef], dict[tuple
 
     The whole file is compiled: what a name means in one function may depend on what the file imports.
     """
-    tree = ast.parse("".join(linecache.getlines(name)))
+    tree = ast.parse("".join(getlines(name)))
     nodes = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     first = {node: min([node.lineno, *(part.lineno for part in node.decorator_list)]) for node in nodes}
     codes = {
