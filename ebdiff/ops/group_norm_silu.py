@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -144,7 +146,12 @@ def _kernels(x: Tensor) -> Any:
     """The module with the kernels for a tensor's device; None without one."""
     if x.device.type == "cpu":
         return import_module(".group_norm_cpu", __package__) if native.module() is not None else None
-    return None
+    return import_module(".group_norm_cuda", __package__) if x.is_cuda and _has_triton() else None
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def _forward_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,156 @@
+"""Group normalisation where a program holds its groups of one sample: read once, written once.
+
+Forward 2T and backward 3T, with T the bytes of x. With HOLD in registers; without, for groups too large for those, in
+steps of RB positions that come from the cache after the first time. Not run on a GPU yet: interpreted and compiled.
+"""
+
+import triton
+import triton.language as tl
+
+from .group_norm_tile import (
+    activate,
+    affine,
+    centred,
+    gradient_of_x,
+    gradient_of_z,
+    kept,
+    over_groups,
+    per_channel,
+    places,
+    spread,
+    store_sums,
+)
+
+
+@triton.jit
+def slab(SLABS, GROUP_OF, KEEP, slabs, UNIT: tl.constexpr, CB: tl.constexpr, GB: tl.constexpr):
+    """Where a program works: sample, channels, which are there, which are kept, groups, and who belongs to whom."""
+    pid = tl.program_id(0)
+    row = SLABS + 4 * (pid % slabs)
+    c = tl.load(row) * UNIT + tl.arange(0, CB)
+    live = c < tl.load(row + 1) * UNIT
+    g = tl.load(row + 2) + tl.arange(0, GB)
+    mine = kept(KEEP, c, live)
+    group = tl.load(GROUP_OF + c, mask=live, other=0)
+    member = (group[:, None] == g[None, :]) & mine[:, None]
+    return (pid // slabs).to(tl.int64), c, live, mine, g, g < tl.load(row + 3), member
+
+
+@triton.jit
+def masks(live, mine, r, HW):
+    """[CB, RB]: where there is something, and where it is used."""
+    inside = (r < HW)[None, :]
+    return live[:, None] & inside, mine[:, None] & inside
+
+
+@triton.jit
+def forward_kernel(
+    X, Y, MEAN, RSTD, WEIGHT, BIAS, SCALE, SHIFT, TIME, KEEP, SCALE_ROW, SHIFT_ROW, TIME_ROW,
+    SLABS, GROUP_OF, slabs, G, c_units, hw_units,
+    EPS: tl.constexpr, SILU: tl.constexpr, LAST: tl.constexpr, C_UNIT: tl.constexpr, HW_UNIT: tl.constexpr,
+    UNIT: tl.constexpr, CB: tl.constexpr, RB: tl.constexpr, GB: tl.constexpr, HOLD: tl.constexpr,
+):  # fmt: skip
+    """y, and mean and rstd of each group."""
+    C, HW = c_units * C_UNIT, hw_units * HW_UNIT
+    n, c, live, mine, g, groups, member = slab(SLABS, GROUP_OF, KEEP, slabs, UNIT, CB, GB)
+    X += n * C * HW
+    Y += n * C * HW
+    r = tl.arange(0, RB)
+    time = per_channel(TIME, n * TIME_ROW + c, live, 0.0)
+    size = tl.maximum(over_groups(tl.full([CB], 1.0, tl.float32), member) * HW, 1.0)
+    there, used = masks(live, mine, r, HW)
+    at = places(c, r, C, HW, LAST)
+    if HOLD:
+        x = tl.load(X + at, mask=there, other=0.0).to(tl.float32)
+        total = tl.where(used, x, 0.0)
+    else:
+        total = tl.full([CB, RB], 0.0, tl.float32)
+        for r0 in range(0, HW, RB):
+            there, used = masks(live, mine, r0 + r, HW)
+            x = tl.load(X + places(c, r0 + r, C, HW, LAST), mask=there, other=0.0).to(tl.float32)
+            total += tl.where(used, x, 0.0)
+    mean = over_groups(tl.sum(total, 1) + time * HW, member) / size
+    shift = spread(mean, member) - time
+    if HOLD:
+        d = tl.where(used, x - shift[:, None], 0.0)
+        total = d * d
+    else:
+        total = tl.full([CB, RB], 0.0, tl.float32)
+        for r0 in range(0, HW, RB):
+            there, used = masks(live, mine, r0 + r, HW)
+            d = centred(X, places(c, r0 + r, C, HW, LAST), there, used, shift)
+            total += d * d
+    rstd = 1.0 / tl.sqrt(over_groups(tl.sum(total, 1), member) / size + EPS)
+    tl.store(MEAN + n * G + g, mean, mask=groups)
+    tl.store(RSTD + n * G + g, rstd, mask=groups)
+    w, b = affine(n, c, live, WEIGHT, BIAS, SCALE, SHIFT, SCALE_ROW, SHIFT_ROW)
+    a = w * spread(rstd, member)
+    if HOLD:
+        tl.store(Y + at, activate(d, a, b, used, KEEP, SILU).to(Y.dtype.element_ty), mask=there)
+    else:
+        for r0 in range(0, HW, RB):
+            there, used = masks(live, mine, r0 + r, HW)
+            at = places(c, r0 + r, C, HW, LAST)
+            y = activate(centred(X, at, there, used, shift), a, b, used, KEEP, SILU)
+            tl.store(Y + at, y.to(Y.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def backward_kernel(
+    DY, X, MEAN, RSTD, WEIGHT, BIAS, SCALE, SHIFT, TIME, KEEP, SCALE_ROW, SHIFT_ROW, TIME_ROW,
+    DX, DSCALE, DSHIFT, DTIME, SUM_DZ, SUM_DZ_N,
+    SLABS, GROUP_OF, slabs, G, c_units, hw_units,
+    SILU: tl.constexpr, LAST: tl.constexpr, C_UNIT: tl.constexpr, HW_UNIT: tl.constexpr,
+    UNIT: tl.constexpr, CB: tl.constexpr, RB: tl.constexpr, GB: tl.constexpr, HOLD: tl.constexpr,
+):  # fmt: skip
+    """dx, dscale, dshift, dtime, and for the weights the sums of dz and dz * n over positions, [N, C] each."""
+    C, HW = c_units * C_UNIT, hw_units * HW_UNIT
+    n, c, live, mine, g, groups, member = slab(SLABS, GROUP_OF, KEEP, slabs, UNIT, CB, GB)
+    X += n * C * HW
+    DY += n * C * HW
+    r = tl.arange(0, RB)
+    rstd = spread(tl.load(RSTD + n * G + g, mask=groups, other=0.0), member)
+    mean = spread(tl.load(MEAN + n * G + g, mask=groups, other=0.0), member)
+    mean -= per_channel(TIME, n * TIME_ROW + c, live, 0.0)
+    w, b = affine(n, c, live, WEIGHT, BIAS, SCALE, SHIFT, SCALE_ROW, SHIFT_ROW)
+    a = w * rstd
+    there, used = masks(live, mine, r, HW)
+    at = places(c, r, C, HW, LAST)
+    if HOLD:
+        d = centred(X, at, there, used, mean)
+        dz = gradient_of_z(DY, at, there, used, d, a, b, KEEP, SILU)
+        total_dz, total_dz_d, total_d = dz, dz * d, d
+    else:
+        total_dz = tl.full([CB, RB], 0.0, tl.float32)
+        total_dz_d, total_d = total_dz, total_dz
+        for r0 in range(0, HW, RB):
+            there, used = masks(live, mine, r0 + r, HW)
+            at = places(c, r0 + r, C, HW, LAST)
+            d = centred(X, at, there, used, mean)
+            dz = gradient_of_z(DY, at, there, used, d, a, b, KEEP, SILU)
+            total_dz += dz
+            total_dz_d += dz * d
+            if DTIME is not None:
+                total_d += d
+    sum_dz, sum_dz_n = tl.sum(total_dz, 1), tl.sum(total_dz_d, 1) * rstd
+    store_sums(n, c, live, C, sum_dz, sum_dz_n, WEIGHT, BIAS, DSCALE, DSHIFT, SUM_DZ, SUM_DZ_N)
+    size = tl.maximum(over_groups(tl.full([CB], 1.0, tl.float32), member) * HW, 1.0)
+    mean_dz = spread(over_groups(w * sum_dz, member) / size, member)
+    mean_dz_n = spread(over_groups(w * sum_dz_n, member) / size, member)
+    if DTIME is not None:
+        dtime = a * sum_dz - rstd * (mean_dz * HW + rstd * mean_dz_n * tl.sum(total_d, 1))
+        dtime = tl.where(mine, dtime, 0.0)
+        tl.store(DTIME + n * C + c, dtime.to(DTIME.dtype.element_ty), mask=live)
+    if DX is not None:
+        DX += n * C * HW
+        if HOLD:
+            dx = gradient_of_x(dz, d, a, rstd, mean_dz, mean_dz_n, used)
+            tl.store(DX + at, dx.to(DX.dtype.element_ty), mask=there)
+        else:
+            for r0 in range(0, HW, RB):
+                there, used = masks(live, mine, r0 + r, HW)
+                at = places(c, r0 + r, C, HW, LAST)
+                d = centred(X, at, there, used, mean)
+                dz = gradient_of_z(DY, at, there, used, d, a, b, KEEP, SILU)
+                dx = gradient_of_x(dz, d, a, rstd, mean_dz, mean_dz_n, used)
+                tl.store(DX + at, dx.to(DX.dtype.element_ty), mask=there)

@@ -1,0 +1,229 @@
+"""Group normalisation where groups are too large for a program: sums over tiles, totals of groups, tiles again.
+
+Forward 3T and backward 5T, with T the bytes of x. Everything is added up in a fixed order. Not run on a GPU yet:
+interpreted and compiled.
+"""
+
+import triton
+import triton.language as tl
+
+from .group_norm_tile import (
+    activate,
+    affine,
+    centred,
+    gradient_of_x,
+    gradient_of_z,
+    kept,
+    per_channel,
+    places,
+    store_sums,
+)
+
+
+@triton.jit
+def tile(C, HW, chunks, LAST: tl.constexpr, CB: tl.constexpr, RB: tl.constexpr):
+    """Where a program works: sample, chunk, channels, which are there, positions, and all places in memory."""
+    pid = tl.program_id(0)
+    blocks = (C + CB - 1) // CB
+    first = pid % blocks * CB
+    chunk = pid // blocks % chunks
+    n = (pid // blocks // chunks).to(tl.int64)
+    k, r = tl.arange(0, CB), tl.arange(0, RB)
+    skip = chunk.to(tl.int64) * RB * (C if LAST else 1) + first.to(tl.int64) * (1 if LAST else HW)
+    at = n * C * HW + skip + places(k, r, C, HW, LAST)
+    c = first + k
+    there = (c < C)[:, None] & (chunk * RB + r < HW)[None, :]
+    return n, chunk, c, c < C, at, there
+
+
+@triton.jit
+def channels(n, c, live, MEAN, RSTD, TIME, KEEP, TIME_ROW, GROUP_OF, G):
+    """What x is centred with, 1 / standard deviation, where its group's numbers lie, and which are kept."""
+    group = n * G + tl.load(GROUP_OF + c, mask=live, other=0)
+    mean = tl.load(MEAN + group, mask=live, other=0.0) - per_channel(TIME, n * TIME_ROW + c, live, 0.0)
+    return mean, tl.load(RSTD + group, mask=live, other=0.0), group, kept(KEEP, c, live)
+
+
+@triton.jit
+def moments_kernel(
+    X, PART_MEAN, PART_SQUARES, chunks, c_units, hw_units,
+    LAST: tl.constexpr, C_UNIT: tl.constexpr, HW_UNIT: tl.constexpr, CB: tl.constexpr, RB: tl.constexpr,
+):  # fmt: skip
+    """[N, chunks, C]: each channel's mean over a chunk, and the squares of what is left. Reads T."""
+    C, HW = c_units * C_UNIT, hw_units * HW_UNIT
+    n, chunk, c, live, at, there = tile(C, HW, chunks, LAST, CB, RB)
+    x = tl.load(X + at, mask=there, other=0.0).to(tl.float32)
+    mean = tl.sum(x, 1) / tl.minimum(HW - chunk * RB, RB)
+    d = tl.where(there, x - mean[:, None], 0.0)
+    row = (n * chunks + chunk) * C
+    tl.store(PART_MEAN + row + c, mean, mask=live)
+    tl.store(PART_SQUARES + row + c, tl.sum(d * d, 1), mask=live)
+
+
+@triton.jit
+def combine_kernel(
+    PART_MEAN, PART_SQUARES, MEAN, RSTD, TIME, KEEP, TIME_ROW, OFFSETS, G, C, HW, chunks,
+    EPS: tl.constexpr, RB: tl.constexpr, CB: tl.constexpr, KB: tl.constexpr,
+):  # fmt: skip
+    """Mean and rstd of a group of a sample from its chunks' moments (Chan, Golub & LeVeque 1979), centred."""
+    pid = tl.program_id(0)
+    n, g = (pid // G).to(tl.int64), pid % G
+    first, end = tl.load(OFFSETS + g), tl.load(OFFSETS + g + 1)
+    total, count = tl.full([KB, CB], 0.0, tl.float32), tl.full([KB, CB], 0.0, tl.float32)
+    for c0 in range(first, end, CB):
+        c = c0 + tl.arange(0, CB)
+        mine = kept(KEEP, c, c < end)
+        time = per_channel(TIME, n * TIME_ROW + c, c < end, 0.0)
+        for k0 in range(0, chunks, KB):
+            k = k0 + tl.arange(0, KB)
+            used = (k < chunks)[:, None] & mine[None, :]
+            mean = tl.load(PART_MEAN + (n * chunks + k[:, None]) * C + c[None, :], mask=used, other=0.0)
+            size = tl.where(used, tl.minimum(HW - k * RB, RB).to(tl.float32)[:, None], 0.0)
+            total += (mean + time[None, :]) * size
+            count += size
+    whole = tl.maximum(tl.sum(tl.sum(count, 1), 0), 1.0)
+    group_mean = tl.sum(tl.sum(total, 1), 0) / whole
+    total = tl.full([KB, CB], 0.0, tl.float32)
+    for c0 in range(first, end, CB):
+        c = c0 + tl.arange(0, CB)
+        mine = kept(KEEP, c, c < end)
+        time = per_channel(TIME, n * TIME_ROW + c, c < end, 0.0)
+        for k0 in range(0, chunks, KB):
+            k = k0 + tl.arange(0, KB)
+            used = (k < chunks)[:, None] & mine[None, :]
+            at = (n * chunks + k[:, None]) * C + c[None, :]
+            d = tl.load(PART_MEAN + at, mask=used, other=0.0) + time[None, :] - group_mean
+            size = tl.where(used, tl.minimum(HW - k * RB, RB).to(tl.float32)[:, None], 0.0)
+            total += tl.load(PART_SQUARES + at, mask=used, other=0.0) + d * d * size
+    tl.store(MEAN + pid, group_mean)
+    tl.store(RSTD + pid, 1.0 / tl.sqrt(tl.sum(tl.sum(total, 1), 0) / whole + EPS))
+
+
+@triton.jit
+def apply_kernel(
+    X, Y, MEAN, RSTD, WEIGHT, BIAS, SCALE, SHIFT, TIME, KEEP, SCALE_ROW, SHIFT_ROW, TIME_ROW,
+    GROUP_OF, G, chunks, c_units, hw_units,
+    SILU: tl.constexpr, LAST: tl.constexpr, C_UNIT: tl.constexpr, HW_UNIT: tl.constexpr,
+    CB: tl.constexpr, RB: tl.constexpr,
+):  # fmt: skip
+    """y. Reads T and writes T."""
+    C, HW = c_units * C_UNIT, hw_units * HW_UNIT
+    n, _, c, live, at, there = tile(C, HW, chunks, LAST, CB, RB)
+    mean, rstd, _, mine = channels(n, c, live, MEAN, RSTD, TIME, KEEP, TIME_ROW, GROUP_OF, G)
+    w, b = affine(n, c, live, WEIGHT, BIAS, SCALE, SHIFT, SCALE_ROW, SHIFT_ROW)
+    used = there & mine[:, None]
+    y = activate(centred(X, at, there, used, mean), w * rstd, b, used, KEEP, SILU)
+    tl.store(Y + at, y.to(Y.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def sums_kernel(
+    DY, X, MEAN, RSTD, WEIGHT, BIAS, SCALE, SHIFT, TIME, KEEP, SCALE_ROW, SHIFT_ROW, TIME_ROW,
+    PART_DZ, PART_DZ_D, PART_D, GROUP_OF, G, chunks, c_units, hw_units,
+    SILU: tl.constexpr, LAST: tl.constexpr, C_UNIT: tl.constexpr, HW_UNIT: tl.constexpr,
+    CB: tl.constexpr, RB: tl.constexpr,
+):  # fmt: skip
+    """[N, chunks, C]: sums of dz, dz * d and, where a time embedding has a gradient, d over a chunk. Reads 2T."""
+    C, HW = c_units * C_UNIT, hw_units * HW_UNIT
+    n, chunk, c, live, at, there = tile(C, HW, chunks, LAST, CB, RB)
+    mean, rstd, _, mine = channels(n, c, live, MEAN, RSTD, TIME, KEEP, TIME_ROW, GROUP_OF, G)
+    w, b = affine(n, c, live, WEIGHT, BIAS, SCALE, SHIFT, SCALE_ROW, SHIFT_ROW)
+    used = there & mine[:, None]
+    d = centred(X, at, there, used, mean)
+    dz = gradient_of_z(DY, at, there, used, d, w * rstd, b, KEEP, SILU)
+    row = (n * chunks + chunk) * C
+    tl.store(PART_DZ + row + c, tl.sum(dz, 1), mask=live)
+    tl.store(PART_DZ_D + row + c, tl.sum(dz * d, 1), mask=live)
+    if PART_D is not None:
+        tl.store(PART_D + row + c, tl.sum(d, 1), mask=live)
+
+
+@triton.jit
+def over_chunks(PART, n, c, live, chunks, C, CB: tl.constexpr, KB: tl.constexpr):
+    """[CB]: the sum over all chunks of sample n."""
+    total = tl.full([KB, CB], 0.0, tl.float32)
+    for k0 in range(0, chunks, KB):
+        k = k0 + tl.arange(0, KB)
+        at = (n * chunks + k[:, None]) * C + c[None, :]
+        total += tl.load(PART + at, mask=(k < chunks)[:, None] & live[None, :], other=0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def finish_kernel(
+    PART_DZ, PART_DZ_D, PART_D, RSTD, WEIGHT, BIAS, SCALE, SHIFT, KEEP, SCALE_ROW, SHIFT_ROW,
+    MEAN_DZ, MEAN_DZ_N, DSCALE, DSHIFT, DTIME, SUM_DZ, SUM_DZ_N, OFFSETS, G, C, HW, chunks,
+    CB: tl.constexpr, KB: tl.constexpr,
+):  # fmt: skip
+    """The means that dx takes for a group of a sample, and every gradient that is not x's, from the sums of chunks."""
+    pid = tl.program_id(0)
+    n, g = (pid // G).to(tl.int64), pid % G
+    first, end = tl.load(OFFSETS + g), tl.load(OFFSETS + g + 1)
+    rstd = tl.load(RSTD + pid)
+    mean_dz, mean_dz_n = tl.full([CB], 0.0, tl.float32), tl.full([CB], 0.0, tl.float32)
+    size = tl.full([CB], 0.0, tl.float32)
+    for c0 in range(first, end, CB):
+        c = c0 + tl.arange(0, CB)
+        live = c < end
+        sum_dz = over_chunks(PART_DZ, n, c, live, chunks, C, CB, KB)
+        sum_dz_n = over_chunks(PART_DZ_D, n, c, live, chunks, C, CB, KB) * rstd
+        store_sums(n, c, live, C, sum_dz, sum_dz_n, WEIGHT, BIAS, DSCALE, DSHIFT, SUM_DZ, SUM_DZ_N)
+        w, _ = affine(n, c, live, WEIGHT, BIAS, SCALE, SHIFT, SCALE_ROW, SHIFT_ROW)
+        mine = kept(KEEP, c, live)
+        mean_dz += tl.where(mine, w * sum_dz, 0.0)
+        mean_dz_n += tl.where(mine, w * sum_dz_n, 0.0)
+        size += tl.where(mine, 1.0, 0.0)
+    whole = tl.maximum(tl.sum(size, 0) * HW, 1.0)
+    group_dz, group_dz_n = tl.sum(mean_dz, 0) / whole, tl.sum(mean_dz_n, 0) / whole
+    tl.store(MEAN_DZ + pid, group_dz)
+    tl.store(MEAN_DZ_N + pid, group_dz_n)
+    if DTIME is not None:
+        for c0 in range(first, end, CB):
+            c = c0 + tl.arange(0, CB)
+            live = c < end
+            sum_dz = over_chunks(PART_DZ, n, c, live, chunks, C, CB, KB)
+            sum_d = over_chunks(PART_D, n, c, live, chunks, C, CB, KB)
+            w, _ = affine(n, c, live, WEIGHT, BIAS, SCALE, SHIFT, SCALE_ROW, SHIFT_ROW)
+            dtime = rstd * (w * sum_dz - group_dz * HW - rstd * group_dz_n * sum_d)
+            dtime = tl.where(kept(KEEP, c, live), dtime, 0.0)
+            tl.store(DTIME + n * C + c, dtime.to(DTIME.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def apply_backward_kernel(
+    DY, X, DX, MEAN, RSTD, WEIGHT, BIAS, SCALE, SHIFT, TIME, KEEP, SCALE_ROW, SHIFT_ROW, TIME_ROW,
+    MEAN_DZ, MEAN_DZ_N, GROUP_OF, G, chunks, c_units, hw_units,
+    SILU: tl.constexpr, LAST: tl.constexpr, C_UNIT: tl.constexpr, HW_UNIT: tl.constexpr,
+    CB: tl.constexpr, RB: tl.constexpr,
+):  # fmt: skip
+    """dx. Reads 2T and writes T."""
+    C, HW = c_units * C_UNIT, hw_units * HW_UNIT
+    n, _, c, live, at, there = tile(C, HW, chunks, LAST, CB, RB)
+    mean, rstd, group, mine = channels(n, c, live, MEAN, RSTD, TIME, KEEP, TIME_ROW, GROUP_OF, G)
+    w, b = affine(n, c, live, WEIGHT, BIAS, SCALE, SHIFT, SCALE_ROW, SHIFT_ROW)
+    used = there & mine[:, None]
+    mean_dz = tl.load(MEAN_DZ + group, mask=live, other=0.0)
+    mean_dz_n = tl.load(MEAN_DZ_N + group, mask=live, other=0.0)
+    d = centred(X, at, there, used, mean)
+    dz = gradient_of_z(DY, at, there, used, d, w * rstd, b, KEEP, SILU)
+    dx = gradient_of_x(dz, d, w * rstd, rstd, mean_dz, mean_dz_n, used)
+    tl.store(DX + at, dx.to(DX.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def weights_kernel(
+    SUM_DZ, SUM_DZ_N, SCALE, SCALE_ROW, DWEIGHT, DBIAS, N, C, NB: tl.constexpr, CB: tl.constexpr
+):  # fmt: skip
+    """dweight and dbias: (1 + scale) times the sums of each sample, added up over samples."""
+    c = tl.program_id(0) * CB + tl.arange(0, CB)
+    total, total_n = tl.full([NB, CB], 0.0, tl.float32), tl.full([NB, CB], 0.0, tl.float32)
+    for n0 in range(0, N, NB):
+        n = n0 + tl.arange(0, NB).to(tl.int64)[:, None]
+        there = (n < N) & (c < C)[None, :]
+        one_plus = 1.0 + per_channel(SCALE, n * SCALE_ROW + c[None, :], there, 0.0)
+        total += one_plus * tl.load(SUM_DZ + n * C + c[None, :], mask=there, other=0.0)
+        total_n += one_plus * tl.load(SUM_DZ_N + n * C + c[None, :], mask=there, other=0.0)
+    if DWEIGHT is not None:
+        tl.store(DWEIGHT + c, tl.sum(total_n, 0).to(DWEIGHT.dtype.element_ty), mask=c < C)
+    if DBIAS is not None:
+        tl.store(DBIAS + c, tl.sum(total, 0).to(DBIAS.dtype.element_ty), mask=c < C)
