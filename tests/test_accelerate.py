@@ -205,6 +205,29 @@ def test_saved_by_us_it_loads_as_ever(tmp_path: Path) -> None:
     assert torch.equal(ebdiff.load(tmp_path)(images()), expected)
 
 
+def test_channels_last_when_asked_for_and_back() -> None:
+    model, args = unet(), (images(8, 2), times())
+    expected, strides = output(model, args), {name: p.stride() for name, p in model.named_parameters()}
+    report = ebdiff.accelerate(model, verbose=False)
+    assert report.memory_format.startswith("left as it was")
+    report = ebdiff.accelerate(model, channels_last=True, verbose=False)
+    weights = [p for p in model.parameters() if p.dim() == 4]
+    assert report.memory_format == f"{len(weights)} weights became channels_last"
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
+    assert ebdiff.accelerate(model, verbose=False).memory_format == "channels_last already"
+    torch.testing.assert_close(output(model, args), expected)
+    ebdiff.restore(model)
+    assert {name: p.stride() for name, p in model.named_parameters()} == strides
+    assert torch.equal(output(model, args), expected)
+
+
+def test_a_model_that_was_channels_last_stays_so() -> None:
+    model = unet().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    ebdiff.accelerate(model, channels_last=True, verbose=False)
+    ebdiff.restore(model)
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in model.parameters() if p.dim() == 4)
+
+
 # Pruning --------------------------------------------------------------------------------------------------------------
 
 

@@ -21,7 +21,7 @@ __all__ = ["build", "describe"]
 
 _TRUSTED = ("torch", "diffusers", "ebdiff")
 _FORBIDDEN = sys.stdlib_module_names - {"__main__"}
-_OWN = {*vars(nn.Module()), "_ebdiff_shrinks"}  # what every module has; hooks among it
+_OWN = {*vars(nn.Module()), "_ebdiff_shrinks", "_ebdiff_channels_last"}  # what every module has; hooks among it
 
 
 def describe(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -9,6 +9,7 @@ from torch import nn
 
 from ...errors import EbdiffError
 from .deferred import norm_settings
+from .layout import contiguous_again, to_channels_last
 from .optimizer import exchange, put_back
 from .report import Report
 from .rewrite import plain_class, rewriting_of
@@ -16,7 +17,9 @@ from .rewrite import plain_class, rewriting_of
 __all__ = ["accelerate", "fuse", "restore"]
 
 
-def accelerate(model: nn.Module, optimizer: Any = None, *, verbose: bool = True) -> Report:
+def accelerate(
+    model: nn.Module, optimizer: Any = None, *, channels_last: bool | None = None, verbose: bool = True
+) -> Report:
     """Run every group norm that SiLU follows as one operator with it, forward and backward, in any model.
 
     Args:
@@ -24,6 +27,8 @@ def accelerate(model: nn.Module, optimizer: Any = None, *, verbose: bool = True)
             state dict, attributes, `isinstance`, hooks, copies and saved files stay what they are.
         optimizer: the one that trains it. A torch.optim.AdamW becomes an ebdiff.optim.AdamW, and stays the same object
             with the same state and settings.
+        channels_last: lay the weights of 2-D convolutions out in this order. None: if they are on CUDA, in 16 bits.
+            True is for training under autocast there.
         verbose: print the report.
 
     Returns:
@@ -37,7 +42,7 @@ def accelerate(model: nn.Module, optimizer: Any = None, *, verbose: bool = True)
     kinds = Counter[str]()
     for name, norms in fused.items():
         kinds[type(model.get_submodule(name)).__name__] += len(norms)
-    report = Report(fused, left, changed, kinds=dict(kinds))
+    report = Report(fused, left, changed, to_channels_last(model, channels_last), dict(kinds))
     if verbose:
         print(report)
     return report
@@ -52,6 +57,7 @@ def restore(model: nn.Module, optimizer: Any = None) -> None:
     """
     for module in model.modules():
         module.__class__ = plain_class(type(module))
+    contiguous_again(model)
     if optimizer is not None:
         put_back(optimizer)
 
