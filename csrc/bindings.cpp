@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "cpu/group_norm.h"
 #include "cpu/ops.h"
 #ifdef EBDIFF_CUDA
 #include "cuda/ops.h"
@@ -68,8 +69,18 @@ static AdamWArgs adamw_args(const std::vector<double>& a, bool maximize) {
   return {a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], maximize};
 }
 
+// small: weight, bias, scale, shift, time_bias, keep; 0 where absent.
+static GroupNorm group_norm(int dtype, bool rows, const std::vector<int64_t>& sizes, const std::vector<int64_t>& offsets,
+                            double eps, bool silu, const Addresses& small) {
+  if (sizes.size() != 3 || small.size() != 6 || offsets.size() < 2 || offsets.back() != sizes[1])
+    throw std::invalid_argument("three sizes, six addresses and the offsets of all channels are needed");
+  const auto at = [&](int i) { return reinterpret_cast<const void*>(small[i]); };
+  return {Dtype(dtype), rows,  silu,  sizes[0], sizes[1], sizes[2], offsets,
+          eps,          at(0), at(1), at(2),    at(3),    at(4),    static_cast<const uint8_t*>(at(5))};
+}
+
 PYBIND11_MODULE(_C, m) {
-  m.attr("ABI") = 1;
+  m.attr("ABI") = 2;
   m.def("build_info", [] { return py::module_::import("json").attr("loads")(EBDIFF_BUILD_INFO); });
   m.def("isa", [] { return rows().isa; });
   m.def("use_huge_pages", &use_huge_pages);
@@ -136,6 +147,27 @@ PYBIND11_MODULE(_C, m) {
   m.def("mask_distance",
         [](uintptr_t bits, int64_t rows, int64_t bytes, int64_t newest, uintptr_t out, int threads) {
           mask_distance(reinterpret_cast<const uint8_t*>(bits), rows, bytes, newest, reinterpret_cast<int64_t*>(out), threads);
+        },
+        free);
+  m.def("group_norm_forward",
+        [](int dtype, bool rows, const std::vector<int64_t>& sizes, const std::vector<int64_t>& offsets, double eps,
+           bool silu, const Addresses& small, const Addresses& tensors, int threads) {
+          if (tensors.size() != 4) throw std::invalid_argument("x, y, mean and rstd are needed");
+          const auto at = [&](int i) { return reinterpret_cast<void*>(tensors[i]); };
+          const GroupNorm norm = group_norm(dtype, rows, sizes, offsets, eps, silu, small);
+          group_norm_forward(norm, at(0), at(1), at(2), at(3), threads);
+        },
+        free);
+  m.def("group_norm_backward",
+        [](int dtype, bool rows, const std::vector<int64_t>& sizes, const std::vector<int64_t>& offsets, double eps,
+           bool silu, const Addresses& small, const Addresses& tensors, const Addresses& gradients, int threads) {
+          if (tensors.size() != 4 || gradients.size() != 6)
+            throw std::invalid_argument("dy, x, mean, rstd and six gradients are needed");
+          const auto at = [](const Addresses& list, int i) { return reinterpret_cast<void*>(list[i]); };
+          const NormGradients out = {at(gradients, 0), at(gradients, 1), at(gradients, 2),
+                                     at(gradients, 3), at(gradients, 4), at(gradients, 5)};
+          const GroupNorm norm = group_norm(dtype, rows, sizes, offsets, eps, silu, small);
+          group_norm_backward(norm, at(tensors, 0), at(tensors, 1), at(tensors, 2), at(tensors, 3), out, threads);
         },
         free);
 

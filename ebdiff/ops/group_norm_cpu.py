@@ -3,20 +3,84 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from . import native
 from .group_norm_reference import Gradients, Norm
-from .native_cpu import NotTaken
+from .native_cpu import FLOATS, addresses
 
 __all__ = ["backward", "forward"]
 
 
 def forward(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
     """As `group_norm_reference.forward`."""
-    raise NotTaken("not written yet")
+    y = torch.empty_like(x)
+    last, to = _order(y)
+    mean, rstd = (x.new_empty(len(x), len(norm.offsets) - 1, dtype=_wide(x)) for _ in range(2))
+    small, tensors = _small(x, norm), [_dense(x, last), to, mean, rstd]
+    _c().group_norm_forward(*_numbers(x, norm, last), _optional(small), addresses(tensors), torch.get_num_threads())
+    return y if to is y else y.copy_(to), mean, rstd
 
 
 def backward(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, norm: Norm, needs: Sequence[bool]) -> Gradients:
     """As `group_norm_reference.backward`."""
-    raise NotTaken("not written yet")
+    inputs = (x, *norm.tensors)
+    found = [torch.empty_like(t) if need and t is not None else None for t, need in zip(inputs, needs, strict=True)]
+    place = torch.empty_like(x) if found[0] is None and needs[5] else found[0]  # time_bias's gradient is a sum of x's
+    last, to = _order(place if place is not None else x)
+    small, tensors = _small(x, norm), [_dense(dy, last), _dense(x, last), mean.contiguous(), rstd.contiguous()]
+    gradients = [None if place is None else to]
+    gradients += [None if t is None else t if _fits(t, x) else t.new_empty(t.shape, dtype=_wide(x)) for t in found[1:]]
+    places = _optional(small), addresses(tensors), _optional(gradients)
+    _c().group_norm_backward(*_numbers(x, norm, last), *places, torch.get_num_threads())
+    for gradient, written in zip(found, gradients, strict=True):
+        if gradient is not None and written is not None and gradient is not written:
+            gradient.copy_(written)
+    return tuple(found)
+
+
+def _numbers(x: Tensor, norm: Norm, last: bool) -> tuple[Any, ...]:
+    """What both directions hand over first."""
+    sizes = [*x.shape[:2], x.shape[2:].numel()]
+    return FLOATS[x.dtype], last, sizes, list(norm.offsets), norm.eps, norm.silu
+
+
+def _small(x: Tensor, norm: Norm) -> list[Tensor | None]:
+    """weight, bias, scale, shift and time_bias, in what is computed in; keep."""
+    small = [None if t is None else t.to(_wide(x)).contiguous() for t in norm.tensors]
+    return [*small, None if norm.keep is None else norm.keep.contiguous()]
+
+
+def _order(like: Tensor) -> tuple[bool, Tensor]:
+    """Do the channels lie together in memory? And a tensor to write to: this one, where it is dense in either order."""
+    if like.is_contiguous():
+        return False, like
+    if like.movedim(1, -1).is_contiguous():
+        return True, like
+    return False, torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
+def _dense(x: Tensor, last: bool) -> Tensor:
+    """Contiguous, or with the channels last."""
+    return x.movedim(1, -1).contiguous() if last else x.contiguous()
+
+
+def _fits(gradient: Tensor, x: Tensor) -> bool:
+    return gradient.dtype == _wide(x) and gradient.is_contiguous()
+
+
+def _optional(tensors: Sequence[Tensor | None]) -> list[int]:
+    """Addresses, 0 for None."""
+    found = iter(addresses([tensor for tensor in tensors if tensor is not None]))
+    return [0 if tensor is None else next(found) for tensor in tensors]
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _c() -> Any:
+    return native.module()

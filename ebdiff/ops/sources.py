@@ -10,7 +10,7 @@ from pathlib import Path
 
 __all__ = ["ABI", "STATUS", "digest_of"]
 
-ABI = 1
+ABI = 2
 """The interface of ebdiff._C that ebdiff.ops calls; csrc/bindings.cpp has the same number. Change both together."""
 
 STATUS = "_build.json"

@@ -1,0 +1,337 @@
+// The inner loops of group normalisation, compiled once for each instruction set (group_norm_*.cpp) under the name
+// EBDIFF_ISA. Nothing from the standard library, as in rows.h.
+#include "norm_rows.h"
+#include "vectors.h"
+
+namespace ebdiff {
+namespace {
+
+constexpr int kStrip = 4;       // rows that are worked on together, a vector of channels at a time
+constexpr int64_t kTile = 512;  // channels of a strip
+constexpr int64_t kRows = 128;  // added up in float32 before they go to float64
+constexpr int64_t kRun = 8192;  // elements added up in float32 before they go to float64
+
+template <bool First, class A, class B>
+struct Either {
+  using type = A;
+};
+template <class A, class B>
+struct Either<false, A, B> {
+  using type = B;
+};
+
+template <class C>
+C number(const void* list, int64_t i) {
+  return static_cast<const C*>(list)[i];
+}
+
+template <class C>
+bool is_live(const NormBlock& block, int64_t c) {
+  return !block.live || number<C>(block.live, c) != 0;  // all bits set are a NaN
+}
+
+// The numbers of a vector of channels; all lanes the same for planes.
+template <class C>
+struct Coefficients {
+  Vector<C> centre, a, b, c;
+
+  template <int kUsed, class Part>
+  static EBDIFF_HD Coefficients of(const NormBlock& block, int64_t i, Part part) {
+    const auto in = [&](const void* list) { return load(static_cast<const C*>(list) + i, part); };
+    Coefficients found = {in(block.centre), {}, {}, {}};
+    if constexpr (kUsed > 1) found.a = in(block.a), found.b = in(block.b);
+    if constexpr (kUsed > 3) found.c = in(block.c);
+    return found;
+  }
+  template <int kUsed>
+  static EBDIFF_HD Coefficients of(const NormBlock& block, int64_t i) {
+    const auto in = [&](const void* list) { return all(number<C>(list, i)); };
+    Coefficients found = {in(block.centre), {}, {}, {}};
+    if constexpr (kUsed > 1) found.a = in(block.a), found.b = in(block.b);
+    if constexpr (kUsed > 3) found.c = in(block.c);
+    return found;
+  }
+};
+
+template <class C, class Part>
+EBDIFF_HD Bits<C> live_lanes(const NormBlock& block, int64_t i, Part part) {
+  if (!block.live) return ~Bits<C>{};
+  return bits_as<Bits<C>>(load(static_cast<const C*>(block.live) + i, part));
+}
+
+template <class V, class B>
+EBDIFF_HD V masked(V v, B live) {
+  return bits_as<V>(bits_as<B>(v) & live);
+}
+
+// 1 / (1 + e^-z) as a quotient, and z no further below 0 than where SiLU is as good as 0. NaN stays NaN.
+template <class C>
+struct Sigmoid {
+  Vector<C> z, above, below, sum;
+
+  explicit EBDIFF_HD Sigmoid(Vector<C> given) {
+    z = larger(all(C(-80)), given);
+    const ExpMinus<C> power(smaller(all(C(80)), z));
+    above = power.above;
+    below = power.below;
+    sum = above + below;
+  }
+};
+
+template <bool Silu, class C>
+EBDIFF_HD Vector<C> value(Vector<C> z) {
+  if constexpr (!Silu) return z;
+  const Sigmoid<C> sigmoid(z);
+  return sigmoid.z * sigmoid.above / sigmoid.sum;
+}
+
+template <bool Silu, class C>
+EBDIFF_HD Vector<C> slope(Vector<C> z) {
+  if constexpr (!Silu) return all(C(1));
+  const Sigmoid<C> sigmoid(z);
+  const Vector<C> inverse = C(1) / sigmoid.sum, value = sigmoid.above * inverse;
+  return value * (sigmoid.z * (sigmoid.below * inverse) + C(1));
+}
+
+// Planes -------------------------------------------------------------------------------------------------------------
+
+template <class T, bool Squares>
+void plane_sums(const NormBlock& block, const void* x, double* out) {
+  using C = compute_t<T>;
+  constexpr int kCount = 64;
+  Total<C, kCount> total;
+  int64_t filled = 0;
+  for (int64_t c = 0; c < block.channels; ++c) {
+    if (!is_live<C>(block, c)) continue;
+    const T* row = static_cast<const T*>(x) + c * block.pitch;
+    const Vector<C> centre = Squares ? all(number<C>(block.centre, c)) : Vector<C>{};
+    for (int64_t start = 0; start < block.positions; start += kRun) {
+      const int64_t n = block.positions - start < kRun ? block.positions - start : kRun;
+      each_of<C, kCount>(n, [&](int64_t i, int k, auto part) {
+        const Vector<C> value = only(load(row + start + i, part) - centre, part);
+        total.parts[k] += Squares ? value * value : value;
+      });
+      filled += n;
+      if (filled >= kRun) {
+        out[0] += total.value();
+        total = {};
+        filled = 0;
+      }
+    }
+  }
+  out[0] += total.value();
+}
+
+template <class T, bool Silu>
+void plane_apply(const NormBlock& block, const void* x, void* y) {
+  using C = compute_t<T>;
+  for (int64_t c = 0; c < block.channels; ++c) {
+    const T* row = static_cast<const T*>(x) + c * block.pitch;
+    T* to = static_cast<T*>(y) + c * block.pitch;
+    if (!is_live<C>(block, c)) {
+      __builtin_memset(to, 0, block.positions * sizeof(T));
+      continue;
+    }
+    const auto k = Coefficients<C>::template of<3>(block, c);
+    each_vector<C>(block.positions, [&](int64_t i, auto part) {
+      store(to + i, value<Silu, C>((load(row + i, part) - k.centre) * k.a + k.b), part);
+    });
+  }
+}
+
+template <class T, bool Silu>
+void plane_gradient(const NormBlock& block, const void* x, const void* dy, void* dz, int64_t dz_pitch, double* sum_dz,
+                    double* sum_dz_x) {
+  using C = compute_t<T>;
+  constexpr int kCount = 16;
+  for (int64_t c = 0; c < block.channels; ++c) {
+    if (!is_live<C>(block, c)) continue;
+    const T* row = static_cast<const T*>(x) + c * block.pitch;
+    const T* gradient = static_cast<const T*>(dy) + c * block.pitch;
+    C* to = dz ? static_cast<C*>(dz) + c * dz_pitch : nullptr;
+    const auto at = Coefficients<C>::template of<3>(block, c);
+    for (int64_t start = 0; start < block.positions; start += kRun) {
+      const int64_t n = block.positions - start < kRun ? block.positions - start : kRun;
+      Total<C, kCount> total, total_x;
+      each_of<C, kCount>(n, [&](int64_t i, int k, auto part) {
+        const Vector<C> centred = load(row + start + i, part) - at.centre;
+        const Vector<C> product = load(gradient + start + i, part) * slope<Silu, C>(centred * at.a + at.b);
+        if (to) store(to + start + i, product, part);
+        const Vector<C> counted = only(product, part);
+        total.parts[k] += counted;
+        total_x.parts[k] += counted * centred;
+      });
+      sum_dz[c] += total.value();
+      sum_dz_x[c] += total_x.value();
+    }
+  }
+}
+
+template <class T, bool Silu>
+void plane_spread(const NormBlock& block, const void* x, const void* dz, int64_t dz_pitch, void* dx, double* sum) {
+  using C = compute_t<T>;
+  using Dz = typename Either<Silu, C, T>::type;
+  constexpr int kCount = 16;
+  for (int64_t c = 0; c < block.channels; ++c) {
+    T* to = static_cast<T*>(dx) + c * block.pitch;
+    if (!is_live<C>(block, c)) {
+      __builtin_memset(to, 0, block.positions * sizeof(T));
+      continue;
+    }
+    const T* row = static_cast<const T*>(x) + c * block.pitch;
+    const Dz* from = static_cast<const Dz*>(dz) + c * dz_pitch;
+    const auto at = Coefficients<C>::template of<4>(block, c);
+    for (int64_t start = 0; start < block.positions; start += kRun) {
+      const int64_t n = block.positions - start < kRun ? block.positions - start : kRun;
+      Total<C, kCount> total;
+      each_of<C, kCount>(n, [&](int64_t i, int k, auto part) {
+        const Vector<C> centred = load(row + start + i, part) - at.centre;
+        const Vector<C> found = load(from + start + i, part) * at.a - (centred * at.b + at.c);
+        store(to + start + i, found, part);
+        total.parts[k] += only(found, part);
+      });
+      if (sum) sum[c] += total.value();
+    }
+  }
+}
+
+// Rows ---------------------------------------------------------------------------------------------------------------
+
+// The sums of the channels of a tile, in float32 for a while.
+template <class C>
+struct ChannelSums {
+  alignas(64) C parts[kTile + 16] = {};
+
+  template <class Part>
+  EBDIFF_HD void add(int64_t c, Vector<C> v, Part) {  // lanes that are not there fall behind the last channel
+    store(parts + c, load(parts + c, Whole()) + v, Whole());
+  }
+  void move_to(double* to, int64_t channels) {
+    for (int64_t c = 0; c < channels; ++c) to[c] += double(parts[c]);
+    for (C& part : parts) part = 0;
+  }
+};
+
+// strip(first row, rows, channel, place in the tile, part): a few rows at a time, so that memory is read in few streams,
+// and of these a vector of channels at a time. flush(channel, channels) where sums are to leave float32.
+template <class C, class Strip, class Flush>
+EBDIFF_HD void each_strip(const NormBlock& block, const Strip& strip, const Flush& flush) {
+  for (int64_t first = 0; first < block.channels; first += kTile) {
+    const int64_t channels = block.channels - first < kTile ? block.channels - first : kTile;
+    for (int64_t row = 0; row < block.positions; row += kStrip) {
+      if (block.positions - row >= kStrip)
+        each_vector<C>(channels, [&](int64_t c, auto part) { strip(row, int64_t(kStrip), first + c, c, part); });
+      else
+        each_vector<C>(channels, [&](int64_t c, auto part) { strip(row, block.positions - row, first + c, c, part); });
+      if ((row + kStrip) % kRows == 0 || row + kStrip >= block.positions) flush(first, channels);
+    }
+  }
+}
+
+template <class T, bool Squares>
+void row_sums(const NormBlock& block, const void* x, double* out) {
+  using C = compute_t<T>;
+  ChannelSums<C> sums;
+  each_strip<C>(
+      block,
+      [&](int64_t row, int64_t rows, int64_t c, int64_t place, auto part) {
+        const T* at = static_cast<const T*>(x) + row * block.pitch + c;
+        const auto centre = Squares ? Coefficients<C>::template of<1>(block, c, part).centre : Vector<C>{};
+        Vector<C> total = {};
+        for (int64_t r = 0; r < rows; ++r, at += block.pitch) {
+          const Vector<C> value = load(at, part) - centre;
+          total += Squares ? value * value : value;
+        }
+        sums.add(place, masked(total, live_lanes<C>(block, c, part)), part);
+      },
+      [&](int64_t c, int64_t channels) { sums.move_to(out + c, channels); });
+}
+
+template <class T, bool Silu>
+void row_apply(const NormBlock& block, const void* x, void* y) {
+  using C = compute_t<T>;
+  each_strip<C>(
+      block,
+      [&](int64_t row, int64_t rows, int64_t c, int64_t, auto part) {
+        const T* at = static_cast<const T*>(x) + row * block.pitch + c;
+        T* to = static_cast<T*>(y) + row * block.pitch + c;
+        const auto k = Coefficients<C>::template of<3>(block, c, part);
+        const auto live = live_lanes<C>(block, c, part);
+        for (int64_t r = 0; r < rows; ++r, at += block.pitch, to += block.pitch)
+          store(to, masked(value<Silu, C>((load(at, part) - k.centre) * k.a + k.b), live), part);
+      },
+      [](int64_t, int64_t) {});
+}
+
+template <class T, bool Silu>
+void row_gradient(const NormBlock& block, const void* x, const void* dy, void* dz, int64_t dz_pitch, double* sum_dz,
+                  double* sum_dz_x) {
+  using C = compute_t<T>;
+  ChannelSums<C> sums, sums_x;
+  each_strip<C>(
+      block,
+      [&](int64_t row, int64_t rows, int64_t c, int64_t place, auto part) {
+        const T* at = static_cast<const T*>(x) + row * block.pitch + c;
+        const T* gradient = static_cast<const T*>(dy) + row * block.pitch + c;
+        C* to = dz ? static_cast<C*>(dz) + row * dz_pitch + c : nullptr;
+        const auto k = Coefficients<C>::template of<3>(block, c, part);
+        const auto live = live_lanes<C>(block, c, part);
+        Vector<C> total = {}, total_x = {};
+        for (int64_t r = 0; r < rows; ++r, at += block.pitch, gradient += block.pitch) {
+          const Vector<C> centred = load(at, part) - k.centre;
+          const Vector<C> product = load(gradient, part) * slope<Silu, C>(centred * k.a + k.b);
+          if (to) store(to + r * dz_pitch, product, part);
+          total += product;
+          total_x += product * centred;
+        }
+        sums.add(place, masked(total, live), part);
+        sums_x.add(place, masked(total_x, live), part);
+      },
+      [&](int64_t c, int64_t channels) {
+        sums.move_to(sum_dz + c, channels);
+        sums_x.move_to(sum_dz_x + c, channels);
+      });
+}
+
+template <class T, bool Silu>
+void row_spread(const NormBlock& block, const void* x, const void* dz, int64_t dz_pitch, void* dx, double* sum) {
+  using C = compute_t<T>;
+  using Dz = typename Either<Silu, C, T>::type;
+  ChannelSums<C> sums;
+  each_strip<C>(
+      block,
+      [&](int64_t row, int64_t rows, int64_t c, int64_t place, auto part) {
+        const T* at = static_cast<const T*>(x) + row * block.pitch + c;
+        const Dz* from = static_cast<const Dz*>(dz) + row * dz_pitch + c;
+        T* to = static_cast<T*>(dx) + row * block.pitch + c;
+        const auto k = Coefficients<C>::template of<4>(block, c, part);
+        const auto live = live_lanes<C>(block, c, part);
+        Vector<C> total = {};
+        for (int64_t r = 0; r < rows; ++r, at += block.pitch, from += dz_pitch, to += block.pitch) {
+          const Vector<C> centred = load(at, part) - k.centre;
+          const Vector<C> found = masked(load(from, part) * k.a - (centred * k.b + k.c), live);
+          store(to, found, part);
+          total += found;
+        }
+        if (sum) sums.add(place, total, part);
+      },
+      [&](int64_t c, int64_t channels) {
+        if (sum) sums.move_to(sum + c, channels);
+      });
+}
+
+#define EBDIFF_BY_DTYPE(f, flag) {f<float, flag>, f<double, flag>, f<bfloat16, flag>, f<float16, flag>}
+#define EBDIFF_BY_LAYOUT(planes, rows, flag) {EBDIFF_BY_DTYPE(planes, flag), EBDIFF_BY_DTYPE(rows, flag)}
+#define EBDIFF_BY_SILU(planes, rows) {EBDIFF_BY_LAYOUT(planes, rows, false), EBDIFF_BY_LAYOUT(planes, rows, true)}
+
+constexpr NormRows kNormRows = {
+    EBDIFF_BY_LAYOUT(plane_sums, row_sums, false),       EBDIFF_BY_LAYOUT(plane_sums, row_sums, true),
+    EBDIFF_BY_SILU(plane_apply, row_apply),              EBDIFF_BY_SILU(plane_gradient, row_gradient),
+    EBDIFF_BY_SILU(plane_spread, row_spread),
+};
+
+}  // namespace
+
+const NormRows& EBDIFF_ISA() { return kNormRows; }
+
+}  // namespace ebdiff
