@@ -118,7 +118,38 @@ class Inherited(Nested):
     pass
 
 
+def nonlinearity(x: Tensor) -> Tensor:
+    # swish
+    return x * torch.sigmoid(x)
+
+
+class Swish(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        """As torch's, before there was one."""
+        return F.sigmoid(x) * x
+
+
+class GroupNorm32(nn.GroupNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float()).type(x.dtype)
+
+
+class WrittenOut(Toy):
+    def forward(self, x: Tensor) -> Tensor:
+        return nonlinearity(self.norm(x))
+
+
+class WrittenOutAsModules(Toy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.act, self.norm = Swish(), GroupNorm32(3, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.norm(x))
+
+
 FUSED = {
+    WrittenOut: ["norm"], WrittenOutAsModules: ["norm"],
     Nested: ["norm"], Functional: ["norm"], InSteps: ["norm"], ScaleAndShift: ["norm"], ScaleInFront: ["norm"],
     TimeBias: ["norm"], InALoop: ["norm"], BothBranches: ["norm", "other"], OtherMethod: ["norm"],
     Decorated: ["norm"], Inherited: ["norm"],
@@ -147,6 +178,15 @@ class OtherActivation(Toy):
 class OtherFactor(Toy):
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.norm(x) * self.rows()[0])
+
+
+def almost(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.7 * x)
+
+
+class AlmostSiLU(Toy):
+    def forward(self, x: Tensor) -> Tensor:
+        return almost(self.norm(x))
 
 
 class ChangedInPlace(Toy):
@@ -205,7 +245,8 @@ class FromALoopBefore(Toy):
 
 LEFT = {
     UsedTwice: "used more than once", Returned: "returned", OtherActivation: "goes to self.gelu",
-    OtherFactor: "other than 1 + scale", ChangedInPlace: "in place", ChangedByAMethod: "in place",
+    AlmostSiLU: "goes to almost(...)", OtherFactor: "other than 1 + scale",
+    ChangedInPlace: "in place", ChangedByAMethod: "in place",
     ThroughAnother: "other than SiLU", OutOfAContext: "with statement", InAClosure: "nested",
     InAList: "", FromALoopBefore: "",
 }  # fmt: skip
@@ -362,6 +403,38 @@ def test_pairs_in_sequential() -> None:
     torch.testing.assert_close(model(x), expected)
     torch.testing.assert_close(model[:2](x), F.silu(norm(x)))
     torch.testing.assert_close(model[:1](x), norm(x))
+
+
+def test_the_residual_block_of_guided_diffusion() -> None:
+    """Norm and SiLU in Sequentials; scale and shift come in between, so one of them is taken apart."""
+
+    class Rows(nn.Sequential):
+        def forward(self, x: Tensor, rows: Tensor) -> Tensor:
+            for layer in self:
+                x = layer(x, rows) if isinstance(layer, Block) else layer(x)
+            return x
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before = nn.Sequential(GroupNorm32(2, 6), Swish(), nn.Conv2d(6, 6, 1))
+            self.after = nn.Sequential(GroupNorm32(3, 6), Swish(), nn.Conv2d(6, 6, 1))
+
+        def forward(self, x: Tensor, rows: Tensor) -> Tensor:
+            h = self.before[:-1](x)
+            h = self.before[-1](h)
+            norm, rest = self.after[0], self.after[1:]
+            scale, shift = rows.chunk(2, dim=1)
+            return x + rest(norm(h) * (1 + scale) + shift)
+
+    torch.manual_seed(0)
+    model = Rows(nn.Conv2d(6, 6, 1), Block())
+    x, rows = image(), torch.randn(2, 12, 1, 1)
+    expected = model(x, rows)
+    report = ebdiff.accelerate(model, verbose=False)
+    assert report.fused == {"1.before": ("0",)}
+    assert report.left == {"1.after.0": "Block.forward takes the Sequential apart behind it"}
+    torch.testing.assert_close(model(x, rows), expected)
 
 
 # What cannot be rewritten ---------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ call anew: hooks, other norms and activations, and shapes or dtypes that do not 
 
 from __future__ import annotations
 
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -16,10 +17,24 @@ from torch.nn.modules import module as globally
 from ...errors import EbdiffError
 from ...ops.group_norm_silu import group_norm_silu
 from ..group_norm import Settings, settings_of
+from .written_out import is_silu_written_out, is_widened_norm
 
-__all__ = ["activated", "is_silu", "norm_settings", "normalised", "run_in_order", "scaled", "shifted", "summed"]
+__all__ = [
+    "activated",
+    "is_silu",
+    "learn",
+    "norm_settings",
+    "normalised",
+    "run_in_order",
+    "scaled",
+    "shifted",
+    "summed",
+]
 
 _TENSORS = (Tensor, nn.Parameter, FakeTensor)
+# Found by `learn`: norms that compute in float32 and return the dtype of their input; whatever else is SiLU.
+widened: set[type] = set()
+written_out: set[Any] = set()
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -41,10 +56,7 @@ class Deferred:
 
     def takes(self, row: Any) -> bool:
         """Can the operator multiply by, or add, `row` in the dtype that the original would return?"""
-        dtype = self.x.dtype
-        if self.x.is_cuda and torch.is_autocast_enabled("cuda"):
-            dtype = torch.float32  # torch's group_norm returns that
-        return _is_row(row, self.x, dtype)
+        return _is_row(row, self.x, torch.float32 if _wants_float32(self.x) else self.x.dtype)
 
     def activated(self) -> Tensor:
         """All of it and SiLU, by the operator."""
@@ -83,6 +95,11 @@ class Deferred:
             )
 
 
+def _wants_float32(x: Tensor) -> bool:
+    """Does torch's group_norm return float32 whatever it is given?"""
+    return x.is_cuda and torch.is_autocast_enabled("cuda")
+
+
 def _version(x: Tensor) -> int | None:
     """How often x was written to; None where nobody counts."""
     return None if torch.compiler.is_compiling() or x.is_inference() else x._version
@@ -107,16 +124,28 @@ def _is_row(row: Any, x: Tensor, dtype: torch.dtype) -> bool:
 
 
 def norm_settings(module: Any) -> Settings | None:
-    """Those of a group normalisation without SiLU, subclasses that only construct it differently included."""
-    if type(module) is not nn.GroupNorm and isinstance(module, nn.GroupNorm):
-        plain = type(module).forward is nn.GroupNorm.forward and not hasattr(module, "parametrizations")
+    """Those of a group normalisation without SiLU, or of a subclass that does the same, if in float32."""
+    kind = type(module)
+    if kind is not nn.GroupNorm and isinstance(module, nn.GroupNorm):
+        plain = kind.forward is nn.GroupNorm.forward or kind in widened
+        plain = plain and not hasattr(module, "parametrizations")
         return Settings(module.weight, module.bias, module.num_groups, None, module.eps) if plain else None
     return settings_of(module)
 
 
 def is_silu(act: Any) -> bool:
-    """Is it torch's SiLU, as a module or as a function?"""
-    return act is nn.functional.silu or type(act) is nn.SiLU
+    """Is it SiLU, as a module or as a function?"""
+    kind = type(act)
+    known = act is nn.functional.silu or kind is nn.SiLU or kind in written_out
+    return known or (kind is FunctionType and act in written_out)
+
+
+def learn(module: Any) -> None:
+    """Look whether a module or function is written as one that these two take, so that no call has to."""
+    if isinstance(module, nn.GroupNorm) and type(module) not in widened and is_widened_norm(type(module)):
+        widened.add(type(module))
+    elif isinstance(module, nn.Module | FunctionType) and is_silu_written_out(module):
+        written_out.add(type(module) if isinstance(module, nn.Module) else module)
 
 
 def _is_bare(module: Any) -> bool:
@@ -147,7 +176,7 @@ def normalised(norm: Any, x: Any) -> Any:
     """norm(x), where nothing but scale, shift and an activation follows."""
     tensor, time_bias = (x.x, x.row) if isinstance(x, Sum) else (x, None)
     settings = norm_settings(norm) if isinstance(tensor, Tensor) and _is_bare(norm) else None
-    if settings is not None and _fits(tensor, settings):
+    if settings is not None and _fits(tensor, settings) and not (type(norm) in widened and _wants_float32(tensor)):
         return Deferred(norm, settings, tensor, time_bias)
     return norm(tensor if time_bias is None else tensor + time_bias)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -40,7 +42,7 @@ def _is_last(weight: Tensor) -> bool:
     return weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def _lay_out(weights: list[Tensor], order: torch.memory_format) -> None:
+def _lay_out(weights: Sequence[Tensor], order: torch.memory_format) -> None:
     for weight in weights:
         weight.data = weight.data.contiguous(memory_format=order)
         if weight.grad is not None:

@@ -8,11 +8,11 @@ from typing import Any
 from torch import nn
 
 from ...errors import EbdiffError
-from .deferred import norm_settings
+from .deferred import learn, norm_settings
 from .layout import contiguous_again, to_channels_last
 from .optimizer import exchange, put_back
 from .report import Report
-from .rewrite import plain_class, rewriting_of
+from .rewrite import Rewriting, cuts, plain_class, rewriting_of
 
 __all__ = ["accelerate", "fuse", "restore"]
 
@@ -64,6 +64,8 @@ def restore(model: nn.Module, optimizer: Any = None) -> None:
 
 def fuse(model: nn.Module) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
     """Give every module in which a norm goes to SiLU its fused class: ({module: norms}, {norm: why it is left})."""
+    for module in model.modules():
+        learn(module)
     names = {id(m): name for name, m in model.named_modules() if isinstance(m, nn.GroupNorm) or norm_settings(m)}
     fused: dict[str, tuple[str, ...]] = {}
     done: set[int] = set()
@@ -72,13 +74,26 @@ def fuse(model: nn.Module) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
         if norm_settings(module) or "forward" in vars(module) or hasattr(module, "parametrizations"):
             continue
         found = rewriting_of(module)
+        whole, apart = _in_one_piece(model, name, found)
         module.__class__ = found.kind
-        if found.fused:
-            fused[name] = found.fused
-            done |= {id(module.get_submodule(path)) for path in found.fused}
-        for path, why in found.left.items():
+        if whole:
+            fused[name] = whole
+            done |= {id(module.get_submodule(path)) for path in whole}
+        for path, why in {**found.left, **apart}.items():
             left.setdefault(id(module.get_submodule(path)), why)
     return fused, {name: _why(model, name, left.get(key)) for key, name in names.items() if key not in done}
+
+
+def _in_one_piece(model: nn.Module, name: str, found: Rewriting) -> tuple[tuple[str, ...], dict[str, str]]:
+    """What is fused, less the pairs of a Sequential that its parent takes apart; those, and by which method."""
+    parent, _, child = name.rpartition(".")
+    module = model.get_submodule(name)
+    if not child or not isinstance(module, nn.Sequential) or not found.fused:
+        return found.fused, {}
+    places = {path: list(module._modules).index(path) + 1 for path in found.fused if path in module._modules}
+    cut = cuts(model.get_submodule(parent), child)
+    apart = {path: f"{cut[n]} takes the Sequential apart behind it" for path, n in places.items() if n in cut}
+    return tuple(path for path in found.fused if path not in apart), apart
 
 
 def _why(model: nn.Module, name: str, found: str | None) -> str:

@@ -19,11 +19,11 @@ from typing import Any
 
 from torch import nn
 
-from .deferred import activated, is_silu, norm_settings, normalised, run_in_order, scaled, shifted, summed
+from .deferred import activated, is_silu, learn, norm_settings, normalised, run_in_order, scaled, shifted, summed
 from .flow import Flow, one_plus
 from .source import NotRewritable, innermost, read, remake
 
-__all__ = ["Rewriting", "plain_class", "rewriting_of"]
+__all__ = ["Rewriting", "cuts", "plain_class", "rewriting_of"]
 
 _PLAIN = "_ebdiff_plain"
 _HELPERS = (activated, normalised, scaled, shifted, summed)
@@ -87,6 +87,34 @@ def _of_sequential(module: nn.Module, kind: type) -> Rewriting:
     return Rewriting(_subclass(kind, (("forward", run_in_order),)) if fused else kind, tuple(fused), left)
 
 
+def cuts(parent: nn.Module, name: str) -> dict[int, str]:
+    """Where the methods of a module take its Sequential `name` apart: {n: method}, between modules n - 1 and n."""
+    sequential = parent._modules[name]
+    assert isinstance(sequential, nn.Sequential)
+    found: dict[int, str] = {}
+    for method_name, method in _methods(plain_class(type(parent))):
+        if name not in _mentioned(parent, method):
+            continue
+        with suppress(NotRewritable):
+            for node in ast.walk(read(innermost(method))):
+                for place in _cut_by(node, f"self.{name}", len(sequential)):
+                    found[place] = f"{plain_class(type(parent)).__name__}.{method_name}"
+    return found
+
+
+def _cut_by(node: ast.AST, text: str, length: int) -> Iterator[int]:
+    """self.layers[i], self.layers[i:j], for layer in self.layers."""
+    if isinstance(node, ast.For | ast.comprehension) and text in ast.unparse(node.iter):
+        yield from range(length)
+    elif isinstance(node, ast.Subscript) and ast.unparse(node.value) == text:
+        index = ast.unparse(node.slice)
+        with suppress(ValueError, SyntaxError):
+            if isinstance(node.slice, ast.Slice):
+                yield from (int(bound) % length for bound in index.split(":") if bound)
+            else:
+                yield from (int(index) % length, int(index) % length + 1)
+
+
 # A method, seen from an instance --------------------------------------------------------------------------------------
 
 
@@ -114,7 +142,9 @@ class _Reading:
         return {_path(s.node): s.escaped for s in self.flow.sites.values() if s.is_norm and s.escaped}
 
     def _is_activation(self, called: ast.expr) -> bool:
-        return is_silu(self._meant(called))
+        meant = self._meant(called)
+        learn(meant)
+        return is_silu(meant)
 
     def _meant(self, node: ast.expr) -> Any:
         """The module or function that an expression names, or None."""
