@@ -70,6 +70,8 @@ def test_what_else_is_refused() -> None:
     x, expanded = values([3, 4]), torch.ones(1, 4).expand(3, 4)
     with pytest.raises(EbdiffError, match="no two elements in the same place"):
         apply_mask_([x, expanded], ROWS)
+    with pytest.raises(EbdiffError, match="quint8"):
+        apply_mask_([torch.quantize_per_tensor(x, 0.1, 10, torch.quint8)], ROWS)
     with pytest.raises(EbdiffError, match="number of True"):
         ops.compact([x], [KEEP], [0], [0], [3])
     with pytest.raises(EbdiffError, match="small tensor 0"):
@@ -221,6 +223,18 @@ def test_who_listens_to_the_dispatcher_hears_every_operator() -> None:
         assert [part.shape for part in compact([fake], ROWS)] == [(2, 4)]
     with pytest.raises((RuntimeError, NotImplementedError)):
         torch.vmap(lambda part: apply_mask_([part], ROWS))(x.expand(2, 3, 4).clone())
+
+
+def test_what_is_made_where_nothing_is_real_is_not_remembered() -> None:
+    x = torch.ones(3, 4)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        made = Axes((KEEP,), (0,), (0,))
+        apply_mask_([mode.from_tensor(x)], made)
+    apply_mask_([x], made)
+    assert x.sum(1).tolist() == [4, 0, 4]
+    y = torch.ones(3, 4)
+    torch.func.grad(lambda v: (apply_mask_([y], Axes((KEEP,), (0,), (0,))), v.sum())[1])(torch.ones(2))
+    assert y.sum(1).tolist() == [4, 0, 4]
 
 
 # opcheck and torch.compile

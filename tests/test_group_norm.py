@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import permutations
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 from ebdiff import EbdiffError, RaggedGroupNorm
@@ -88,6 +90,22 @@ def test_removed_channels_are_zero_and_take_no_part() -> None:
     kept = groups >= 0
     expected = one_norm_per_group(x[:, kept], (2, 2), norm.weight[kept], norm.bias[kept], norm.eps)
     torch.testing.assert_close(y[:, kept], expected)
+
+
+def test_what_a_mask_removes_survives_casts_and_empty_memory() -> None:
+    """It is neither state nor to be cast with it: no buffer."""
+    norm = nn.GroupNorm(2, 6)
+    masked, x = MaskedGroupNorm(norm, torch.tensor([0, -1, 0, 1, -1, 1])), torch.randn(2, 6, 4)
+    expected, state = masked(x), copy.deepcopy(masked.state_dict())
+    assert list(state) == ["weight", "bias"]
+    moved = copy.deepcopy(masked).type(torch.float32).to("meta").to_empty(device="cpu")
+    moved.load_state_dict(state)
+    assert torch.equal(moved(x), expected)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        masked(mode.from_tensor(x))
+    assert torch.equal(masked(x), expected)
+    with pytest.raises(EbdiffError, match="rising"):
+        MaskedGroupNorm(norm, torch.tensor([1, 1, 1, 0, 0, 0]))
 
 
 @pytest.mark.parametrize(

@@ -345,6 +345,25 @@ def test_what_is_refused_later_changes_nothing() -> None:
     assert all(torch.equal(optimizer.state_dict()["state"][i]["step"], s["step"]) for i, s in state["state"].items())
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("wrong", ["freed", "another dtype"])
+def test_a_refused_step_is_not_half_done(wrong: str, groups: int) -> None:
+    """Parameters of two dtypes, or of two groups, are written in several calls: all are looked at before the first."""
+    wide, narrow = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(5, dtype=torch.bfloat16))
+    optimizer = AdamW([wide, narrow] if groups == 1 else [{"params": [wide]}, {"params": [narrow]}])
+    wide.grad = torch.ones(4)
+    if wrong == "freed":
+        narrow.grad = torch.ones(5, dtype=torch.bfloat16)
+        narrow.grad.untyped_storage().resize_(0)
+    else:
+        narrow.grad_dtype = None  # type: ignore[attr-defined]
+        narrow.grad = torch.ones(5)
+    with pytest.raises(EbdiffError, match=r"freed\?|grads"):
+        optimizer.step()
+    assert wide.tolist() == [1] * 4
+    assert all(not int(state["step"]) for state in optimizer.state.values())
+
+
 def test_the_front_door_leads_here() -> None:
     assert ebdiff.optim.AdamW is AdamW
     assert issubclass(AdamW, torch.optim.Optimizer)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from op_cases import needs_native, only, same_bytes, twins
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from toys import mlp
 
 import ebdiff
@@ -207,3 +208,16 @@ def test_a_mask_remembers_what_it_masks() -> None:
         mask.axes(names[k % len(names) :] * (k + 1))
     assert len(mask._axes) <= 8
     assert [part.tolist() for part in mask.axes(names).keep] == [part.tolist() for part in axes.keep]
+
+
+def test_fake_tensors_leave_nothing_behind() -> None:
+    model, plan, mask = traced()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        apply_mask_({name: mode.from_tensor(p) for name, p in named(model).items()}, plan, mask)
+    tensors = named(model)
+    apply_mask_(tensors, plan, mask)
+    assert all(
+        not tensors[name].index_select(d, (~keep).nonzero()[:, 0]).any()
+        for name in tensors
+        for d, keep in mask.kept(name).items()
+    )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EbdiffError
+from ..ops.dispatch import is_listened_to
 from ..ops.group_norm_silu import group_norm_silu
 
 __all__ = ["GroupNormSiLU", "MaskedGroupNorm", "RaggedGroupNorm", "Settings", "settings_of"]
@@ -63,13 +64,13 @@ class RaggedGroupNorm(nn.Module):
             )
         self.group_sizes = tuple(int(size) for size in group_sizes if size)
         self.num_channels = sum(self.group_sizes)
-        self.offsets = [0, *accumulate(self.group_sizes)]
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(self.num_channels, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(self.num_channels, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        return group_norm_silu(x, self.weight, self.bias, self.offsets, eps=self.eps, silu=False)
+        offsets = [0, *accumulate(self.group_sizes)]
+        return group_norm_silu(x, self.weight, self.bias, offsets, eps=self.eps, silu=False)
 
     def extra_repr(self) -> str:
         return f"{len(self.group_sizes)} groups over {self.num_channels} channels, eps={self.eps}"
@@ -81,19 +82,26 @@ class MaskedGroupNorm(nn.Module):
     Args:
         norm: the nn.GroupNorm or RaggedGroupNorm it stands in for; its weight and bias are taken over.
         groups: int64 [channels], the group of each channel, -1 where it is removed; those of kept channels do not fall.
+
+    Raises:
+        EbdiffError: groups of kept channels that fall.
     """
 
     def __init__(self, norm: Any, groups: Tensor) -> None:
         super().__init__()
         self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
-        self.keep: Tensor
+        kept = groups[groups >= 0]
+        if (kept.diff() < 0).any():
+            raise EbdiffError("groups", expected="rising ones", got=str(kept.tolist()), remedy="sort the channels")
         belongs = groups.cummax(0).values.clamp(min=0)  # a removed channel goes with those before it
-        sizes = torch.bincount(belongs, minlength=1)
-        self.offsets = [0, *accumulate(sizes[sizes > 0].tolist())]
-        self.register_buffer("keep", (groups >= 0).to(norm.weight.device), persistent=False)
+        self.offsets = [0, *accumulate(torch.bincount(belongs).tolist())]
+        self.keep = groups >= 0  # no buffer: it is neither state, nor to be cast with the rest
 
     def forward(self, x: Tensor) -> Tensor:
-        return group_norm_silu(x, self.weight, self.bias, self.offsets, keep=self.keep, eps=self.eps, silu=False)
+        if self.keep.device != x.device and not is_listened_to():
+            self.keep = self.keep.to(x.device)  # for the next call too
+        keep = self.keep.to(x.device)
+        return group_norm_silu(x, self.weight, self.bias, self.offsets, keep=keep, eps=self.eps, silu=False)
 
 
 class Settings(NamedTuple):
@@ -110,7 +118,8 @@ def settings_of(norm: nn.Module) -> Settings | None:
     """Those of an nn.GroupNorm or of a layer of this module that applies no SiLU; None of anything else."""
     if type(norm) is nn.GroupNorm:
         return Settings(norm.weight, norm.bias, norm.num_groups, None, norm.eps)
-    if isinstance(norm, RaggedGroupNorm | MaskedGroupNorm):
-        keep: Any = getattr(norm, "keep", None)
-        return Settings(norm.weight, norm.bias, norm.offsets, keep, norm.eps)
+    if type(norm) is RaggedGroupNorm:
+        return Settings(norm.weight, norm.bias, [0, *accumulate(norm.group_sizes)], None, norm.eps)
+    if type(norm) is MaskedGroupNorm:
+        return Settings(norm.weight, norm.bias, norm.offsets, norm.keep.to(norm.weight.device), norm.eps)
     return None

@@ -9,13 +9,13 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from .channel_mask_checks import check_adamw, check_axes, check_devices, refuse_shared
+from .channel_mask_checks import check_adamw, check_axes, check_devices, refuse_freed, refuse_shared
 from .channel_mask_reference import Lists, by_owner
 from .library import define
 from .mask_axes import Axes
 from .serve import is_plain, reference_of, run, written
 
-__all__ = ["masked_adamw_"]
+__all__ = ["check_update", "masked_adamw_"]
 
 
 @torch.no_grad()
@@ -60,7 +60,7 @@ def masked_adamw_(
         return
     lists = Lists(params, grads, exp_avg, exp_avg_sq, ema)
     numbers = (lr, beta1, beta2, eps, weight_decay, step, ema_decay)
-    if is_plain(*lists):
+    if is_plain(*lists, masks=axes.keep):
         _masked_adamw(lists, axes, *numbers, maximize)
     else:
         _masked_adamw_op(*lists, *axes.triples, *numbers, maximize)
@@ -112,10 +112,26 @@ def _masked_adamw(
     if len({parameter.dtype for parameter in params}) == 1:
         serve("masked_adamw_", params[0], lists, axes, numbers, maximize)
     else:
-        refuse_shared(list(chain.from_iterable(lists.written)), read=lists.grads)  # before the first is written
+        for tensors in lists:  # before the first is written
+            refuse_freed(tensors)
+        refuse_shared(list(chain.from_iterable(lists.written)), read=lists.grads)
         for part, part_axes in _by_dtype(lists, axes):
             serve("masked_adamw_", params[0], part, part_axes, numbers, maximize)
     written(*lists.written)
+
+
+def check_update(lists: Lists, axes: Axes, step: int, betas: tuple[float, float]) -> None:
+    """Refuse what `masked_adamw_` refuses, but for memory that is shared: for whoever updates in several calls.
+
+    Raises:
+        EbdiffError: as `masked_adamw_`.
+    """
+    if not is_plain(*lists, masks=axes.keep):
+        return
+    check_axes(lists.params, axes, written=True)
+    check_adamw(lists, step, betas)
+    for tensors in lists:
+        refuse_freed(tensors)
 
 
 def _laid_out(
@@ -131,14 +147,18 @@ def _laid_out(
 
 
 def _by_dtype(lists: Lists, axes: Axes) -> Iterator[tuple[Lists, Axes]]:
-    """The tensors of each dtype, and their masks."""
-    places: dict[torch.dtype, list[int]] = {}
-    for i, parameter in enumerate(lists.params):
-        places.setdefault(parameter.dtype, []).append(i)
-    masks = by_owner(axes)
-    for chosen in places.values():
-        part = Lists(*([tensors[i] for i in chosen] if tensors else [] for tensors in lists))
-        yield part, Axes.of(masks.get(i, {}) for i in chosen)
+    """The tensors of each dtype, and their masks, which `axes` remembers."""
+    dtypes = [parameter.dtype for parameter in lists.params]
+    parts = axes.known("by dtype", dtypes)
+    if parts is None:
+        places: dict[torch.dtype, list[int]] = {}
+        for i, dtype in enumerate(dtypes):
+            places.setdefault(dtype, []).append(i)
+        masks = by_owner(axes)
+        parts = [(chosen, Axes.of(masks.get(i, {}) for i in chosen)) for chosen in places.values()]
+        axes.remember("by dtype", dtypes, parts)
+    for chosen, part_axes in parts:
+        yield Lists(*([tensors[i] for i in chosen] if tensors else [] for tensors in lists)), part_axes
 
 
 def _adamw_numbers(

@@ -43,7 +43,7 @@ def apply_mask_(tensors: Sequence[Tensor], axes: Axes) -> None:
     Raises:
         EbdiffError: a mask that fits no tensor, tensors on several devices, sparse tensors. Nothing was changed then.
     """
-    if axes.keep and is_plain(tensors):
+    if axes.keep and is_plain(tensors, masks=axes.keep):
         _apply_mask(tensors, axes)
     elif axes.keep:
         _apply_mask_op(tensors, *axes.triples)
@@ -64,7 +64,7 @@ def compact(tensors: Sequence[Tensor], axes: Axes) -> list[Tensor]:
     """
     if not tensors:
         return []
-    if is_plain(tensors):
+    if is_plain(tensors, masks=axes.keep):
         return _compact(tensors, axes)[1]
     arenas = _compact_op(tensors, *axes.triples, axes.kept)
     shapes = reference.kept_shapes(tensors, axes.owner, axes.dims, axes.kept)
@@ -87,7 +87,7 @@ def scatter_back(
         EbdiffError: small tensors of other shapes or dtypes than the kept slices of `like`.
     """
     dense = zeros_like(like, [tensor.shape for tensor in like]) if into is None else list(into)
-    if dense and is_plain(dense, small):
+    if dense and is_plain(dense, small, masks=axes.keep):
         _scatter_back(dense, small, axes)
     elif dense:
         _scatter_back_op(dense, small, *axes.triples)

@@ -25,6 +25,7 @@ __all__ = [
 ]
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_LOWEST = 1 << 32
 _HOW = "see the docstrings of ebdiff.ops.channel_mask"
 
 
@@ -42,17 +43,18 @@ def check_axes(tensors: Sequence[Tensor], axes: Axes, *, written: bool = False) 
     _check_places(tensors, axes.owner, axes.dims)
     for kept, i, dim in zip(*axes.triples, strict=True):
         size = (shapes[i][dim],)
-        if kept.dtype != torch.bool or kept.shape != size or kept.device.type != "cpu":
+        if kept.dtype != torch.bool or kept.shape != size or kept.device.type != "cpu" or not kept.is_contiguous():
             got = f"{kept.dtype} {list(kept.shape)} on {kept.device}"
-            _refuse(f"the mask of tensor {i}, dimension {dim}", f"bool {list(size)} on the CPU", got)
+            _refuse(f"the mask of tensor {i}, dimension {dim}", f"contiguous bool {list(size)} on the CPU", got)
     axes.remember("fits", shapes, True)
 
 
 def _check_plain(tensors: Sequence[Tensor], device: torch.device) -> None:
-    if {t.device for t in tensors} <= {device} and {t.layout for t in tensors} <= {torch.strided}:
+    alike = {t.device for t in tensors} <= {device} and {t.layout for t in tensors} <= {torch.strided}
+    if alike and True not in (t.is_quantized for t in tensors):
         return
-    i = next(i for i, t in enumerate(tensors) if t.device != device or t.layout is not torch.strided)
-    got = f"number {i} on {tensors[i].device}, {tensors[i].layout}"
+    i = next(i for i, t in enumerate(tensors) if t.device != device or t.layout is not torch.strided or t.is_quantized)
+    got = f"number {i} on {tensors[i].device}, {tensors[i].layout}, {tensors[i].dtype}"
     _refuse("tensors", f"strided tensors on one device ({device})", got)
 
 
@@ -168,7 +170,12 @@ def refuse_shared(written: Sequence[Tensor], read: Sequence[Tensor] = ()) -> Non
 
 
 def refuse_freed(tensors: Sequence[Tensor]) -> None:
-    """Refuse tensors that reach past the end of their storage, as after ``untyped_storage().resize_(0)``."""
+    """Refuse tensors that reach past the end of their storage, as after ``untyped_storage().resize_(0)``.
+
+    Addresses tell: below `_LOWEST` they are offsets into memory that is gone, or empty tensors'.
+    """
+    if not tensors or min(map(Tensor.data_ptr, tensors)) >= _LOWEST:
+        return
     for i, tensor in enumerate(tensors):
         start = tensor.data_ptr() - tensor.storage_offset() * tensor.itemsize
         reach = _span(tensor)[1] - start

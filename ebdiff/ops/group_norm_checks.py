@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from operator import index
 
 import torch
 from torch import Tensor
@@ -19,12 +20,16 @@ _HOW = "see ebdiff.ops.group_norm_silu.group_norm_silu"
 
 def offsets_of(groups: int | Sequence[int], x: Tensor) -> list[int]:
     """Where the groups begin, and C."""
-    if not isinstance(groups, int):
-        return list(groups)
     channels = x.shape[1] if x.dim() > 1 else 0
-    if groups < 1 or channels % groups:
-        raise EbdiffError("groups", expected=f"a divisor of {channels} channels", got=str(groups), remedy=_HOW)
-    return [i * channels // groups for i in range(groups + 1)]
+    try:
+        if isinstance(groups, Iterable):
+            return [index(start) for start in groups]
+        count = index(groups)
+    except TypeError:
+        count = 0
+    if count < 1 or channels % count:
+        _refuse("groups", f"a divisor of {channels} channels, or where each begins", str(groups))
+    return [i * channels // count for i in range(count + 1)]
 
 
 def check_norm(x: Tensor, norm: Norm) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+
+from .dispatch import is_listened_to
 
 __all__ = ["Gradients", "Norm", "backward", "forward", "group_norm_silu"]
 
@@ -119,7 +122,7 @@ def _statistics(wide: Tensor, norm: Norm, spatial: list[int]) -> tuple[Tensor, T
 def _parts(wide: Tensor, norm: Norm, mean: Tensor, rstd: Tensor, spatial: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     """(x - mean) * rstd; z, what SiLU is applied to; and y."""
     weight, bias, one_plus = _affine(norm, wide)
-    normalised = (wide - _spread(mean, norm, spatial)) * _spread(rstd, norm, spatial)
+    normalised = _kept((wide - _spread(mean, norm, spatial)) * _spread(rstd, norm, spatial), norm, spatial)
     offset = bias * one_plus if norm.shift is None else bias * one_plus + norm.shift.to(wide.dtype)
     z = normalised * _per_channel(weight * one_plus, spatial) + _per_channel(offset, spatial)
     return normalised, z, _kept(torch.nn.functional.silu(z) if norm.silu else z, norm, spatial)
@@ -129,13 +132,23 @@ def _affine(norm: Norm, wide: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """weight and bias, [C]; 1 + scale, [N, C] or [1, C]."""
     weight = wide.new_ones(wide.shape[1]) if norm.weight is None else norm.weight.to(wide.dtype)
     bias = wide.new_zeros(wide.shape[1]) if norm.bias is None else norm.bias.to(wide.dtype)
-    return weight, bias, wide.new_ones(1, wide.shape[1]) if norm.scale is None else 1 + norm.scale.to(wide.dtype)
+    one_plus = wide.new_ones(1, wide.shape[1]) if norm.scale is None else 1 + norm.scale.to(wide.dtype)
+    if norm.keep is not None:  # whatever removed ones hold
+        weight, bias, one_plus = (torch.where(norm.keep, value, 0) for value in (weight, bias, one_plus))
+    return weight, bias, one_plus
 
 
 def _group_of(norm: Norm, device: torch.device) -> Tensor:
     """int64 [C]: the group of each channel."""
-    sizes = torch.tensor(norm.offsets, device=device).diff()
-    return torch.repeat_interleave(sizes, output_size=norm.offsets[-1])
+    if is_listened_to():
+        return _made_group_of.__wrapped__(norm.offsets, device)  # may not be real, so it is not to be kept
+    return _made_group_of(norm.offsets, device)
+
+
+@lru_cache(maxsize=256)
+def _made_group_of(offsets: tuple[int, ...], device: torch.device) -> Tensor:
+    sizes = torch.tensor(offsets, device=device).diff()
+    return torch.repeat_interleave(sizes, output_size=offsets[-1])
 
 
 def _over_groups(sums: Tensor, norm: Norm, wide: Tensor) -> Tensor:

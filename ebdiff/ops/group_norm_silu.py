@@ -47,7 +47,7 @@ def group_norm_silu(
 
     Args:
         x: [N, C, *], 2 to 5 dimensions, floating, in any memory format.
-        weight, bias: [C], or None for 1 and 0; in x's dtype or float32.
+        weight, bias: [C], or None for 1 and 0. These and all others are floating; kernels take x's dtype and float32.
         groups: their number, which divides C; or where each begins, from 0, and C: [G + 1], for groups of any size.
         keep: bool [C] on x's device, True = KEPT. Removed channels are left out of the statistics and become zero,
             whatever they hold: the norm of the smaller network.
@@ -78,7 +78,7 @@ class _GroupNormSiLU(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        norm = Norm(*inputs[1:])
+        norm = _norm(inputs[1:])
         ctx.save_for_backward(inputs[0], *output[1:], *norm[:6])
         ctx.rest = norm[6:]
         ctx.mark_non_differentiable(*output[1:])
@@ -88,7 +88,7 @@ class _GroupNormSiLU(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         dy = gradients[0]
         x, mean, rstd, *tensors = ctx.saved_tensors
-        norm = Norm(*tensors, *ctx.rest)
+        norm = _norm((*tensors, *ctx.rest))
         if dy is None:
             return (None,) * 10
         needs = ctx.needs_input_grad[:6]
@@ -99,6 +99,7 @@ class _GroupNormSiLU(torch.autograd.Function):
 
 
 def _differentiable(dy: Tensor, x: Tensor, norm: Norm, needs: Sequence[bool]) -> reference.Gradients:
+    fallbacks["second derivative"] += 1
     inputs = [tensor for tensor, need in zip((x, *norm.tensors), needs, strict=True) if need and tensor is not None]
     y = reference.group_norm_silu(x, norm)
     found = iter(torch.autograd.grad(y, inputs, dy, create_graph=True))
@@ -162,15 +163,23 @@ def _forward_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _backward_fake(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, *arguments: Any) -> list[Tensor]:
+    check_gradient(dy, x, mean, rstd, _norm(arguments))
     tensors, needs = (x, *arguments[:5]), arguments[9]
-    return [torch.empty_like(tensor) for tensor, need in zip(tensors, needs, strict=True) if need]
+    return [
+        torch.empty_like(tensor) for tensor, need in zip(tensors, needs, strict=True) if need and tensor is not None
+    ]
 
 
 def _autograd(x: Tensor, *arguments: Any) -> Tensor:
-    """Under torch.func the specification serves: its transforms go through that to any order, and through no kernel."""
+    """Under torch.func's derivatives the specification serves: to any order they go through it, but through no kernel.
+
+    Plain torch.vmap calls the operator in a loop.
+    """
     if torch._C._functorch.peek_interpreter_stack() is not None:
+        norm = _norm(arguments)
+        check_norm(x, norm)
         fallbacks["torch.func"] += 1
-        return reference.group_norm_silu(x, _norm(arguments))
+        return reference.group_norm_silu(x, norm)
     result: Tensor = _GroupNormSiLU.apply(x, *arguments)[0]  # type: ignore[no-untyped-call]
     return result
 
@@ -178,9 +187,13 @@ def _autograd(x: Tensor, *arguments: Any) -> Tensor:
 def _autocast(x: Tensor, *arguments: Any) -> Tensor:
     """As torch's group_norm, which computes and returns float32 under autocast on CUDA."""
     with torch.autocast(x.device.type, enabled=False):
-        wide = [a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in (x, *arguments)]
-        result: Tensor = _op(*wide)
+        result: Tensor = _op(*map(_widened, (x, *arguments)))
     return result
+
+
+def _widened(argument: Any) -> Any:
+    is_narrow = isinstance(argument, Tensor) and argument.dtype in (torch.float16, torch.bfloat16)
+    return argument.float() if is_narrow else argument
 
 
 _ARGUMENTS = (
@@ -188,12 +201,16 @@ _ARGUMENTS = (
     "int[] offsets, float eps, bool silu"
 )
 _forward_op = define(
-    f"group_norm_silu_forward(Tensor x, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", _forward_impl, _forward_fake
+    f"group_norm_silu_forward(Tensor x, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+    _forward_impl,
+    _forward_fake,
+    anywhere=True,
 )
 _backward_op = define(
     f"group_norm_silu_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, {_ARGUMENTS}, bool[] needs) -> Tensor[]",
     _backward_impl,
     _backward_fake,
+    anywhere=True,
 )
 _op = define(
     f"group_norm_silu(Tensor x, {_ARGUMENTS}) -> Tensor",
@@ -201,4 +218,5 @@ _op = define(
     lambda x, *arguments: _forward_fake(x, *arguments)[0],
     autograd=_autograd,
     autocast={"CUDA": _autocast},
+    anywhere=True,
 )

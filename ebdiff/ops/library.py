@@ -18,22 +18,24 @@ def define(
     fake: Callable[..., Any],
     autograd: Callable[..., Any] | None = None,
     autocast: Mapping[str, Callable[..., Any]] | None = None,
+    *,
+    anywhere: bool = False,
 ) -> Any:
-    """Register ``torch.ops.ebdiff.<name>`` for the CPU and for CUDA and return it.
+    """Register ``torch.ops.ebdiff.<name>`` and return it.
 
     Below `torch.library.custom_op`, which costs twice as much per call (7 against 14 microseconds).
 
     Args:
         schema: "name(Tensor x) -> Tensor"; arguments that are written to carry (a!).
-        implementation: called with real tensors of one device.
+        implementation: called with real tensors of one device: the CPU or a GPU, or with `anywhere` any other.
         fake: called with fake tensors; makes the outputs' shapes and dtypes.
         autograd: called first, where a gradient may be asked for.
         autocast: {"CPU" or "CUDA": called first under autocast there}.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
-    for device in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, torch.no_grad()(implementation), device)  # else a write to a leaf could fail half-way
+    for key in ("CompositeExplicitAutograd",) if anywhere else ("CPU", "CUDA"):
+        _LIBRARY.impl(name, torch.no_grad()(implementation), key)  # else a write to a leaf could fail half-way
     if autograd is not None:
         _LIBRARY.impl(name, autograd, "Autograd")
     for device, function in (autocast or {}).items():

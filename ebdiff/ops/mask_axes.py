@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .dispatch import is_listened_to
+
 __all__ = ["Axes"]
 
 
@@ -16,7 +18,8 @@ __all__ = ["Axes"]
 class Axes:
     """The masked axes of a list of tensors, as triples; True = KEPT.
 
-    The masks are copied, so what has been found out about them holds for the next call with the same `Axes` too.
+    The masks are copied, so what has been found out about them holds for the next call with the same `Axes` too; but
+    not under torch.compile and the like.
 
     Args:
         keep: bool [size of the dimension], on the CPU.
@@ -28,12 +31,14 @@ class Axes:
     owner: tuple[int, ...] = ()
     dims: tuple[int, ...] = ()
     _kept: list[int] | None = field(default=None, init=False, repr=False, compare=False)
+    _is_own: bool = field(default=False, init=False, repr=False, compare=False)
     _found: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not torch.compiler.is_compiling():
+        if not is_listened_to() and all(type(keep) is Tensor for keep in self.keep):
             copies = {id(keep): keep.detach().clone(memory_format=torch.contiguous_format) for keep in self.keep}
             object.__setattr__(self, "keep", tuple(copies[id(keep)] for keep in self.keep))
+            object.__setattr__(self, "_is_own", True)
 
     @classmethod
     def of(cls, kept: Iterable[Mapping[int, Tensor]]) -> Axes:
@@ -64,4 +69,5 @@ class Axes:
 
     def remember(self, what: str, of: Any, value: Any) -> None:
         """Keep a value for `known`, in the place of the last one."""
-        self._found[what] = (of, value)
+        if self._is_own:
+            self._found[what] = (of, value)

@@ -30,7 +30,6 @@ KINDS: dict[str, int] = {"square": 0, "absolute": 1, "product": 2, "absolute pro
 NUMBERS = ("one_minus_beta1", "beta2", "one_minus_beta2", "decay", "inverse_bias2", "eps", "step_size", "one_minus_ema")
 _LOG2 = {1: 0, 2: 1, 4: 2, 8: 3, 16: 4}
 _MOST_DIMS = 8
-_LOWEST = 1 << 32  # below, an address is an offset into memory that is gone, or an empty tensor's
 
 
 class NotTaken(Exception):
@@ -164,10 +163,8 @@ def addresses(tensors: Sequence[Tensor]) -> list[int]:
     Raises:
         EbdiffError: memory that was freed behind a tensor's back (``untyped_storage().resize_(0)``).
     """
-    found = [tensor.data_ptr() for tensor in tensors]
-    if found and min(found) < _LOWEST:
-        refuse_freed(tensors)
-    return found
+    refuse_freed(tensors)
+    return list(map(Tensor.data_ptr, tensors))
 
 
 def _log2(tensors: Sequence[Tensor]) -> list[int]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from . import channel_mask_reference as reference
 from . import native, native_cpu
 from .channel_mask_checks import refuse_shared
+from .dispatch import is_listened_to
 from .native_cpu import NotTaken
 
 __all__ = ["backend", "is_plain", "reference_of", "run", "written"]
@@ -20,18 +21,15 @@ __all__ = ["backend", "is_plain", "reference_of", "run", "written"]
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
 
 
-def is_plain(*lists: Sequence[Tensor]) -> bool:
+def is_plain(*lists: Sequence[Tensor], masks: Sequence[Tensor]) -> bool:
     """May an implementation be called without torch's dispatcher, which takes 2 ms for 1,000 arguments?
 
     Not where anyone listens there: torch.compile, modes, transforms, the profiler, subclasses, tensors on "meta".
     """
     return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._len_torch_function_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
+        not is_listened_to()
         and not torch._C._autograd._profiler_enabled()
-        and all(_PLAIN.issuperset(map(type, tensors)) for tensors in lists)
+        and all(_PLAIN.issuperset(map(type, tensors)) for tensors in (*lists, masks))
         and all(tensors[0].device.type in ("cpu", "cuda") for tensors in lists if tensors)
     )
 
@@ -40,9 +38,10 @@ def backend(tensor: Tensor) -> Any:
     """The module with the compiled implementations for a tensor's device; None without one."""
     if tensor.device.type == "cpu":
         return native_cpu if native.module() is not None else None
-    if native.has_cuda() and native.covers(*torch.cuda.get_device_capability(tensor.device)):
-        return import_module(".native_cuda", __package__)
-    return None
+    if tensor.device.type != "cuda" or not native.has_cuda():
+        return None
+    covered = native.covers(*torch.cuda.get_device_capability(tensor.device))
+    return import_module(".native_cuda", __package__) if covered else None
 
 
 def run(name: str, tensor: Tensor, *arguments: Any) -> Any:

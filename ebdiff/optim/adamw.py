@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EbdiffError
-from ..ops.channel_mask import masked_adamw_
+from ..ops.adamw import check_update, masked_adamw_
+from ..ops.channel_mask_reference import Lists
 from .average import Average, Decay, Named, shrink_tensors
 from .parts import MOMENTS, Part, Plan
 from .removed import Removed, kept_of, mask_of, named
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AdamW"]
 
-Lists: TypeAlias = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]  # params, grads, exp_avg, exp_avg_sq
+Found: TypeAlias = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]  # params, grads, exp_avg, exp_avg_sq
 
 # Keys of torch.optim.AdamW's groups that mean nothing here; carried so that it can load what is saved here.
 _TORCH = {"foreach": None, "capturable": False, "differentiable": False, "fused": None, "decoupled_weight_decay": True}
@@ -135,8 +136,11 @@ class AdamW(torch.optim.Optimizer):
         shadows = [] if average is None else average.shadows()
         updates = [update for group in range(len(self.param_groups)) for update in self._updates(group, shadows)]
         decay = 0.0 if average is None else average.decay_at(self._number([part for *_, part in updates]))
-        for group, lists, part in updates:
-            _update(group, lists, part, shadows, decay)
+        calls = [(group, _lists(found, part, shadows), part) for group, found, part in updates]
+        for group, lists, part in calls if len(calls) > 1 else ():  # all, before the first is written
+            check_update(lists, part.axes, part.step, (float(group["betas"][0]), float(group["betas"][1])))
+        for group, lists, part in calls:
+            _update(group, lists, part, decay)
         if self._mask is not None:
             self._mask_resting()
         if average is not None:
@@ -189,7 +193,7 @@ class AdamW(torch.optim.Optimizer):
         self._plans: dict[int, Plan] = {}
         self._removed = None
 
-    def _updates(self, number: int, shadows: list[Tensor]) -> list[tuple[dict[str, Any], Lists, Part]]:
+    def _updates(self, number: int, shadows: list[Tensor]) -> list[tuple[dict[str, Any], Found, Part]]:
         """Of a group: its settings, what its parameters with a gradient consist of, and the parts to update them in."""
         group = self.param_groups[number]
         trained = [p for p in group["params"] if p.grad is not None]
@@ -249,18 +253,16 @@ class AdamW(torch.optim.Optimizer):
         return [pair for group in self.param_groups for pair in named(group)]
 
 
-def _update(group: dict[str, Any], lists: Lists, part: Part, shadows: list[Tensor], decay: float) -> None:
-    params, grads, first, second = lists
-    if len(part.places) < len(params):
-        params, grads, first, second = ([tensors[i] for i in part.places] for tensors in lists)
-    averages = [shadows[place] for place in part.shadows]
+def _lists(found: Found, part: Part, shadows: list[Tensor]) -> Lists:
+    whole = len(part.places) == len(found[0])
+    params, grads, first, second = found if whole else ([tensors[i] for i in part.places] for tensors in found)
+    return Lists(params, grads, first, second, [shadows[place] for place in part.shadows])
+
+
+def _update(group: dict[str, Any], lists: Lists, part: Part, decay: float) -> None:
     beta1, beta2 = group["betas"]
     masked_adamw_(
-        params,
-        grads,
-        first,
-        second,
-        averages,
+        *lists,
         part.axes,
         lr=float(group["lr"]),
         beta1=float(beta1),

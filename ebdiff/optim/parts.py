@@ -21,7 +21,7 @@ State: TypeAlias = dict[str, Any]
 
 @dataclass(frozen=True)
 class Part:
-    """Parameters of one group, device and dtype that have taken as many steps: one call of the operator.
+    """Parameters of one group, on one device, that have taken as many steps: one call of the operator.
 
     Args:
         places: which of the group's parameters with a gradient.
@@ -59,7 +59,7 @@ class Plan:
         average: Average | None,
         removed: Removed,
     ) -> None:
-        alike: dict[tuple[torch.device, torch.dtype, float, bool], list[int]] = {}
+        alike: dict[tuple[torch.device, float, bool], list[int]] = {}
         follow = []
         for i, (parameter, state) in enumerate(zip(trained, states, strict=True)):
             _check(parameter, state)
@@ -69,9 +69,9 @@ class Plan:
                 shadows[place].data = _laid_out(shadows[place], parameter)
             for name in MOMENTS:
                 state[name] = _laid_out(state[name], parameter)
-            alike.setdefault((parameter.device, parameter.dtype, float(state["step"]), place is None), []).append(i)
+            alike.setdefault((parameter.device, float(state["step"]), place is None), []).append(i)
         self.parts = []
-        for (*_, taken, _), places in alike.items():
+        for (_, taken, _), places in alike.items():
             count = torch.full((len(places),), taken, dtype=torch.float32, device="cpu")
             for i, place in enumerate(places):
                 states[place]["step"] = count[i]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import EbdiffError
 from ..ops.channel_mask import mask_distance
+from ..ops.dispatch import is_listened_to
 from ..ops.mask_axes import Axes
 from .budget import Budget, widths_for
 from .plan import ChannelPlan, Norm
@@ -188,8 +189,8 @@ class ChannelMask:
             cut = [dim for dim, members in slices.items() if any(space.name in self._cut for space, _ in members)]
             kept = self.plan.kept(self.keep, parameter) if cut else {}
             made = {dim: kept[dim] for dim in cut}
-            if torch.compiler.is_compiling():
-                return made  # part of the graph
+            if is_listened_to():
+                return made  # part of a graph, or not real
             self._kept[parameter] = made
         return self._kept[parameter]
 
@@ -198,8 +199,8 @@ class ChannelMask:
 
         The same object at every call with the same names: what the operators find out about it, they remember.
         """
-        if torch.compiler.is_compiling():
-            return Axes.of(map(self.kept, parameters))  # part of the graph
+        if is_listened_to():
+            return Axes.of(map(self.kept, parameters))
         names = tuple(parameters)
         made = self._axes.pop(names, None) or Axes.of(map(self.kept, names))
         self._axes[names] = made  # the last used at the end

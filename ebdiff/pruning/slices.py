@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import EbdiffError
 from ..ops import channel_mask as ops
+from ..ops.mask_axes import Axes
 from .plan import ChannelPlan
 
 if TYPE_CHECKING:
@@ -41,7 +42,9 @@ def apply_mask_(tensors: Named, plan: ChannelPlan, mask: ChannelMask) -> None:
     chosen = [i for i, name in enumerate(names) if mask.kept(name)]
     for places in _by_device([values[i] for i in chosen]):
         here = [chosen[i] for i in places]
-        ops.apply_mask_([values[i] for i in here], mask.axes([names[i] for i in here]))
+        found = [names[i] for i in here]
+        axes = mask.axes(found) if len(found) > 1 else Axes.of(map(mask.kept, found))  # hooks: not worth remembering
+        ops.apply_mask_([values[i] for i in here], axes)
 
 
 def compact(tensors: Named, plan: ChannelPlan, mask: ChannelMask) -> list[Tensor]:
