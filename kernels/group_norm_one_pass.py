@@ -62,7 +62,9 @@ def forward_kernel(
     at = places(c, r, C, HW, LAST)
     if HOLD:
         x = tl.load(X + at, mask=there, other=0.0).to(tl.float32)
-        total = tl.where(used, x, 0.0)
+        if KEEP is not None:
+            x = tl.where(used, x, 0.0)
+        total = x
     else:
         total = tl.full([CB, RB], 0.0, tl.float32)
         for r0 in range(0, HW, RB):
@@ -83,8 +85,9 @@ def forward_kernel(
     rstd = 1.0 / tl.sqrt(over_groups(tl.sum(total, 1), member) / size + EPS)
     tl.store(MEAN + n * G + g, mean, mask=groups)
     tl.store(RSTD + n * G + g, rstd, mask=groups)
+    a = spread(rstd, member)  # before the loads below: a few registers less
     w, b = affine(n, c, live, WEIGHT, BIAS, SCALE, SHIFT, SCALE_ROW, SHIFT_ROW)
-    a = w * spread(rstd, member)
+    a *= w
     if HOLD:
         tl.store(Y + at, activate(d, a, b, used, KEEP, SILU).to(Y.dtype.element_ty), mask=there)
     else:
@@ -105,13 +108,13 @@ def backward_kernel(
 ):  # fmt: skip
     """dx, dscale, dshift, dtime, and for the weights the sums of dz and dz * n over positions, [N, C] each."""
     C, HW = c_units * C_UNIT, hw_units * HW_UNIT
-    n, c, live, mine, g, groups, member = slab(SLABS, GROUP_OF, KEEP, slabs, UNIT, CB, GB)
+    n, c, live, mine, _, _, member = slab(SLABS, GROUP_OF, KEEP, slabs, UNIT, CB, GB)
     X += n * C * HW
     DY += n * C * HW
     r = tl.arange(0, RB)
-    rstd = spread(tl.load(RSTD + n * G + g, mask=groups, other=0.0), member)
-    mean = spread(tl.load(MEAN + n * G + g, mask=groups, other=0.0), member)
-    mean -= per_channel(TIME, n * TIME_ROW + c, live, 0.0)
+    group = n * G + tl.load(GROUP_OF + c, mask=live, other=0)
+    rstd = tl.load(RSTD + group, mask=live, other=0.0)
+    mean = tl.load(MEAN + group, mask=live, other=0.0) - per_channel(TIME, n * TIME_ROW + c, live, 0.0)
     w, b = affine(n, c, live, WEIGHT, BIAS, SCALE, SHIFT, SCALE_ROW, SHIFT_ROW)
     a = w * rstd
     there, used = masks(live, mine, r, HW)
@@ -132,19 +135,18 @@ def backward_kernel(
             total_dz_d += dz * d
             if DTIME is not None:
                 total_d += d
-    sum_dz, sum_dz_n = tl.sum(total_dz, 1), tl.sum(total_dz_d, 1) * rstd
-    store_sums(n, c, live, C, sum_dz, sum_dz_n, WEIGHT, BIAS, DSCALE, DSHIFT, SUM_DZ, SUM_DZ_N)
+    sum_dz, sum_dz_d = tl.sum(total_dz, 1), tl.sum(total_dz_d, 1)
+    store_sums(n, c, live, C, sum_dz, sum_dz_d * rstd, WEIGHT, BIAS, DSCALE, DSHIFT, SUM_DZ, SUM_DZ_N)
     size = tl.maximum(over_groups(tl.full([CB], 1.0, tl.float32), member) * HW, 1.0)
-    mean_dz = spread(over_groups(w * sum_dz, member) / size, member)
-    mean_dz_n = spread(over_groups(w * sum_dz_n, member) / size, member)
+    level = spread(over_groups(a * sum_dz, member) / size, member)
+    slope = spread(over_groups(a * sum_dz_d, member) / size, member) * rstd * rstd
     if DTIME is not None:
-        dtime = a * sum_dz - rstd * (mean_dz * HW + rstd * mean_dz_n * tl.sum(total_d, 1))
-        dtime = tl.where(mine, dtime, 0.0)
+        dtime = tl.where(mine, a * sum_dz - level * HW - slope * tl.sum(total_d, 1), 0.0)
         tl.store(DTIME + n * C + c, dtime.to(DTIME.dtype.element_ty), mask=live)
     if DX is not None:
         DX += n * C * HW
         if HOLD:
-            dx = gradient_of_x(dz, d, a, rstd, mean_dz, mean_dz_n, used)
+            dx = gradient_of_x(dz, d, a, level, slope, used)
             tl.store(DX + at, dx.to(DX.dtype.element_ty), mask=there)
         else:
             for r0 in range(0, HW, RB):
@@ -152,5 +154,5 @@ def backward_kernel(
                 at = places(c, r0 + r, C, HW, LAST)
                 d = centred(X, at, there, used, mean)
                 dz = gradient_of_z(DY, at, there, used, d, a, b, KEEP, SILU)
-                dx = gradient_of_x(dz, d, a, rstd, mean_dz, mean_dz_n, used)
+                dx = gradient_of_x(dz, d, a, level, slope, used)
                 tl.store(DX + at, dx.to(DX.dtype.element_ty), mask=there)

@@ -6,6 +6,7 @@ The sizes of tiles and the numbers of warps are those that the compiler keeps in
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple, TypeAlias
@@ -13,11 +14,11 @@ from typing import NamedTuple, TypeAlias
 __all__ = ["OnePass", "Shape", "TwoPass", "plan_of", "power_of_two"]
 
 PROGRAMS = 2 * 132  # enough for every multiprocessor of an H100 or H200, twice
-_HELD = 64 << 10  # bytes of x that a program holds in registers: 64 KiB, padded; 128 KiB spill
+_HELD = 16384  # elements that a program holds in registers: with twice as many some variants spill
 _CACHED = 96 << 10  # bytes of x that, with as many of dy, stay in the caches while a program reads them again
 _WIDEST = 1024  # channels of a program, which holds several numbers of each
-_PAIRS = 4096  # channels times groups of a program, which compares each with each
-_TILE = 8192  # elements that kernels which hold two tensors, or come back to a tile, keep in registers
+_PAIRS = 1024  # channels times groups of a program, which compares each with each
+_TILE = 8192  # elements of two tensors, or of one and its sums, that a program keeps in registers
 
 Slabs: TypeAlias = tuple[tuple[int, int, int, int], ...]
 
@@ -83,7 +84,7 @@ def power_of_two(size: int) -> int:
 def plan_of(shape: Shape, offsets: tuple[int, ...]) -> OnePass | TwoPass:
     """One pass where a program can hold a group; offsets: where the groups begin, and C."""
     if shape.c * shape.hw < 1 << 31:
-        held = _HELD // shape.itemsize // power_of_two(shape.hw)
+        held = _HELD // power_of_two(shape.hw)
         if found := _slabs(shape, offsets, held):
             return _one_pass(shape, *found, held=True)
         found = _slabs(shape, offsets, _CACHED // shape.itemsize // shape.hw)
@@ -104,7 +105,7 @@ def _one_pass(shape: Shape, slabs: Slabs, unit: int, cb: int, *, held: bool) -> 
     if held and cb * rows <= _TILE:
         backward = rows, _warps(cb * rows // 512, 16), True
     else:
-        backward = (_TILE // 2 if shape.last else _TILE) // cb, 16, False
+        backward = (_TILE // 2 if shape.last or shape.itemsize == 4 else _TILE) // cb, 16, False
     return OnePass(slabs, unit, cb, gb, forward, backward)
 
 
@@ -120,30 +121,31 @@ def _slabs(shape: Shape, offsets: tuple[int, ...], most: int) -> tuple[Slabs, in
     for unit in [unit for unit in (8, 4, 2) if shape.last and shape.unit % unit == 0] + [1]:
         for width in widths:
             if slabs := _cut(offsets, min(width, most), unit):
-                return slabs, unit, width
+                return slabs, unit, power_of_two(max(end - first for first, end, *_ in slabs) * unit)
     return None
 
 
 def _cut(offsets: tuple[int, ...], width: int, unit: int) -> Slabs:
     """Runs of whole groups, each as long as can be and beginning at a multiple of unit; () where there are none."""
-    slabs, at, groups, most = [], 0, len(offsets) - 1, max(1, _PAIRS // power_of_two(width))
+    slabs, at, groups = [], 0, len(offsets) - 1
     while at < groups:
-        ends = range(min(groups, at + most), at, -1)
-        fits = (end for end in ends if offsets[end] % unit == 0 and offsets[end] - offsets[at] <= width)
-        end = next(fits, None)
+        first = offsets[at]
+        ends = range(min(bisect_right(offsets, first + width) - 1, at + _PAIRS), at, -1)
+        few = (end for end in ends if power_of_two(end - at) * power_of_two(offsets[end] - first) <= _PAIRS)
+        end = next((end for end in few if offsets[end] % unit == 0), None)
         if end is None:
             return ()
-        slabs.append((offsets[at] // unit, offsets[end] // unit, at, end))
+        slabs.append((first // unit, offsets[end] // unit, at, end))
         at = end
     return tuple(slabs)
 
 
 def _two_pass(shape: Shape, offsets: tuple[int, ...]) -> TwoPass:
-    size = _TILE
+    size = 2 * _TILE // shape.itemsize
     while size > 1024 and shape.n * shape.c * shape.hw < size * PROGRAMS:
         size //= 2
     if shape.last:
-        cb = _block(shape.c, 128 // shape.itemsize)
+        cb = _block(shape.c, 64)
         rb = min(size // cb, power_of_two(shape.hw))
     else:
         rb = _block(shape.hw, size)
@@ -152,7 +154,8 @@ def _two_pass(shape: Shape, offsets: tuple[int, ...]) -> TwoPass:
     widest = max(b - a for a, b in pairwise(offsets))
     group = min(64, power_of_two(widest))
     small = group, min(power_of_two(chunks), 1024 // group)
-    return TwoPass(cb, rb, chunks, blocks, small, _warps(cb * rb // 1024, 8), _warps(cb * rb // 512, 16))
+    kibibytes = cb * rb * shape.itemsize // 1024
+    return TwoPass(cb, rb, chunks, blocks, small, _warps(kibibytes // 2, 8), _warps(kibibytes, 16))
 
 
 def _warps(wanted: int, most: int) -> int:

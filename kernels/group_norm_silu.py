@@ -120,18 +120,18 @@ def _backward_in_two(
     tables, groups, sizes = _tables(offsets, None, x.device), len(offsets) - 1, _sizes(shape)
     part = [*x.new_empty((3 if others[2] is not None else 2, shape.n, plan.chunks, shape.c), dtype=torch.float32)]
     part += [None] * (3 - len(part))
-    means = x.new_empty((2, shape.n, groups), dtype=torch.float32)
+    slopes = x.new_empty((2, shape.n, groups), dtype=torch.float32)
     programs = (shape.n * plan.chunks * plan.blocks,)
     given = (mean, rstd, *inputs, *inputs.rows())
     tile = {**how, "CB": plan.cb, "RB": plan.rb, "num_warps": plan.backward}
     two.sums_kernel[programs](dy, x, *given, *part, tables.group_of, groups, plan.chunks, *sizes, **tile)
     two.finish_kernel[(shape.n * groups,)](
-        *part, rstd, *inputs[:4], inputs.keep, *inputs.rows()[:2], *means, *others, tables.offsets, groups, shape.c,
+        *part, rstd, *inputs[:4], inputs.keep, *inputs.rows()[:2], *slopes, *others, tables.offsets, groups, shape.c,
         shape.hw, plan.chunks, CB=plan.small[0], KB=plan.small[1], num_warps=4,
     )  # fmt: skip
     if dx is not None:
         two.apply_backward_kernel[programs](
-            dy, x, dx, *given, *means, tables.group_of, groups, plan.chunks, *sizes, **tile
+            dy, x, dx, *given, *slopes, tables.group_of, groups, plan.chunks, *sizes, **tile
         )
 
 

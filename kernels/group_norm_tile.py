@@ -71,10 +71,12 @@ def gradient_of_z(DY, at, there, used, d, a, b, KEEP, SILU: tl.constexpr):
 
 
 @triton.jit
-def gradient_of_x(dz, d, a, rstd, mean_dz, mean_dz_n, used):
-    """rstd * (w * dz - mean(w * dz) - n * mean(w * dz * n)) on a tile, with n = d * rstd and a = rstd * w."""
-    dx = a[:, None] * dz - (rstd * mean_dz)[:, None] - d * (rstd * rstd * mean_dz_n)[:, None]
-    return tl.where(used, dx, 0.0)
+def gradient_of_x(dz, d, a, level, slope, used):
+    """a * dz - level - d * slope on a tile: with n = d * rstd and w the affine's slope, a = rstd * w,
+
+    level = rstd * mean(w * dz) and slope = rstd ** 2 * mean(w * dz * n), over the kept of the group.
+    """
+    return tl.where(used, a[:, None] * dz - level[:, None] - d * slope[:, None], 0.0)
 
 
 @triton.jit

@@ -152,16 +152,15 @@ def over_chunks(PART, n, c, live, chunks, C, CB: tl.constexpr, KB: tl.constexpr)
 @triton.jit
 def finish_kernel(
     PART_DZ, PART_DZ_D, PART_D, RSTD, WEIGHT, BIAS, SCALE, SHIFT, KEEP, SCALE_ROW, SHIFT_ROW,
-    MEAN_DZ, MEAN_DZ_N, DSCALE, DSHIFT, DTIME, SUM_DZ, SUM_DZ_N, OFFSETS, G, C, HW, chunks,
+    LEVEL, SLOPE, DSCALE, DSHIFT, DTIME, SUM_DZ, SUM_DZ_N, OFFSETS, G, C, HW, chunks,
     CB: tl.constexpr, KB: tl.constexpr,
 ):  # fmt: skip
-    """The means that dx takes for a group of a sample, and every gradient that is not x's, from the sums of chunks."""
+    """What dx takes of a group of a sample, and every gradient that is not x's, from the sums of chunks."""
     pid = tl.program_id(0)
     n, g = (pid // G).to(tl.int64), pid % G
     first, end = tl.load(OFFSETS + g), tl.load(OFFSETS + g + 1)
     rstd = tl.load(RSTD + pid)
-    mean_dz, mean_dz_n = tl.full([CB], 0.0, tl.float32), tl.full([CB], 0.0, tl.float32)
-    size = tl.full([CB], 0.0, tl.float32)
+    level, slope, size = tl.full([CB], 0.0, tl.float32), tl.full([CB], 0.0, tl.float32), tl.full([CB], 0.0, tl.float32)
     for c0 in range(first, end, CB):
         c = c0 + tl.arange(0, CB)
         live = c < end
@@ -170,13 +169,13 @@ def finish_kernel(
         store_sums(n, c, live, C, sum_dz, sum_dz_n, WEIGHT, BIAS, DSCALE, DSHIFT, SUM_DZ, SUM_DZ_N)
         w, _ = affine(n, c, live, WEIGHT, BIAS, SCALE, SHIFT, SCALE_ROW, SHIFT_ROW)
         mine = kept(KEEP, c, live)
-        mean_dz += tl.where(mine, w * sum_dz, 0.0)
-        mean_dz_n += tl.where(mine, w * sum_dz_n, 0.0)
+        level += tl.where(mine, w * sum_dz, 0.0)
+        slope += tl.where(mine, w * sum_dz_n, 0.0)
         size += tl.where(mine, 1.0, 0.0)
     whole = tl.maximum(tl.sum(size, 0) * HW, 1.0)
-    group_dz, group_dz_n = tl.sum(mean_dz, 0) / whole, tl.sum(mean_dz_n, 0) / whole
-    tl.store(MEAN_DZ + pid, group_dz)
-    tl.store(MEAN_DZ_N + pid, group_dz_n)
+    group_level, group_slope = rstd * tl.sum(level, 0) / whole, rstd * rstd * tl.sum(slope, 0) / whole
+    tl.store(LEVEL + pid, group_level)
+    tl.store(SLOPE + pid, group_slope)
     if DTIME is not None:
         for c0 in range(first, end, CB):
             c = c0 + tl.arange(0, CB)
@@ -184,7 +183,7 @@ def finish_kernel(
             sum_dz = over_chunks(PART_DZ, n, c, live, chunks, C, CB, KB)
             sum_d = over_chunks(PART_D, n, c, live, chunks, C, CB, KB)
             w, _ = affine(n, c, live, WEIGHT, BIAS, SCALE, SHIFT, SCALE_ROW, SHIFT_ROW)
-            dtime = rstd * (w * sum_dz - group_dz * HW - rstd * group_dz_n * sum_d)
+            dtime = rstd * w * sum_dz - group_level * HW - group_slope * sum_d
             dtime = tl.where(kept(KEEP, c, live), dtime, 0.0)
             tl.store(DTIME + n * C + c, dtime.to(DTIME.dtype.element_ty), mask=live)
 
@@ -192,7 +191,7 @@ def finish_kernel(
 @triton.jit
 def apply_backward_kernel(
     DY, X, DX, MEAN, RSTD, WEIGHT, BIAS, SCALE, SHIFT, TIME, KEEP, SCALE_ROW, SHIFT_ROW, TIME_ROW,
-    MEAN_DZ, MEAN_DZ_N, GROUP_OF, G, chunks, c_units, hw_units,
+    LEVEL, SLOPE, GROUP_OF, G, chunks, c_units, hw_units,
     SILU: tl.constexpr, LAST: tl.constexpr, C_UNIT: tl.constexpr, HW_UNIT: tl.constexpr,
     CB: tl.constexpr, RB: tl.constexpr,
 ):  # fmt: skip
@@ -202,11 +201,11 @@ def apply_backward_kernel(
     mean, rstd, group, mine = channels(n, c, live, MEAN, RSTD, TIME, KEEP, TIME_ROW, GROUP_OF, G)
     w, b = affine(n, c, live, WEIGHT, BIAS, SCALE, SHIFT, SCALE_ROW, SHIFT_ROW)
     used = there & mine[:, None]
-    mean_dz = tl.load(MEAN_DZ + group, mask=live, other=0.0)
-    mean_dz_n = tl.load(MEAN_DZ_N + group, mask=live, other=0.0)
+    level = tl.load(LEVEL + group, mask=live, other=0.0)
+    slope = tl.load(SLOPE + group, mask=live, other=0.0)
     d = centred(X, at, there, used, mean)
     dz = gradient_of_z(DY, at, there, used, d, w * rstd, b, KEEP, SILU)
-    dx = gradient_of_x(dz, d, w * rstd, rstd, mean_dz, mean_dz_n, used)
+    dx = gradient_of_x(dz, d, w * rstd, level, slope, used)
     tl.store(DX + at, dx.to(DX.dtype.element_ty), mask=there)
 
 
