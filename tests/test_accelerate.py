@@ -18,8 +18,11 @@ from torch import Tensor, nn
 from unets import inputs, scatter, unet
 
 import ebdiff
+from ebdiff.nn.replace.deferred import served
 from ebdiff.ops import native
 from ebdiff.ops.group_norm_silu import fallbacks
+
+served.add("cpu")  # by the specification, where nothing has been compiled
 
 
 def condition_unet(**options: Any) -> nn.Module:

@@ -6,6 +6,7 @@ call anew: hooks, other norms and activations, and shapes or dtypes that do not 
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from types import FunctionType
 from typing import Any
 
@@ -15,12 +16,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as globally
 
 from ...errors import EbdiffError
+from ...ops import native
 from ...ops.group_norm_silu import group_norm_silu
 from ..group_norm import Settings, settings_of
 from .written_out import is_silu_written_out, is_widened_norm
 
 __all__ = [
     "activated",
+    "find_kernels",
     "is_silu",
     "learn",
     "norm_settings",
@@ -35,6 +38,8 @@ _TENSORS = (Tensor, nn.Parameter, FakeTensor)
 # Found by `learn`: norms that compute in float32 and return the dtype of their input; whatever else is SiLU.
 widened: set[type] = set()
 written_out: set[Any] = set()
+# Found by `find_kernels`: the types of devices on which a kernel runs the operator. Elsewhere the original is faster.
+served: set[str] = set()
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -140,6 +145,13 @@ def is_silu(act: Any) -> bool:
     return known or (kind is FunctionType and act in written_out)
 
 
+def find_kernels() -> set[str]:
+    """Look for them, so that no call has to."""
+    served.update(["cpu"] if native.module() is not None else [])
+    served.update(["cuda"] if find_spec("triton") is not None else [])
+    return served
+
+
 def learn(module: Any) -> None:
     """Look whether a module or function is written as one that these two take, so that no call has to."""
     if isinstance(module, nn.GroupNorm) and type(module) not in widened and is_widened_norm(type(module)):
@@ -185,9 +197,11 @@ def _fits(x: Tensor, settings: Settings) -> bool:
     affine = settings.weight
     return (
         type(x) in _TENSORS
+        and x.device.type in served
         and 2 <= x.dim() <= 5
         and x.dtype in _DTYPES
         and x.layout is torch.strided
+        and (affine is None or type(affine) in _TENSORS)
         and (affine is None or (affine.dtype in (x.dtype, torch.float32) and len(affine) == x.shape[1]))
     )
 

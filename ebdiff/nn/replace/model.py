@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ...errors import EbdiffError
-from .deferred import learn, norm_settings
+from .deferred import find_kernels, learn, norm_settings
 from .layout import contiguous_again, to_channels_last
 from .optimizer import exchange, put_back
 from .report import Report
@@ -42,7 +42,8 @@ def accelerate(
     kinds = Counter[str]()
     for name, norms in fused.items():
         kinds[type(model.get_submodule(name)).__name__] += len(norms)
-    report = Report(fused, left, changed, to_channels_last(model, channels_last), dict(kinds))
+    layout = to_channels_last(model, channels_last)
+    report = Report(fused, left, changed, layout, dict(kinds), _without_kernels(model) if fused else "")
     if verbose:
         print(report)
     return report
@@ -64,6 +65,7 @@ def restore(model: nn.Module, optimizer: Any = None) -> None:
 
 def fuse(model: nn.Module) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
     """Give every module in which a norm goes to SiLU its fused class: ({module: norms}, {norm: why it is left})."""
+    find_kernels()
     for module in model.modules():
         learn(module)
     names = {id(m): name for name, m in model.named_modules() if isinstance(m, nn.GroupNorm) or norm_settings(m)}
@@ -94,6 +96,11 @@ def _in_one_piece(model: nn.Module, name: str, found: Rewriting) -> tuple[tuple[
     cut = cuts(model.get_submodule(parent), child)
     apart = {path: f"{cut[n]} takes the Sequential apart behind it" for path, n in places.items() if n in cut}
     return tuple(path for path in found.fused if path not in apart), apart
+
+
+def _without_kernels(model: nn.Module) -> str:
+    devices = {p.device.type for p in model.parameters()} - find_kernels() - {"meta"}
+    return f"none on {', '.join(sorted(devices))}: norms run there as they were" if devices else ""
 
 
 def _why(model: nn.Module, name: str, found: str | None) -> str:

@@ -18,6 +18,7 @@ class Report:
         optimizer: what became of the optimizer; empty where none was given.
         memory_format: what became of the memory format, and why.
         kinds: {class: how many norms its instances fuse}.
+        kernels: on which of the model's devices there is none, so that norms run as they were; empty where all is well.
     """
 
     fused: dict[str, tuple[str, ...]]
@@ -25,6 +26,7 @@ class Report:
     optimizer: str = ""
     memory_format: str = ""
     kinds: dict[str, int] = field(default_factory=dict)
+    kernels: str = ""
 
     @property
     def norms(self) -> int:
@@ -46,4 +48,4 @@ class Report:
         return "\n".join(lines)
 
     def _others(self) -> list[tuple[str, str]]:
-        return [("memory format", self.memory_format), ("optimizer", self.optimizer)]
+        return [("kernels", self.kernels), ("memory format", self.memory_format), ("optimizer", self.optimizer)]
