@@ -67,10 +67,7 @@ class Deferred:
         """All of it and SiLU, by the operator."""
         self._check()
         norm, x = self.settings, self.x
-        scale, shift, time_bias = (
-            None if row is None else row.flatten(1).expand(x.shape[:2])
-            for row in (self.scale, self.shift, self.time_bias)
-        )
+        scale, shift, time_bias = (_per_sample(row, len(x)) for row in (self.scale, self.shift, self.time_bias))
         return group_norm_silu(
             x,
             norm.weight,
@@ -123,6 +120,13 @@ def _is_row(row: Any, x: Tensor, dtype: torch.dtype) -> bool:
         and row.is_floating_point()
         and torch.promote_types(row.dtype, dtype) == dtype
     )
+
+
+def _per_sample(row: Tensor | None, samples: int) -> Tensor | None:
+    """[N or 1, C, 1...] -> [N, C]."""
+    if row is None or len(row) == samples:
+        return None if row is None else row.flatten(1)
+    return row.flatten(1).expand(samples, -1)
 
 
 # Which modules --------------------------------------------------------------------------------------------------------
