@@ -56,11 +56,13 @@ struct Job {
   const int dtype = int(norm.dtype), bytes = kBytes[dtype];
   const NormRows& rows = norm_rows();
   std::vector<C> live, centre, a, b;  // [C]; [N, C]
-  std::vector<int64_t> kept;             // [G], channels
+  std::vector<double> low;
+  std::vector<int64_t> kept;     // [G], channels
 
   Job(const GroupNorm& norm, int threads) : norm(norm), threads(threads), plan(norm), kept(groups) {
     const size_t count = size_t(norm.samples * width);
     for (auto* list : {&centre, &a, &b}) list->resize(count);
+    low.resize(count);
     for (int64_t g = 0; g < groups; ++g)
       for (int64_t k = norm.offsets[g]; k < norm.offsets[g + 1]; ++k) kept[g] += is_kept(k);
     if (!norm.keep) return;
@@ -72,15 +74,19 @@ struct Job {
     return list ? double(static_cast<const C*>(list)[i]) : absent;
   }
   bool is_kept(int64_t k) const { return !norm.keep || norm.keep[k]; }
-  double factor(int64_t n, int64_t k) const {  // whatever a removed channel's numbers are, it has no part in anything
+  double factor(int64_t n, int64_t k) const {
     return is_kept(k) ? at(norm.weight, k, 1) * (1 + at(norm.scale, n * width + k, 0)) : 0;
   }
-  // What x is centred with, multiplied with and raised by before SiLU.
+  // What x is centred with, multiplied with and raised by before SiLU. `low` is what the centre's rounding leaves over.
+  // All stay 0 for removed channels, whatever their parameters hold.
   void affine(int64_t n, int64_t k, double mean, double rstd) {
+    if (!is_kept(k)) return;
     const int64_t i = n * width + k;
-    centre[i] = C(mean - at(norm.time_bias, i, 0));
-    a[i] = C(rstd * factor(n, k));
-    b[i] = C(at(norm.bias, k, 0) * (1 + at(norm.scale, i, 0)) + at(norm.shift, i, 0));
+    const double exact = mean - at(norm.time_bias, i, 0), total = rstd * factor(n, k);
+    centre[i] = C(exact);
+    low[i] = exact - double(centre[i]);
+    a[i] = C(total);
+    b[i] = C(at(norm.bias, k, 0) * (1 + at(norm.scale, i, 0)) + at(norm.shift, i, 0) - low[i] * total);
   }
 
   // Elements before the first of a channel and position.
@@ -253,19 +259,23 @@ struct Backward : Job<C> {
     rows.spread[norm.silu][norm.rows][dtype](block, x + at, from, pitch, static_cast<char*>(out.x) + at, sum);
   }
 
+  double sum_dz_n(int64_t n, int64_t g, int64_t k) const {
+    return (dz_x.of(n, k) - this->low[n * width + k] * dz.of(n, k)) * double(rstd[n * groups + g]);
+  }
+
   void finish_group(int64_t n, int64_t g) {
     const double root = double(rstd[n * groups + g]);
     double mean_dz = 0, mean_dz_n = 0;
     const double size = double(std::max<int64_t>(this->kept[g], 1)) * double(norm.positions);
     for (int64_t k = norm.offsets[g]; k < norm.offsets[g + 1]; ++k) {
       mean_dz += this->factor(n, k) * dz.of(n, k) / size;
-      mean_dz_n += this->factor(n, k) * dz_x.of(n, k) * root / size;
+      mean_dz_n += this->factor(n, k) * sum_dz_n(n, g, k) / size;
     }
     for (int64_t k = norm.offsets[g]; k < norm.offsets[g + 1]; ++k) {
       const int64_t i = n * width + k;
       p[i] = C(root * this->factor(n, k));
       q[i] = C(root * root * mean_dz_n);
-      r[i] = C(root * mean_dz);
+      r[i] = C(root * mean_dz - this->low[i] * root * root * mean_dz_n);
     }
   }
 
@@ -304,7 +314,7 @@ struct Backward : Job<C> {
       for (int64_t g = 0; g < groups; ++g)
         for (int64_t k = norm.offsets[g]; k < norm.offsets[g + 1]; ++k) {
           const int64_t i = n * width + k;
-          const double sum = dz.of(n, k), sum_n = dz_x.of(n, k) * double(rstd[n * groups + g]);
+          const double sum = dz.of(n, k), sum_n = sum_dz_n(n, g, k);
           const double by_scale = this->at(norm.weight, k, 1) * sum_n + this->at(norm.bias, k, 0) * sum;
           if (this->is_kept(k)) {
             weight[k] += (1 + this->at(norm.scale, i, 0)) * sum_n;

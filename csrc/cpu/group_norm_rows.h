@@ -8,8 +8,9 @@ namespace {
 
 constexpr int kStrip = 4;       // rows that are worked on together, a vector of channels at a time
 constexpr int64_t kTile = 512;  // channels of a strip
-constexpr int64_t kRows = 128;  // added up in float32 before they go to float64
-constexpr int64_t kRun = 8192;  // elements added up in float32 before they go to float64
+constexpr int64_t kRows = 32;   // added up in float32 before they go to float64
+constexpr int64_t kRun = 8192;  // elements added up in float32, in 64 lanes, before they go to float64
+constexpr int64_t kShortRun = 1024;  // in 16 lanes
 
 template <bool First, class A, class B>
 struct Either {
@@ -150,8 +151,8 @@ void plane_gradient(const NormBlock& block, const void* x, const void* dy, void*
     const T* gradient = static_cast<const T*>(dy) + c * block.pitch;
     C* to = dz ? static_cast<C*>(dz) + c * dz_pitch : nullptr;
     const auto at = Coefficients<C>::template of<3>(block, c);
-    for (int64_t start = 0; start < block.positions; start += kRun) {
-      const int64_t n = block.positions - start < kRun ? block.positions - start : kRun;
+    for (int64_t start = 0; start < block.positions; start += kShortRun) {
+      const int64_t n = block.positions - start < kShortRun ? block.positions - start : kShortRun;
       Total<C, kCount> total, total_x;
       each_of<C, kCount>(n, [&](int64_t i, int k, auto part) {
         const Vector<C> centred = load(row + start + i, part) - at.centre;
@@ -181,8 +182,8 @@ void plane_spread(const NormBlock& block, const void* x, const void* dz, int64_t
     const T* row = static_cast<const T*>(x) + c * block.pitch;
     const Dz* from = static_cast<const Dz*>(dz) + c * dz_pitch;
     const auto at = Coefficients<C>::template of<4>(block, c);
-    for (int64_t start = 0; start < block.positions; start += kRun) {
-      const int64_t n = block.positions - start < kRun ? block.positions - start : kRun;
+    for (int64_t start = 0; start < block.positions; start += kShortRun) {
+      const int64_t n = block.positions - start < kShortRun ? block.positions - start : kShortRun;
       Total<C, kCount> total;
       each_of<C, kCount>(n, [&](int64_t i, int k, auto part) {
         const Vector<C> centred = load(row + start + i, part) - at.centre;
