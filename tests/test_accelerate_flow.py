@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import wraps
@@ -207,6 +208,12 @@ class AlmostSiLU(Toy):
         return almost(self.norm(x))
 
 
+class Shadowed(Toy):
+    def forward(self, x: Tensor) -> Tensor:
+        nonlinearity = self.gelu
+        return nonlinearity(self.norm(x))
+
+
 class ChangedInPlace(Toy):
     def forward(self, x: Tensor) -> Tensor:
         x = x.clone()
@@ -265,7 +272,7 @@ LEFT = {
     UsedTwice: "used more than once", PerhapsTwice: "used more than once",
     Returned: "returned", OtherActivation: "goes to self.gelu",
     AlmostSiLU: "goes to almost(...)", OtherFactor: "other than 1 + scale",
-    ChangedInPlace: "in place", ChangedByAMethod: "in place",
+    Shadowed: "goes to nonlinearity(...)", ChangedInPlace: "in place", ChangedByAMethod: "in place",
     ThroughAnother: "other than SiLU", OutOfAContext: "with statement", InAClosure: "nested",
     InAList: "", FromALoopBefore: "",
 }  # fmt: skip
@@ -311,6 +318,15 @@ class counted:
 
     def __exit__(self, *_: object) -> None:
         F.group_norm = self.original
+
+
+def test_a_decorated_method_looks_like_the_original() -> None:
+    model = Decorated()
+    ebdiff.accelerate(model, verbose=False)
+    fused = type(model).forward
+    assert inspect.signature(fused) == inspect.signature(Decorated.forward)
+    assert (fused.__qualname__, fused.__module__) == (Decorated.forward.__qualname__, __name__)
+    assert "_ebdiff_activated" in inspect.unwrap(fused).__code__.co_freevars
 
 
 # What is decided by every call ----------------------------------------------------------------------------------------
@@ -496,8 +512,17 @@ def test_a_norm_with_a_forward_of_its_own_is_left() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x.double()).float()
 
-    model = nn.Sequential(Wide(2, 6), nn.SiLU())
-    assert ebdiff.accelerate(model, verbose=False).left == {"0": "Wide has a forward of its own"}
+    class Doubled(nn.GroupNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    class Doubled32(Doubled):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.float()).type(x.dtype)
+
+    for norm in (Wide(2, 6), Doubled(2, 6), Doubled32(2, 6)):
+        report = ebdiff.accelerate(nn.Sequential(norm, nn.SiLU()), verbose=False)
+        assert report.left == {"0": f"{type(norm).__name__} has a forward of its own"}
 
 
 def test_a_model_without_group_norms_is_told_so(capsys: pytest.CaptureFixture[str]) -> None:
