@@ -240,7 +240,7 @@ def test_the_law_holds_through_accelerated_models(case: str, tmp_path: Path) -> 
     args, _ = inputs(model, dtype=torch.float64)
     plan = ebdiff.trace(model, *args)
     ebdiff.accelerate(model, verbose=False)
-    assert ebdiff.trace(model, *args).fingerprint() == plan.fingerprint()
+    assert ebdiff.trace(model, *args) == plan  # its hooks on every module let the original run
     mask = random_mask(plan, seed=3)
     small, dense = ebdiff.shrink(model, mask), ebdiff.masked(model, mask)
     fallbacks.clear()
@@ -259,6 +259,7 @@ def test_the_law_holds_through_accelerated_models(case: str, tmp_path: Path) -> 
         again = type(small).from_pretrained(tmp_path)
         torch.testing.assert_close(output(again, args), ours)
     assert type(plain).__name__ == "ShrunkUNet2DModel"
+    assert type(small) is not type(plain)
     ebdiff.restore(small)
     assert type(small) is type(plain)
 

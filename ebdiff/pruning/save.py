@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from .. import files
 from ..errors import EbdiffError
-from ..nn.replace.rewrite import plain_class
 from .mask import ChannelMask
 from .plan import ChannelPlan
 from .shrink import shrink_, shrinks_of
@@ -138,8 +137,7 @@ def _from_pretrained(
     facts, tensors = _read(folder)
     config = files.read_json(folder / "config.json")
     with init_empty_weights(include_buffers=False):
-        dense = plain_class(cls).__mro__[1]
-        model = dense.from_config({**config, "_class_name": dense.__name__})  # type: ignore[attr-defined]
+        model = cls.__mro__[1].from_config({**config, "_class_name": cls.__mro__[1].__name__})
     for mask in _shrinks_from(facts):
         shrink_(model, mask)
     _assign(model, tensors, folder)

@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import EbdiffError
 from ..nn.group_norm import RaggedGroupNorm
-from ..nn.replace import restore
 from . import rules_layers, rules_shape  # noqa: F401  (they file their rules)
 from .axes import Atom, Axis, Place, freeze, places, resolve, size
 from .cost import cost_of, kept_size, terms_of
@@ -265,7 +264,6 @@ def _shadow(model: nn.Module, fake: FakeTensorMode) -> nn.Module:
             if isinstance(tensor, Tensor) and id(tensor) not in memo:
                 memo[id(tensor)] = _fake_like(tensor, fake)
     shadow = copy.deepcopy(model, memo)
-    restore(shadow)  # fused operators have no rules
     for module in shadow.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key, hook in list(hooks.items()):
