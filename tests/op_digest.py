@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 
 import torch
+from norm_cases import LAYOUTS, Case
 from op_cases import FLOATS, keep_of, only, strided, twins, values
 from torch import Tensor
 
@@ -47,9 +48,18 @@ def results(tensors: Sequence[Tensor]) -> list[Tensor]:
             x.abs_()
         numbers = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "step": 3}
         masked_adamw_(p, tensors, m, v, e, axes, **numbers, ema_decay=0.9)  # type: ignore[arg-type]
-        found += [*p, *m, *v, *e]
+        found += [*p, *m, *v, *e, *norms(tensors[0].dtype)]
     if tensors[0].dtype == torch.uint8:
         found += [mask_distance(tensors[0].contiguous())]
+    return found
+
+
+def norms(dtype: torch.dtype) -> list[Tensor]:
+    """group_norm_silu and its gradients, on planes and on rows that end within a vector."""
+    case, found = Case((2, 87, 13, 9), [0, 4, 4, 51, 87], dtype=dtype, keep=[2, 50]), []
+    for layout in ("contiguous", "channels last"):
+        case.x = LAYOUTS[layout](case.x)
+        found += case.results(case.ours)
     return found
 
 

@@ -6,7 +6,8 @@
 
 #ifdef __AVX2__
 #include <immintrin.h>  // intrinsics are always inlined
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12 finds one in its own header
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12 finds some in its own header
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
 namespace ebdiff {
