@@ -85,7 +85,8 @@ def plan_of(shape: Shape, offsets: tuple[int, ...]) -> OnePass | TwoPass:
     """One pass where a program can hold a group; offsets: where the groups begin, and C."""
     if shape.c * shape.hw < 1 << 31:
         held = _HELD // power_of_two(shape.hw)
-        if found := _slabs(shape, offsets, held):
+        found = _slabs(shape, offsets, held)
+        if found and _reads_well(shape, *found[1:]):
             return _one_pass(shape, *found, held=True)
         found = _slabs(shape, offsets, _CACHED // shape.itemsize // shape.hw)
         if found and 2 * shape.n * len(found[0]) >= PROGRAMS and _reads_well(shape, *found[1:]):
@@ -94,8 +95,9 @@ def plan_of(shape: Shape, offsets: tuple[int, ...]) -> OnePass | TwoPass:
 
 
 def _reads_well(shape: Shape, unit: int, cb: int) -> bool:
-    """Channels last, short rows and narrow loads lose more than a second pass costs."""
-    return not shape.last or (unit * shape.itemsize >= 8 and cb * shape.itemsize >= 32)
+    """Channels last, rows of less than a sector and needlessly narrow loads lose more than a second pass costs."""
+    rows, loads = cb * shape.itemsize, unit * shape.itemsize
+    return not shape.last or (rows >= min(32, shape.c * shape.itemsize) and (loads >= 8 or unit == shape.unit))
 
 
 def _one_pass(shape: Shape, slabs: Slabs, unit: int, cb: int, *, held: bool) -> OnePass:

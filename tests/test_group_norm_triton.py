@@ -79,13 +79,13 @@ def variant(request: pytest.FixtureRequest, interpreted: Kernels, monkeypatch: p
     """Kernels that choose one way of working for every shape, in tiles so small that there are several."""
     monkeypatch.setattr(group_norm_cuda, "_triton", lambda: interpreted.silu)
     monkeypatch.setattr(operator, "_kernels", lambda x: group_norm_cuda)
+    monkeypatch.setattr(interpreted.plan, "_reads_well", lambda *shape: True)
     interpreted.plan.plan_of.cache_clear()
     if request.param != "held":
         monkeypatch.setattr(interpreted.plan, "_HELD", 0)
         monkeypatch.setattr(interpreted.plan, "_TILE", 256)
         monkeypatch.setattr(interpreted.plan, "_WIDEST", 32)
         monkeypatch.setattr(interpreted.plan, "PROGRAMS", 0)
-        monkeypatch.setattr(interpreted.plan, "_reads_well", lambda *shape: True)
     if request.param == "two passes":
         monkeypatch.setattr(interpreted.plan, "_CACHED", 0)
     yield interpreted
