@@ -72,25 +72,18 @@ class _GroupNormSiLU(torch.autograd.Function):
     """Keeps x and the statistics; computes everything else again."""
 
     @staticmethod
-    def forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, *arguments: Any) -> Tensor:
+        y: Tensor
         y, mean, rstd = _forward_op(x, *arguments)
-        return y, mean, rstd
+        ctx.save_for_backward(x, mean, rstd, *arguments[:6])
+        ctx.rest = arguments[6:]
+        return y
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        norm = _norm(inputs[1:])
-        ctx.save_for_backward(inputs[0], *output[1:], *norm[:6])
-        ctx.rest = norm[6:]
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        dy = gradients[0]
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (dy,) = gradients
         x, mean, rstd, *tensors = ctx.saved_tensors
         norm = _norm((*tensors, *ctx.rest))
-        if dy is None:
-            return (None,) * 10
         needs = ctx.needs_input_grad[:6]
         if torch.is_grad_enabled():  # a second derivative is asked for: differentiate the specification
             return *_differentiable(dy, x, norm, needs), None, None, None, None
@@ -180,7 +173,7 @@ def _autograd(x: Tensor, *arguments: Any) -> Tensor:
         check_norm(x, norm)
         fallbacks["torch.func"] += 1
         return reference.group_norm_silu(x, norm)
-    result: Tensor = _GroupNormSiLU.apply(x, *arguments)[0]  # type: ignore[no-untyped-call]
+    result: Tensor = _GroupNormSiLU.apply(x, *arguments)  # type: ignore[no-untyped-call]
     return result
 
 
