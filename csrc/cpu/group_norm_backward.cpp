@@ -1,0 +1,156 @@
+#include <memory>
+
+#include "norm_job.h"
+
+namespace ebdiff {
+namespace {
+
+constexpr int64_t kScratch = 1 << 18;       // gradients that a thread keeps in float32 between two steps
+constexpr int64_t kShared = 1 << 22;         // those of a sample that all threads work on
+constexpr int64_t kChunk = 1 << 13;         // those that it computes again
+
+template <class C>
+struct Backward : Job<C> {
+  using Job<C>::norm, Job<C>::rows, Job<C>::plan, Job<C>::dtype, Job<C>::bytes, Job<C>::width, Job<C>::groups;
+  const char *dy, *x;
+  const C *mean, *rstd;
+  const NormGradients& out;
+  Sums dz, dz_x, dx;  // sums of dz, dz * (x - mean), dx
+  std::unique_ptr<C[]> shared;
+  std::vector<C> p, q, r;  // dx = dz * p - ((x - centre) * q + r)
+  Backward(const GroupNorm& norm, const char* dy, const char* x, const C* mean, const C* rstd, const NormGradients& out,
+           int threads)
+      : Job<C>(norm, threads), dy(dy), x(x), mean(mean), rstd(rstd), out(out), dz(norm, plan), dz_x(norm, plan),
+        dx(norm, plan) {
+    if (plan.pieces > 1 && int(sizeof(C)) != bytes && width * norm.positions <= kShared)
+      shared.reset(new C[size_t(width * norm.positions)]);
+    for (auto* list : {&p, &q, &r}) list->resize(size_t(norm.samples * width));
+    for (int64_t n = 0; n < norm.samples; ++n)
+      for (int64_t g = 0; g < groups; ++g)
+        for (int64_t k = norm.offsets[g]; k < norm.offsets[g + 1]; ++k)
+          this->affine(n, k, double(mean[n * groups + g]), double(rstd[n * groups + g]));
+  }
+
+  // Gradients by SiLU's input, between the two steps: in dx where that has the compute type, else in a thread's scratch.
+  struct Place {
+    C* at;
+    int64_t pitch;
+  };
+  Place between(int64_t n, const Slab& slab, int64_t position) const {
+    if (!out.x || !norm.silu) return {nullptr, 0};
+    const int64_t pitch = norm.rows ? width : norm.positions;
+    if (int(sizeof(C)) == bytes) return {static_cast<C*>(out.x) + this->start(n, slab.channel, position), pitch};
+    if (shared) return {shared.get() + this->start(0, slab.channel, position), pitch};
+    if (plan.pieces > 1 || slab.channels * norm.positions > kScratch) return {nullptr, 0};
+    return scratch(slab, norm.positions);
+  }
+  Place scratch(const Slab& slab, int64_t positions) const {
+    static thread_local std::vector<C> memory;
+    memory.resize(std::max(memory.size(), size_t(slab.channels * positions)));
+    return {memory.data(), norm.rows ? slab.channels : positions};
+  }
+
+  void gradient(int64_t n, const Slab& slab, int64_t position, int64_t end, Place to, double* sum, double* sum_x) const {
+    const int64_t at = this->start(n, slab.channel, position) * bytes;
+    rows.gradient[norm.silu][norm.rows][dtype](this->block(n, slab.channel, slab.channels, end - position), x + at,
+                                               dy + at, to.at, to.pitch, sum, sum_x);
+  }
+  void spread(int64_t n, const Slab& slab, int64_t position, int64_t end, const void* from, int64_t pitch, double* sum) {
+    const int64_t at = this->start(n, slab.channel, position) * bytes, i = n * width + slab.channel;
+    NormBlock block = this->block(n, slab.channel, slab.channels, end - position);
+    block.a = p.data() + i, block.b = q.data() + i, block.c = r.data() + i;
+    rows.spread[norm.silu][norm.rows][dtype](block, x + at, from, pitch, static_cast<char*>(out.x) + at, sum);
+  }
+
+  double sum_dz_n(int64_t n, int64_t g, int64_t k) const {
+    return (dz_x.of(n, k) - this->low[n * width + k] * dz.of(n, k)) * double(rstd[n * groups + g]);
+  }
+
+  void finish_group(int64_t n, int64_t g) {
+    const double root = double(rstd[n * groups + g]);
+    double mean_dz = 0, mean_dz_n = 0;
+    const double size = double(std::max<int64_t>(this->kept[g], 1)) * double(norm.positions);
+    for (int64_t k = norm.offsets[g]; k < norm.offsets[g + 1]; ++k) {
+      mean_dz += this->factor(n, k) * dz.of(n, k) / size;
+      mean_dz_n += this->factor(n, k) * sum_dz_n(n, g, k) / size;
+    }
+    for (int64_t k = norm.offsets[g]; k < norm.offsets[g + 1]; ++k) {
+      const int64_t i = n * width + k;
+      p[i] = C(root * this->factor(n, k));
+      q[i] = C(root * root * mean_dz_n);
+      r[i] = C(root * mean_dz - this->low[i] * root * root * mean_dz_n);
+    }
+  }
+
+  void steps() {
+    const auto sum_up = [&](int64_t n, const Slab& slab, int64_t position, int64_t end, int64_t piece) {
+      gradient(n, slab, position, end, between(n, slab, position), dz.at(n, slab.channel, piece),
+               dz_x.at(n, slab.channel, piece));
+    };
+    const auto settle = [&](int64_t n, const Slab& slab) {
+      for (int64_t g = slab.first_group; g < slab.end_group; ++g) finish_group(n, g);
+    };
+    const auto finish = [&](int64_t n, const Slab& slab, int64_t position, int64_t end, int64_t piece) {
+      if (!out.x) return;
+      double* sum = out.time_bias ? dx.at(n, slab.channel, piece) : nullptr;
+      const Place place = between(n, slab, position);
+      if (place.at) return spread(n, slab, position, end, place.at, place.pitch, sum);
+      if (!norm.silu)
+        return spread(n, slab, position, end, dy + this->start(n, slab.channel, position) * bytes,
+                      norm.rows ? width : norm.positions, sum);
+      const int64_t step = std::max<int64_t>(kChunk / std::max<int64_t>(slab.channels, 1), 1);
+      std::vector<double> unused(slab.channels);
+      for (int64_t from = position; from < end; from += step) {
+        const int64_t to = std::min(from + step, end);
+        const Place again = scratch(slab, to - from);
+        gradient(n, slab, from, to, again, unused.data(), unused.data());
+        spread(n, slab, from, to, again.at, again.pitch, sum);
+      }
+    };
+    this->run(Step{sum_up, settle}, Step{finish, kNothing});
+  }
+
+  // The gradients of what is small, samples in order.
+  void small() {
+    std::vector<double> weight(width), bias(width);
+    for (int64_t n = 0; n < norm.samples; ++n)
+      for (int64_t g = 0; g < groups; ++g)
+        for (int64_t k = norm.offsets[g]; k < norm.offsets[g + 1]; ++k) {
+          const int64_t i = n * width + k;
+          const double sum = dz.of(n, k), sum_n = sum_dz_n(n, g, k);
+          const double by_scale = this->at(norm.weight, k, 1) * sum_n + this->at(norm.bias, k, 0) * sum;
+          if (this->is_kept(k)) {
+            weight[k] += (1 + this->at(norm.scale, i, 0)) * sum_n;
+            bias[k] += (1 + this->at(norm.scale, i, 0)) * sum;
+          }
+          if (out.scale) static_cast<C*>(out.scale)[i] = C(this->is_kept(k) ? by_scale : 0);
+          if (out.shift) static_cast<C*>(out.shift)[i] = C(sum);
+          if (out.time_bias) static_cast<C*>(out.time_bias)[i] = C(dx.of(n, k));
+        }
+    for (int64_t k = 0; k < width; ++k) {
+      if (out.weight) static_cast<C*>(out.weight)[k] = C(weight[k]);
+      if (out.bias) static_cast<C*>(out.bias)[k] = C(bias[k]);
+    }
+  }
+};
+
+template <class C>
+void backward(const GroupNorm& norm, const char* dy, const char* x, const C* mean, const C* rstd,
+              const NormGradients& out, int threads) {
+  Backward<C> job(norm, dy, x, mean, rstd, out, threads);
+  job.steps();
+  job.small();
+}
+
+}  // namespace
+
+void group_norm_backward(const GroupNorm& norm, const void* dy, const void* x, const void* mean, const void* rstd,
+                         const NormGradients& out, int threads) {
+  const auto from = static_cast<const char*>(x), gradient = static_cast<const char*>(dy);
+  if (norm.dtype == Dtype::f64)
+    backward(norm, gradient, from, static_cast<const double*>(mean), static_cast<const double*>(rstd), out, threads);
+  else
+    backward(norm, gradient, from, static_cast<const float*>(mean), static_cast<const float*>(rstd), out, threads);
+}
+
+}  // namespace ebdiff

@@ -1,0 +1,153 @@
+// What both directions of group normalisation share: how the work is divided, and sums by channel.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "group_norm.h"
+#include "norm_rows.h"
+#include "parallel.h"
+
+namespace ebdiff {
+namespace {
+
+constexpr int64_t kEnough = 8;              // tasks, to keep every core busy
+constexpr int64_t kLeast = 1 << 12;         // elements that are worth a task
+constexpr int64_t kPiece = 1 << 15;        // elements that are worth a task of one step
+constexpr int kBytes[] = {4, 8, 2, 2};      // by Dtype
+
+struct Slab {
+  int64_t first_group, end_group, channel, channels;
+};
+
+// Which groups go together, in how many pieces (ranges of positions): from the shape alone, never from the threads.
+struct Plan {
+  std::vector<Slab> slabs;
+  int64_t pieces = 1;
+
+  explicit Plan(const GroupNorm& norm) {
+    const int64_t size = norm.samples * norm.channels * norm.positions, groups = int64_t(norm.offsets.size()) - 1;
+    // Rows are read whole: in parts of rows, caches would wait for memory.
+    const int64_t width = norm.rows ? norm.channels : std::max<int64_t>(kLeast / norm.positions, 1);
+    const int64_t count = (norm.channels + width - 1) / width;
+    for (int64_t g = 0; g < groups;) {
+      Slab slab = {g, g, norm.offsets[g], 0};
+      const int64_t end = norm.channels * (int64_t(slabs.size()) + 1) / count;
+      while (g < groups && (slab.channels == 0 || norm.offsets[g + 1] <= end)) {
+        slab.end_group = ++g;
+        slab.channels = norm.offsets[g] - slab.channel;
+      }
+      slabs.push_back(slab);
+    }
+    const int64_t tasks = norm.samples * int64_t(slabs.size());
+    if (tasks < kEnough) pieces = std::clamp<int64_t>(size / tasks / kPiece, 1, std::min(norm.positions, 2 * kEnough));
+  }
+};
+
+template <class C>
+struct Job {
+  const GroupNorm& norm;
+  const int threads;
+  const Plan plan;
+  const int64_t width = norm.channels, groups = int64_t(norm.offsets.size()) - 1;
+  const int dtype = int(norm.dtype), bytes = kBytes[dtype];
+  const NormRows& rows = norm_rows();
+  std::vector<C> live, centre, a, b;  // [C]; [N, C]
+  std::vector<double> low;
+  std::vector<int64_t> kept;     // [G], channels
+
+  Job(const GroupNorm& norm, int threads) : norm(norm), threads(threads), plan(norm), kept(groups) {
+    const size_t count = size_t(norm.samples * width);
+    for (auto* list : {&centre, &a, &b}) list->resize(count);
+    low.resize(count);
+    for (int64_t g = 0; g < groups; ++g)
+      for (int64_t k = norm.offsets[g]; k < norm.offsets[g + 1]; ++k) kept[g] += is_kept(k);
+    if (!norm.keep) return;
+    live.resize(width);
+    for (int64_t k = 0; k < width; ++k) std::memset(&live[k], norm.keep[k] ? 255 : 0, sizeof(C));
+  }
+
+  double at(const void* list, int64_t i, double absent) const {
+    return list ? double(static_cast<const C*>(list)[i]) : absent;
+  }
+  bool is_kept(int64_t k) const { return !norm.keep || norm.keep[k]; }
+  double factor(int64_t n, int64_t k) const {
+    return is_kept(k) ? at(norm.weight, k, 1) * (1 + at(norm.scale, n * width + k, 0)) : 0;
+  }
+  // What x is centred with, multiplied with and raised by before SiLU. `low` is what the centre's rounding leaves over.
+  // All stay 0 for removed channels, whatever their parameters hold.
+  void affine(int64_t n, int64_t k, double mean, double rstd) {
+    if (!is_kept(k)) return;
+    const int64_t i = n * width + k;
+    const double exact = mean - at(norm.time_bias, i, 0), total = rstd * factor(n, k);
+    centre[i] = C(exact);
+    low[i] = exact - double(centre[i]);
+    a[i] = C(total);
+    b[i] = C(at(norm.bias, k, 0) * (1 + at(norm.scale, i, 0)) + at(norm.shift, i, 0) - low[i] * total);
+  }
+
+  // Elements before the first of a channel and position.
+  int64_t start(int64_t n, int64_t channel, int64_t position) const {
+    return norm.rows ? (n * norm.positions + position) * width + channel : (n * width + channel) * norm.positions + position;
+  }
+  NormBlock block(int64_t n, int64_t channel, int64_t channels, int64_t positions) const {
+    const int64_t i = n * width + channel;
+    return {channels, positions, norm.rows ? width : norm.positions, live.empty() ? nullptr : live.data() + channel,
+            centre.data() + i, a.data() + i, b.data() + i, nullptr};
+  }
+
+  // Each step is body(sample, slab, first position, end, piece), then settle(sample, slab). Where there are slabs enough,
+  // one task does all steps of a slab, which is in its cache meanwhile; else one sample after another is divided, step by
+  // step, each beginning where the last one ended.
+  template <class... Steps>
+  void run(const Steps&... steps) {
+    const int64_t slabs = int64_t(plan.slabs.size()), pieces = plan.pieces;
+    if (pieces == 1) {
+      parallel_for(norm.samples * slabs, threads, [&](int64_t i) {
+        const int64_t n = i / slabs;
+        const Slab& slab = plan.slabs[i % slabs];
+        ((steps.body(n, slab, 0, norm.positions, 0), steps.settle(n, slab)), ...);
+      });
+      return;
+    }
+    bool backwards = false;
+    const auto divided = [&](int64_t n, const auto& step) {
+      parallel_for(slabs * pieces, threads, [&](int64_t i) {
+        const int64_t at = backwards ? slabs * pieces - 1 - i : i, piece = at % pieces;
+        step.body(n, plan.slabs[at / pieces], norm.positions * piece / pieces, norm.positions * (piece + 1) / pieces,
+                  piece);
+      });
+      for (const Slab& slab : plan.slabs) step.settle(n, slab);
+      backwards = !backwards;
+    };
+    for (int64_t n = 0; n < norm.samples; ++n) (divided(n, steps), ...);
+  }
+};
+
+template <class Body, class Settle>
+struct Step {
+  const Body body;
+  const Settle settle;
+};
+template <class Body, class Settle>
+Step(Body, Settle) -> Step<Body, Settle>;
+
+constexpr auto kNothing = [](int64_t, const Slab&) {};
+
+// Sums of each channel of each sample, by piece: [pieces, N, C].
+struct Sums {
+  const int64_t width, samples, pieces;
+  std::vector<double> values;
+
+  Sums(const GroupNorm& norm, const Plan& plan)
+      : width(norm.channels), samples(norm.samples), pieces(plan.pieces), values(size_t(width * samples * pieces)) {}
+  double* at(int64_t n, int64_t channel, int64_t piece) { return values.data() + (piece * samples + n) * width + channel; }
+  double of(int64_t n, int64_t channel) const {
+    double total = 0;
+    for (int64_t p = 0; p < pieces; ++p) total += values[(p * samples + n) * width + channel];
+    return total;
+  }
+};
+
+}  // namespace
+}  // namespace ebdiff
