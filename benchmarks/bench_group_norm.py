@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import Candidate, copy_of, side_by_side
-from ebdiff.ops.group_norm_silu import fallbacks, group_norm_silu
+from ebdiff.ops.group_norm import fallbacks, group_norm_silu
 
 ROUNDS = 41
 EPS = 1e-5

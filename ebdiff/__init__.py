@@ -10,9 +10,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import nn as nn
+    from . import ops as ops
     from . import optim as optim
     from .errors import EbdiffError as EbdiffError
-    from .nn.group_norm import GroupNormSiLU as GroupNormSiLU
     from .nn.group_norm import RaggedGroupNorm as RaggedGroupNorm
     from .nn.replace import accelerate as accelerate
     from .nn.replace import restore as restore
@@ -44,7 +45,6 @@ __version__ = "0.1.0"
 
 _HOME = {
     "EbdiffError": "errors",
-    "GroupNormSiLU": "nn.group_norm",
     "RaggedGroupNorm": "nn.group_norm",
     "accelerate": "nn.replace",
     "restore": "nn.replace",
@@ -56,7 +56,9 @@ _HOME = {
     "importance": "pruning.importance",
     "load": "pruning.save",
     "masked": "pruning.shrink",
-    "optim": "optim",  # a room: ebdiff.optim.AdamW, as torch.optim.AdamW
+    "nn": "nn",  # rooms: ebdiff.nn.GroupNormSiLU, ebdiff.ops.group_norm_silu, ebdiff.optim.AdamW
+    "ops": "ops",
+    "optim": "optim",
     "save": "pruning.save",
     "shrink": "pruning.shrink",
     "shrink_": "pruning.shrink",

@@ -10,7 +10,7 @@ from op_cases import values
 from torch import Tensor
 from torch.nn import functional as F
 
-from ebdiff.ops.group_norm_silu import group_norm_silu
+from ebdiff.ops.group_norm import group_norm_silu
 
 SMALL = ("weight", "bias", "scale", "shift", "time_bias")
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -20,7 +20,7 @@ from unets import inputs, scatter, unet
 import ebdiff
 from ebdiff.nn.replace.deferred import served
 from ebdiff.ops import native
-from ebdiff.ops.group_norm_silu import fallbacks
+from ebdiff.ops.group_norm import fallbacks
 
 served.add("cpu")  # by the specification, where nothing has been compiled
 

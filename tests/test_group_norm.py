@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
+import ebdiff
 from ebdiff import EbdiffError, RaggedGroupNorm
-from ebdiff.nn.group_norm import MaskedGroupNorm
-from ebdiff.ops.group_norm_silu import group_norm_silu
+from ebdiff.nn.group_norm import GroupNormSiLU, MaskedGroupNorm
+from ebdiff.ops.group_norm import group_norm_silu
 
 SHAPES = [(3, 7), (2, 7, 5), (2, 7, 5, 3), (1, 7, 2, 3, 4), (2, 7, 1, 1)]
 
@@ -155,3 +156,31 @@ def test_it_compiles_without_graph_breaks() -> None:
 def test_impossible_sizes_are_refused(sizes: tuple[int, ...]) -> None:
     with pytest.raises(EbdiffError, match="RaggedGroupNorm"):
         RaggedGroupNorm(sizes)
+
+
+class Modulated(nn.Module):
+    """A block written with the fused layer: time embedding in, scale and shift out of a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 16, 3, padding=1), GroupNormSiLU(4, 16)
+        self.time, self.scale, self.last = nn.Linear(5, 16), nn.Linear(5, 16), nn.Conv2d(16, 3, 1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.last(self.norm(self.first(x), time_bias=self.time(t), scale=self.scale(t)))
+
+
+@pytest.mark.parametrize("norm", ["ragged", "balanced"])
+def test_the_law_holds_for_networks_written_with_the_fused_layer(norm: Any) -> None:
+    torch.manual_seed(0)
+    model, x, t = Modulated().double(), torch.randn(2, 3, 6, 6).double(), torch.randn(2, 5).double()
+    plan = ebdiff.trace(model, x, t)
+    assert [space.size for space in plan] == [16]
+    scores = {space.name: torch.rand(space.size) for space in plan}
+    mask = ebdiff.ChannelMask.draw(scores, plan=plan, ratio=0.5, norm=norm)
+    small = ebdiff.shrink(model, mask)
+    assert small.first.out_channels == 8
+    assert isinstance(small.norm, GroupNormSiLU if norm == "balanced" else GroupNormSiLU | RaggedGroupNorm)
+    torch.testing.assert_close(small(x, t), ebdiff.masked(model, mask)(x, t))
+    plan = ebdiff.trace(small, x, t)
+    assert [space.size for space in plan] == [8]

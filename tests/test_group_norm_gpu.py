@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ebdiff.ops import group_norm_reference as reference
 from ebdiff.ops.group_norm_reference import Norm
 
-operator = importlib.import_module("ebdiff.ops.group_norm_silu")
+operator = importlib.import_module("ebdiff.ops.group_norm")
 pytestmark = pytest.mark.gpu
 
 RAGGED = (0, 8, 11, 11, 40, 72, 87)

@@ -10,7 +10,7 @@ import torch
 from norm_cases import LAYOUTS, SMALL, Case
 from op_cases import FLOATS, by_threads, needs_native, same_bytes, twin
 
-from ebdiff.ops import group_norm_silu as module
+from ebdiff.ops import group_norm as module
 from ebdiff.ops import native
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ebdiff import EbdiffError
-from ebdiff.ops.group_norm_silu import group_norm_silu
+from ebdiff.ops.group_norm import group_norm_silu
 
 
 def operands(dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:

@@ -22,7 +22,7 @@ from ebdiff.ops import group_norm_cuda
 from ebdiff.ops import group_norm_reference as reference
 from ebdiff.ops.group_norm_reference import Norm
 
-operator = importlib.import_module("ebdiff.ops.group_norm_silu")
+operator = importlib.import_module("ebdiff.ops.group_norm")
 FAMILY = "ebdiff.kernels.group_norm"
 EVERY = [True] * 6
 NAMES = ("x", "weight", "bias", "scale", "shift", "time_bias")

@@ -56,7 +56,7 @@ struct Job {
   std::vector<double> low;
   std::vector<int64_t> kept;     // [G], channels
 
-  Job(const GroupNorm& norm, int threads) : norm(norm), threads(threads), plan(norm), kept(groups) {
+  Job(const GroupNorm& norm, int most) : norm(norm), threads(worth(norm, most)), plan(norm), kept(groups) {
     const size_t count = size_t(norm.samples * width);
     for (auto* list : {&centre, &a, &b}) list->resize(count);
     low.resize(count);
@@ -65,6 +65,11 @@ struct Job {
     if (!norm.keep) return;
     live.resize(width);
     for (int64_t k = 0; k < width; ++k) std::memset(&live[k], norm.keep[k] ? 255 : 0, sizeof(C));
+  }
+
+  // So many threads that each has some 32,000 elements to work on.
+  static int worth(const GroupNorm& norm, int most) {
+    return int(std::min<int64_t>(most, 1 + norm.samples * norm.channels * norm.positions / 32768));
   }
 
   double at(const void* list, int64_t i, double absent) const {

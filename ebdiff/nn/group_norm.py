@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import EbdiffError
 from ..ops.dispatch import is_listened_to
-from ..ops.group_norm_silu import group_norm_silu
+from ..ops.group_norm import group_norm_silu
 
 __all__ = ["GroupNormSiLU", "MaskedGroupNorm", "RaggedGroupNorm", "Settings", "settings_of"]
 
@@ -19,22 +19,14 @@ __all__ = ["GroupNormSiLU", "MaskedGroupNorm", "RaggedGroupNorm", "Settings", "s
 class GroupNormSiLU(nn.GroupNorm):
     """nn.GroupNorm followed by SiLU, in one pass. Same parameters, same state dict keys.
 
-    Shape: [N, C, *] -> [N, C, *] in x's dtype and memory format; statistics in float32 at least.
+    Shape: [N, C, *] -> [N, C, *] in x's dtype and memory format; statistics in float32 at least. The other arguments of
+    its forward are those of `ebdiff.ops.group_norm_silu`: [N, C] each.
     """
 
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        scale: Tensor | None = None,
-        shift: Tensor | None = None,
-        time_bias: Tensor | None = None,
-    ) -> Tensor:
-        """See `ebdiff.ops.group_norm_silu`, whose arguments these are: [N, C] each."""
-        weight, bias, groups = self.weight, self.bias, self.num_groups
-        return group_norm_silu(
-            x, weight, bias, groups, scale=scale, shift=shift, time_bias=time_bias, eps=self.eps, silu=True
-        )
+    silu = True
+
+    def forward(self, x: Tensor, **modulation: Tensor | None) -> Tensor:  # type: ignore[override]
+        return group_norm_silu(x, self.weight, self.bias, self.num_groups, eps=self.eps, silu=True, **modulation)
 
 
 class RaggedGroupNorm(nn.Module):
@@ -43,12 +35,15 @@ class RaggedGroupNorm(nn.Module):
     Args:
         group_sizes: channels of each group, in order; zeros are dropped.
         eps: added to the variance.
+        silu: apply SiLU at the end.
 
-    Shape: [N, C, *] -> [N, C, *], with C the sum of the sizes; statistics in float32 at least.
+    Shape: as `GroupNormSiLU`, with C the sum of the sizes.
 
     Raises:
         EbdiffError: a negative size, or no channel at all.
     """
+
+    silu = False  # of files that were written before there was a choice
 
     def __init__(
         self,
@@ -56,6 +51,8 @@ class RaggedGroupNorm(nn.Module):
         eps: float = 1e-5,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        silu: bool = False,
     ) -> None:
         super().__init__()
         if not sum(group_sizes) or min(group_sizes) < 0:
@@ -65,12 +62,13 @@ class RaggedGroupNorm(nn.Module):
         self.group_sizes = tuple(int(size) for size in group_sizes if size)
         self.num_channels = sum(self.group_sizes)
         self.eps = eps
+        self.silu = silu
         self.weight = nn.Parameter(torch.ones(self.num_channels, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(self.num_channels, device=device, dtype=dtype))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, **modulation: Tensor | None) -> Tensor:
         offsets = [0, *accumulate(self.group_sizes)]
-        return group_norm_silu(x, self.weight, self.bias, offsets, eps=self.eps, silu=False)
+        return group_norm_silu(x, self.weight, self.bias, offsets, eps=self.eps, silu=self.silu, **modulation)
 
     def extra_repr(self) -> str:
         return f"{len(self.group_sizes)} groups over {self.num_channels} channels, eps={self.eps}"
@@ -80,7 +78,7 @@ class MaskedGroupNorm(nn.Module):
     """Group normalisation with statistics over the kept channels, zero elsewhere: what RaggedGroupNorm gives, unshrunk.
 
     Args:
-        norm: the nn.GroupNorm or RaggedGroupNorm it stands in for; its weight and bias are taken over.
+        norm: the nn.GroupNorm, GroupNormSiLU or RaggedGroupNorm it stands in for; its weight and bias are taken over.
         groups: int64 [channels], the group of each channel, -1 where it is removed; those of kept channels do not fall.
 
     Raises:
@@ -90,6 +88,7 @@ class MaskedGroupNorm(nn.Module):
     def __init__(self, norm: Any, groups: Tensor) -> None:
         super().__init__()
         self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+        self.silu: bool = getattr(norm, "silu", False)
         kept = groups[groups >= 0]
         if (kept.diff() < 0).any():
             raise EbdiffError("groups", expected="rising ones", got=str(kept.tolist()), remedy="sort the channels")
@@ -97,11 +96,12 @@ class MaskedGroupNorm(nn.Module):
         self.offsets = [0, *accumulate(torch.bincount(belongs).tolist())]
         self.keep = groups >= 0  # no buffer: it is neither state, nor to be cast with the rest
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, **modulation: Tensor | None) -> Tensor:
         if self.keep.device != x.device and not is_listened_to():
             self.keep = self.keep.to(x.device)  # for the next call too
         keep = self.keep.to(x.device)
-        return group_norm_silu(x, self.weight, self.bias, self.offsets, keep=keep, eps=self.eps, silu=False)
+        settings: dict[str, Any] = {"keep": keep, "eps": self.eps, "silu": self.silu, **modulation}
+        return group_norm_silu(x, self.weight, self.bias, self.offsets, **settings)
 
 
 class Settings(NamedTuple):
@@ -118,6 +118,8 @@ def settings_of(norm: nn.Module) -> Settings | None:
     """Those of an nn.GroupNorm or of a layer of this module that applies no SiLU; None of anything else."""
     if type(norm) is nn.GroupNorm:
         return Settings(norm.weight, norm.bias, norm.num_groups, None, norm.eps)
+    if getattr(norm, "silu", False):
+        return None
     if type(norm) is RaggedGroupNorm:
         return Settings(norm.weight, norm.bias, [0, *accumulate(norm.group_sizes)], None, norm.eps)
     if type(norm) is MaskedGroupNorm:

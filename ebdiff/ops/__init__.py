@@ -1,0 +1,27 @@
+"""The operators: each with its reference in plain torch, and with the kernels that serve it where there are any."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .channel_mask import Axes as Axes
+    from .channel_mask import apply_mask_ as apply_mask_
+    from .channel_mask import channel_sums as channel_sums
+    from .channel_mask import compact as compact
+    from .channel_mask import mask_distance as mask_distance
+    from .channel_mask import masked_adamw_ as masked_adamw_
+    from .channel_mask import scatter_back as scatter_back
+    from .group_norm import group_norm_silu as group_norm_silu
+
+_MASKS = ("Axes", "apply_mask_", "channel_sums", "compact", "mask_distance", "masked_adamw_", "scatter_back")
+_HOME = {"group_norm_silu": "group_norm"} | dict.fromkeys(_MASKS, "channel_mask")
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'ebdiff.ops' has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)

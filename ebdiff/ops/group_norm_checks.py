@@ -15,7 +15,7 @@ from .group_norm_reference import Norm
 __all__ = ["check_gradient", "check_norm", "offsets_of"]
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_HOW = "see ebdiff.ops.group_norm_silu.group_norm_silu"
+_HOW = "see ebdiff.ops.group_norm_silu"
 
 
 def offsets_of(groups: int | Sequence[int], x: Tensor) -> list[int]:

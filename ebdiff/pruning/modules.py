@@ -95,7 +95,8 @@ def _adapt_norm(model: nn.Module, name: str, groups: Any) -> None:
     if len(set(sizes)) == 1 and isinstance(norm, nn.GroupNorm):
         norm.num_channels, norm.num_groups = sum(sizes), len(sizes)
         return
-    ragged = RaggedGroupNorm(sizes, norm.eps, device=norm.weight.device, dtype=norm.weight.dtype)
+    place: Any = {"device": norm.weight.device, "dtype": norm.weight.dtype}
+    ragged = RaggedGroupNorm(sizes, norm.eps, **place, silu=getattr(norm, "silu", False))
     ragged.weight, ragged.bias = norm.weight, norm.bias
     ragged.train(norm.training)
     replace(model, name, ragged)

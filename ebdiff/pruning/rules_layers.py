@@ -24,7 +24,8 @@ def _group_norm(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None
     for affine in (weight, bias):
         if affine is not None:
             unify(axes[1], tr.axes(affine)[0])
-    if type(module) is nn.GroupNorm and weight is not None:
+    is_stand_in = "group_sizes" in vars(module)
+    if (is_stand_in or type(module) is nn.GroupNorm) and weight is not None:
         name, sizes = tr.names[id(module)], getattr(module, "group_sizes", (x.shape[1] // groups,) * groups)
         tr.norms[name] = Norm(name, sizes)
     else:

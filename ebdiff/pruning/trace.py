@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import EbdiffError
-from ..nn.group_norm import RaggedGroupNorm
+from ..nn.group_norm import GroupNormSiLU, RaggedGroupNorm
 from . import rules_layers, rules_shape  # noqa: F401  (they file their rules)
 from .axes import Atom, Axis, Place, freeze, places, resolve, size
 from .cost import cost_of, kept_size, terms_of
@@ -271,17 +271,30 @@ def _shadow(model: nn.Module, fake: FakeTensorMode) -> nn.Module:
                     del hooks[key]
                     vars(module)[_HOOKED] = True
     for name, module in list(shadow.named_modules()):
-        if isinstance(module, RaggedGroupNorm):
-            replace(shadow, name, _plain_stand_in(module))
+        if isinstance(module, RaggedGroupNorm | GroupNormSiLU):
+            replace(shadow, name, _StandIn(module))
     return shadow
 
 
-def _plain_stand_in(ragged: RaggedGroupNorm) -> nn.GroupNorm:
-    """An nn.GroupNorm of the same shape: one op instead of many, and shapes are all that a trace sees."""
-    norm = nn.GroupNorm(1, ragged.num_channels, affine=False)
-    norm.weight, norm.bias = ragged.weight, ragged.bias
-    vars(norm)["group_sizes"] = ragged.group_sizes
-    return norm
+class _StandIn(nn.GroupNorm):
+    """What the layers of ebdiff.nn.group_norm compute, in operators with rules; shapes are all that a trace sees."""
+
+    def __init__(self, norm: RaggedGroupNorm | GroupNormSiLU) -> None:
+        super().__init__(1, norm.num_channels, affine=False)
+        self.weight, self.bias, self.silu = norm.weight, norm.bias, norm.silu
+        if isinstance(norm, RaggedGroupNorm):
+            self.group_sizes = norm.group_sizes
+        else:
+            self.group_sizes = (norm.num_channels // norm.num_groups,) * norm.num_groups
+
+    def forward(
+        self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, time_bias: Tensor | None = None
+    ) -> Tensor:
+        here = (..., *[None] * (x.dim() - 2))
+        y = super().forward(x if time_bias is None else x + time_bias[here])
+        y = y if scale is None else y * (1 + scale[here])
+        y = y if shift is None else y + shift[here]
+        return nn.functional.silu(y) if self.silu else y
 
 
 def _fake_like(tensor: Tensor, fake: FakeTensorMode) -> Tensor:

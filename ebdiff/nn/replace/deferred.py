@@ -17,7 +17,7 @@ from torch.nn.modules import module as globally
 
 from ...errors import EbdiffError
 from ...ops import native
-from ...ops.group_norm_silu import group_norm_silu
+from ...ops.group_norm import group_norm_silu
 from ..group_norm import Settings, settings_of
 from .written_out import is_silu_written_out, is_widened_norm
 

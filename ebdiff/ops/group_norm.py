@@ -20,7 +20,8 @@ from . import native
 from .group_norm_checks import check_gradient, check_norm, offsets_of
 from .group_norm_reference import Norm
 from .library import define
-from .native_cpu import NotTaken
+from .native_cpu import NotTaken, is_lazy
+from .serve import is_plain
 
 __all__ = ["fallbacks", "group_norm_silu"]
 
@@ -64,8 +65,22 @@ def group_norm_silu(
 
     Source: Wu & He 2018 (group normalisation); Dhariwal & Nichol 2021 (scale and shift).
     """
-    result: Tensor = _op(x, weight, bias, scale, shift, time_bias, keep, offsets_of(groups, x), eps, silu)
+    tensors = (x, weight, bias, scale, shift, time_bias, keep)
+    arguments = (*tensors, offsets_of(groups, x), eps, silu)
+    result: Tensor
+    if not _is_plain(*tensors) or torch.is_autocast_enabled(x.device.type):
+        result = _op(*arguments)
+    elif torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        result = _GroupNormSiLU.apply(*arguments)  # type: ignore[no-untyped-call]
+    else:
+        result = _forward_impl(*arguments)[0]
     return result
+
+
+def _is_plain(*tensors: Tensor | None) -> bool:
+    """May the implementation be called without torch's dispatcher, which also resolves lazily negated memory?"""
+    given = [tensor for tensor in tensors if tensor is not None]
+    return is_plain(given, masks=()) and not is_lazy(given)
 
 
 class _GroupNormSiLU(torch.autograd.Function):
@@ -74,7 +89,8 @@ class _GroupNormSiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *arguments: Any) -> Tensor:
         y: Tensor
-        y, mean, rstd = _forward_op(x, *arguments)
+        forward = _forward_impl if _is_plain(x, *arguments[:6]) else _forward_op
+        y, mean, rstd = forward(x, *arguments)
         ctx.save_for_backward(x, mean, rstd, *arguments[:6])
         ctx.rest = arguments[6:]
         return y
@@ -87,7 +103,8 @@ class _GroupNormSiLU(torch.autograd.Function):
         needs = ctx.needs_input_grad[:6]
         if torch.is_grad_enabled():  # a second derivative is asked for: differentiate the specification
             return *_differentiable(dy, x, norm, needs), None, None, None, None
-        found = iter(_backward_op(dy, x, mean, rstd, *norm, needs))
+        backward = _backward_impl if _is_plain(dy, x, *tensors) else _backward_op
+        found = iter(backward(dy, x, mean, rstd, *norm, needs))
         return *(next(found) if need else None for need in needs), None, None, None, None
 
 
