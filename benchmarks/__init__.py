@@ -92,6 +92,7 @@ class SideBySide:
     candidates: Mapping[str, Callable[[], Any]]
     device: torch.device | str = "cpu"
     between: Callable[[], Any] | None = None  # before each, off the clock
+    warm: bool = False  # see `side_by_side`
     seconds: dict[str, list[float]] = field(default_factory=dict)
 
     def __call__(self) -> None:
@@ -99,6 +100,9 @@ class SideBySide:
         for name, call in self.candidates.items():
             if self.between is not None:
                 self.between()
+            if self.warm:
+                time.sleep(0.005)
+                call()
             self.seconds.setdefault(name, []).append(seconds_of(call, self.device))
 
     def run(self, benchmark: Any, rounds: int, warmup_rounds: int = 1) -> None:
@@ -169,9 +173,15 @@ def side_by_side(
     candidates: Mapping[str, Candidate],
     rounds: int,
     between: Callable[[], Any] | None = None,
+    *,
+    warm: bool = False,
 ) -> list[dict[str, Any]]:
-    """Measure candidates in turn, and return their `table`. One of them is "copy_" where any has a floor."""
-    timing = SideBySide({name: candidate.call for name, candidate in candidates.items()}, device, between)
+    """Measure candidates in turn, and return their `table`. One of them is "copy_" where any has a floor.
+
+    With `warm` each pauses, then runs once off the clock: for what takes less than a millisecond. What torch.compile
+    makes for the CPU has threads of its own, which go on spinning for a while, on the cores of whoever comes next.
+    """
+    timing = SideBySide({name: candidate.call for name, candidate in candidates.items()}, device, between, warm)
     timing.run(benchmark, rounds, warmup_rounds=1)
     return table(candidates, timing)
 

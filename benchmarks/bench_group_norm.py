@@ -131,6 +131,6 @@ def test_group_norm_silu(benchmark: Any, device: torch.device, report: Any, shap
     torch._dynamo.reset()  # 8 variants of a function are compiled, then no more: just what one shape needs
     for dtype, layout in product((torch.float32, torch.bfloat16), LAYOUTS):
         candidates |= candidates_of(case, layout, dtype, device)
-    rows = side_by_side(benchmark, device, candidates, ROUNDS)
+    rows = side_by_side(benchmark, device, candidates, ROUNDS, warm=True)
     facts = {"what": "GroupNorm + SiLU", "shape": list(case.shape), "groups": list(case.sizes), "rounds": ROUNDS}
     report(rows, {**facts, "served_by_the_reference": dict(fallbacks)})

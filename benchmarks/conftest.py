@@ -35,14 +35,16 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
 @pytest.fixture
 def report(request: pytest.FixtureRequest, benchmark: Any, device: torch.device) -> Report:
     """report(rows, facts): print a table after the run, add the facts to the benchmark, write JSON when asked to."""
-    where, name = machine(device), request.node.name.removeprefix("test_")
+    where = machine(device)
+    name = request.node.name.removeprefix("test_").replace("[", "_").replace("]", "")
 
     def finish(rows: Sequence[Row], facts: Mapping[str, Any]) -> None:
         benchmark.extra_info.update({**facts, "rows": list(rows)})
         request.config.stash.setdefault(_TABLES, []).append(_table(name, rows, {**facts, **where}))
         folder = request.config.getoption("--results")
         if folder:
-            command = f"pytest benchmarks/ --benchmark-only -k {name} --results DIR"
+            test = request.node.name.removeprefix("test_").partition("[")[0]
+            command = f"pytest benchmarks/ --benchmark-only -k {test} --results DIR"
             write_results(Path(folder), name, {"command": command, "machine": where, **facts, "rows": list(rows)})
 
     return finish

@@ -156,8 +156,13 @@ def _serve(name: str, x: Tensor, *arguments: Any) -> Any:
 def _kernels(x: Tensor) -> Any:
     """The module with the kernels for a tensor's device; None without one."""
     if x.device.type == "cpu":
-        return import_module(".group_norm_cpu", __package__) if native.module() is not None else None
-    return import_module(".group_norm_cuda", __package__) if x.is_cuda and _has_triton() else None
+        return _module("group_norm_cpu") if native.module() is not None else None
+    return _module("group_norm_cuda") if x.is_cuda and _has_triton() else None
+
+
+@cache
+def _module(name: str) -> Any:
+    return import_module(f".{name}", __package__)
 
 
 @cache

@@ -45,13 +45,14 @@ def backward(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, norm: Norm, need
 def _numbers(x: Tensor, norm: Norm, last: bool) -> tuple[Any, ...]:
     """What both directions hand over first."""
     sizes = [*x.shape[:2], x.shape[2:].numel()]
-    return FLOATS[x.dtype], last, sizes, list(norm.offsets), norm.eps, norm.silu
+    return FLOATS[x.dtype], last, sizes, norm.offsets, norm.eps, norm.silu
 
 
 def _small(x: Tensor, norm: Norm) -> list[Tensor | None]:
     """weight, bias, scale, shift and time_bias, in what is computed in; keep."""
-    small = [None if t is None else t.to(_wide(x)).contiguous() for t in norm.tensors]
-    return [*small, None if norm.keep is None else norm.keep.contiguous()]
+    wide = _wide(x)
+    small = [t if t is None or t.dtype == wide else t.to(wide) for t in norm.tensors]
+    return [t if t is None else t.contiguous() for t in (*small, norm.keep)]
 
 
 def _order(like: Tensor) -> tuple[bool, Tensor]:
