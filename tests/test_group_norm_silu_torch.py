@@ -10,6 +10,7 @@ import torch
 from norm_cases import Case
 from op_cases import same
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from ebdiff import EbdiffError
@@ -65,6 +66,17 @@ def test_transforms_of_torch_func() -> None:
     _, slope = torch.func.jvp(total, (x,), (torch.ones_like(x),))
     torch.testing.assert_close(slope, expected.sum())
     torch.testing.assert_close(torch.func.vmap(call)(x[:, None])[:, 0], call(x))
+
+
+def test_what_eager_calls_may_not_pass_by() -> None:
+    """Without the dispatcher in between: derivatives in forward mode, lazily negated memory."""
+    x, weight, bias = (tensor.detach() for tensor in operands(torch.float64)[:3])
+    call = lambda x: group_norm_silu(x, weight, bias, [0, 2, 2, 9])  # noqa: E731
+    slope = torch.func.jvp(call, (x,), (torch.ones_like(x).cumsum(0),))[1]
+    with forward_ad.dual_level():
+        y = call(forward_ad.make_dual(x, torch.ones_like(x).cumsum(0)))
+        torch.testing.assert_close(forward_ad.unpack_dual(y).tangent, slope)
+    torch.testing.assert_close(call(torch._neg_view(x)), call(-x))
 
 
 def test_gradients_are_those_of_the_function() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import group_norm_reference as reference
 from . import native
@@ -80,7 +81,12 @@ def group_norm_silu(
 def _is_plain(*tensors: Tensor | None) -> bool:
     """May the implementation be called without torch's dispatcher, which also resolves lazily negated memory?"""
     given = [tensor for tensor in tensors if tensor is not None]
-    return is_plain(given, masks=()) and not is_lazy(given)
+    return is_plain(given, masks=()) and not is_lazy(given) and not _in_forward_mode()
+
+
+def _in_forward_mode() -> bool:
+    """Are derivatives carried along (torch.autograd.forward_ad)?"""
+    return forward_ad._current_level >= 0
 
 
 class _GroupNormSiLU(torch.autograd.Function):
@@ -186,11 +192,11 @@ def _backward_fake(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, *arguments
 
 
 def _autograd(x: Tensor, *arguments: Any) -> Tensor:
-    """Under torch.func's derivatives the specification serves: to any order they go through it, but through no kernel.
+    """For torch.func's and forward-mode derivatives the specification serves: they go through no kernel.
 
     Plain torch.vmap calls the operator in a loop.
     """
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch._C._functorch.peek_interpreter_stack() is not None or _in_forward_mode():
         norm = _norm(arguments)
         check_norm(x, norm)
         fallbacks["torch.func"] += 1
