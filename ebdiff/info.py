@@ -20,6 +20,7 @@ OPTIONAL = {
 }
 # Served by ebdiff._C where it is built, else by the plain torch beside them in ebdiff.ops.
 COMPILED_OPS = ("apply_mask_", "compact", "scatter_back_", "masked_adamw_", "channel_sums", "mask_distance")
+TRITON_OP = "group_norm_silu"
 
 
 def installation() -> list[str]:
@@ -83,7 +84,7 @@ def _compiled() -> list[str]:
     compiled, facts, left_out = native.module(), native.facts(), native.missing()
     if compiled is None:
         said = left_out.get("cpu", {}).get("output", "")
-        return [f"  compiled part: {native.why_not()}", *_quoted(said), _served("reference", "reference")]
+        return [f"  compiled part: {native.why_not()}", *_quoted(said), *_served("reference", "reference")]
     parts = " and ".join(part.upper() for part in facts.get("parts", ()))
     tools = f"{facts.get('compiler', 'an unknown compiler')}, pybind11 {facts.get('pybind11', 'unknown')}"
     lines = [f"  compiled part: {parts}, ABI {compiled.ABI}, by {tools}"]
@@ -97,7 +98,7 @@ def _compiled() -> list[str]:
         ]
     if native.is_outdated():
         lines.append(f"    built from other sources: {native.again()} again")
-    return [*lines, _served(f"C++ {compiled.isa()}", "CUDA" if native.has_cuda() else "reference")]
+    return [*lines, *_served(f"C++ {compiled.isa()}", "CUDA" if native.has_cuda() else "reference")]
 
 
 def _gpu(index: int) -> str:
@@ -112,8 +113,11 @@ def _gpu(index: int) -> str:
     return name
 
 
-def _served(cpu: str, cuda: str) -> str:
-    return f"    {', '.join(COMPILED_OPS)}: {cpu} on the CPU, {cuda} on a GPU"
+def _served(cpu: str, cuda: str) -> list[str]:
+    return [
+        f"    {', '.join(COMPILED_OPS)}: {cpu} on the CPU, {cuda} on a GPU",
+        f"    {TRITON_OP}: {cpu} on the CPU, {'Triton' if find_spec('triton') else 'reference'} on a GPU",
+    ]
 
 
 def _quoted(message: str) -> list[str]:

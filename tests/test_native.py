@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -110,6 +111,7 @@ def test_info_of_both_parts(package: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "by g++ 12, pybind11 3" in said
     assert "CUDA by nvcc 13.0 for sm_90, compute_90" in said
     assert "masked_adamw_" in said
+    assert re.search("group_norm_silu: C\\+\\+ avx2 on the CPU, (Triton|reference) on a GPU", said)
     assert "C++ avx2 on the CPU, CUDA on a GPU" in said
     assert "other sources" not in said  # there are none beside an installed package, whatever site-packages/csrc holds
     (package.parent / "csrc").mkdir()
@@ -143,9 +145,10 @@ def test_info_names_a_gpu_that_is_not_served(package: Path, monkeypatch: pytest.
 
 
 def test_every_op_that_info_lists_is_registered() -> None:
-    import ebdiff.ops.channel_mask  # noqa: F401
+    import ebdiff.ops.channel_mask
+    import ebdiff.ops.group_norm  # noqa: F401
 
-    assert [name for name in info.COMPILED_OPS if not hasattr(torch.ops.ebdiff, name)] == []
+    assert [name for name in (*info.COMPILED_OPS, info.TRITON_OP) if not hasattr(torch.ops.ebdiff, name)] == []
 
 
 def test_switched_off_everything_still_imports() -> None:
