@@ -79,6 +79,36 @@ def test_what_eager_calls_may_not_pass_by() -> None:
     torch.testing.assert_close(call(torch._neg_view(x)), call(-x))
 
 
+def test_traces_hold_what_was_computed() -> None:
+    x, weight, bias = (tensor.detach() for tensor in operands()[:3])
+    call = lambda x: group_norm_silu(x, weight, bias, [0, 2, 2, 9])  # noqa: E731
+    torch.testing.assert_close(torch.jit.trace(call, (x,))(x + 1), call(x + 1))
+
+
+def test_zeros_without_memory() -> None:
+    x = operands()[0].detach().requires_grad_()
+    group_norm_silu(x, None, None, [0, 9]).backward(torch._efficientzerotensor(x.shape))
+    assert not x.grad.any()  # type: ignore[union-attr]
+
+
+def test_first_derivatives_are_the_same_whether_a_second_may_follow() -> None:
+    """Even where the arguments depend on each other: no path is counted twice."""
+    x, weight = torch.randn(2, 4, 3, dtype=torch.float64), torch.randn(4, dtype=torch.float64, requires_grad=True)
+    t = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+    once = group_norm_silu(x, weight, None, 2, scale=t, shift=t.sin())
+    total = group_norm_silu(once, weight, None, 2, scale=once.mean(2), time_bias=t).sin().sum()
+    plain = torch.autograd.grad(total, (weight, t), retain_graph=True)
+    again = torch.autograd.grad(total, (weight, t), create_graph=True)
+    torch.testing.assert_close(plain, again)
+
+
+def test_many_gradients_at_once() -> None:
+    x = torch.randn(1, 4, 2, dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian
+    call = lambda x: group_norm_silu(x, None, None, 2)  # noqa: E731
+    torch.testing.assert_close(jacobian(call, x, vectorize=True), jacobian(call, x))
+
+
 def test_gradients_are_those_of_the_function() -> None:
     x, *rest = operands(torch.float64)
     assert torch.autograd.gradcheck(lambda *t: torch.ops.ebdiff.group_norm_silu(*t, *rest[5:]), (x, *rest[:5]))

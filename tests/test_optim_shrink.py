@@ -70,7 +70,7 @@ def apart(a: dict[str, list[Tensor]], b: dict[str, list[Tensor]]) -> dict[str, f
 def test_masked_steps_then_shrinking_are_shrinking_then_steps() -> None:
     """Weights, moments and EMA, wherever shrinking falls, to the error of the dtype.
 
-    In float32 each of the two runs may be as far off as the worse of two others, shrunken first or last, is from float64.
+    In float32 each of the two runs may be as far off from float64 as the worse of two others: shrunken first or last.
     Weights are further off than moments: AdamW moves by lr where a gradient is nothing but rounding, too.
     """
     first = results(0, torch.float64)

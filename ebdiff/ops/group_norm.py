@@ -79,9 +79,13 @@ def group_norm_silu(
 
 
 def _is_plain(*tensors: Tensor | None) -> bool:
-    """May the implementation be called without torch's dispatcher, which also resolves lazily negated memory?"""
+    """May the implementation be called without torch's dispatcher, which also makes memory of lazy tensors?"""
     given = [tensor for tensor in tensors if tensor is not None]
-    return is_plain(given, masks=()) and not is_lazy(given) and not _in_forward_mode()
+    return is_plain(given, masks=()) and not _is_lazy(given) and not _in_forward_mode()
+
+
+def _is_lazy(tensors: Sequence[Tensor]) -> bool:
+    return is_lazy(tensors) or True in map(Tensor._is_zerotensor, tensors)
 
 
 def _in_forward_mode() -> bool:
@@ -107,7 +111,8 @@ class _GroupNormSiLU(torch.autograd.Function):
         x, mean, rstd, *tensors = ctx.saved_tensors
         norm = _norm((*tensors, *ctx.rest))
         needs = ctx.needs_input_grad[:6]
-        if torch.is_grad_enabled():  # a second derivative is asked for: differentiate the specification
+        # For a second derivative, or many gradients at once: differentiate the specification.
+        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dy):
             return *_differentiable(dy, x, norm, needs), None, None, None, None
         backward = _backward_impl if _is_plain(dy, x, *tensors) else _backward_op
         found = iter(backward(dy, x, mean, rstd, *norm, needs))
@@ -116,9 +121,14 @@ class _GroupNormSiLU(torch.autograd.Function):
 
 def _differentiable(dy: Tensor, x: Tensor, norm: Norm, needs: Sequence[bool]) -> reference.Gradients:
     fallbacks["second derivative"] += 1
-    inputs = [tensor for tensor, need in zip((x, *norm.tensors), needs, strict=True) if need and tensor is not None]
-    y = reference.group_norm_silu(x, norm)
-    found = iter(torch.autograd.grad(y, inputs, dy, create_graph=True))
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views, because the tensors may depend on each other: the derivative by one is not to go on through another.
+        x = x.view_as(x)
+        given = [None if tensor is None else tensor.view_as(tensor) for tensor in norm.tensors]
+        y = reference.group_norm_silu(x, _norm((*given, norm.keep, norm.offsets, norm.eps, norm.silu)))
+    inputs = [tensor for tensor, need in zip((x, *given), needs, strict=True) if need and tensor is not None]
+    found = iter(torch.autograd.grad(y, inputs, dy, create_graph=again))
     return tuple(next(found) if need else None for need in needs)
 
 

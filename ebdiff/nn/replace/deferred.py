@@ -67,7 +67,7 @@ class Deferred:
         """All of it and SiLU, by the operator."""
         self._check()
         norm, x = self.settings, self.x
-        scale, shift, time_bias = (_per_sample(row, len(x)) for row in (self.scale, self.shift, self.time_bias))
+        scale, shift, time_bias = (_per_sample(row, x.shape[0]) for row in (self.scale, self.shift, self.time_bias))
         return group_norm_silu(
             x,
             norm.weight,
@@ -124,7 +124,7 @@ def _is_row(row: Any, x: Tensor, dtype: torch.dtype) -> bool:
 
 def _per_sample(row: Tensor | None, samples: int) -> Tensor | None:
     """[N or 1, C, 1...] -> [N, C]."""
-    if row is None or len(row) == samples:
+    if row is None or row.shape[0] == samples:
         return None if row is None else row.flatten(1)
     return row.flatten(1).expand(samples, -1)
 
@@ -206,7 +206,7 @@ def _fits(x: Tensor, settings: Settings) -> bool:
         and x.dtype in _DTYPES
         and x.layout is torch.strided
         and (affine is None or type(affine) in _TENSORS)
-        and (affine is None or (affine.dtype in (x.dtype, torch.float32) and len(affine) == x.shape[1]))
+        and (affine is None or (affine.dtype in (x.dtype, torch.float32) and affine.shape[0] == x.shape[1]))
     )
 
 
@@ -241,9 +241,9 @@ def activated(act: Any, x: Any) -> Any:
     return act(x.value())
 
 
-def run_in_order(sequential: nn.Sequential, x: Any) -> Any:
+def run_in_order(self: nn.Sequential, input: Any) -> Any:
     """nn.Sequential's forward, with norm and SiLU as one where they follow each other."""
-    modules = list(sequential)
+    x, modules = input, list(self)
     for module, following in zip(modules, [*modules[1:], None], strict=True):
         if isinstance(x, Deferred):
             x = activated(module, x)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from inspect import getattr_static
 from itertools import pairwise
 from types import FunctionType, ModuleType
 from typing import Any
@@ -193,7 +194,7 @@ def _methods(kind: type) -> Iterator[tuple[str, FunctionType]]:
     """The methods of a class that somebody wrote for it."""
     written = [base for base in kind.__mro__ if base is not nn.Module and issubclass(base, nn.Module)]
     for name in {name for base in written for name in vars(base)}:
-        method = getattr(kind, name)
+        method = getattr_static(kind, name)  # a static method is none
         if isinstance(method, FunctionType) and not (name.startswith("__") and name.endswith("__")):
             yield name, method
 
