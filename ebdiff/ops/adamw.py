@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from math import sqrt
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,64 +60,61 @@ def masked_adamw_(
     if not params:
         return
     lists = Lists(params, grads, exp_avg, exp_avg_sq, ema)
-    numbers = (lr, beta1, beta2, eps, weight_decay, step, ema_decay)
+    numbers = _Numbers(lr, beta1, beta2, eps, weight_decay, step, ema_decay, maximize)
     if is_plain(*lists, masks=axes.keep):
-        _masked_adamw(lists, axes, *numbers, maximize)
+        _masked_adamw(lists, axes, numbers)
     else:
-        _masked_adamw_op(*lists, *axes.triples, *numbers, maximize)
+        _masked_adamw_op(*lists, *axes.triples, *numbers)
 
 
-def _masked_adamw_impl(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avg: Sequence[Tensor],
-    exp_avg_sq: Sequence[Tensor],
-    ema: Sequence[Tensor],
-    keep: Sequence[Tensor],
-    owner: Sequence[int],
-    dims: Sequence[int],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    ema_decay: float,
-    maximize: bool,
-) -> None:
-    lists = Lists(params, grads, exp_avg, exp_avg_sq, ema)
-    axes = Axes(tuple(keep), tuple(owner), tuple(dims))
-    _masked_adamw(lists, axes, lr, beta1, beta2, eps, weight_decay, step, ema_decay, maximize)
+class _Numbers(NamedTuple):
+    """Of one step of AdamW and of the average, as the operator takes them."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    step: int
+    ema_decay: float
+    maximize: bool
+
+    def derived(self) -> dict[str, float]:
+        """What the implementations compute with."""
+        return {
+            "one_minus_beta1": 1 - self.beta1,
+            "beta2": self.beta2,
+            "one_minus_beta2": 1 - self.beta2,
+            "decay": 1 - self.lr * self.weight_decay,
+            "inverse_bias2": 1 / sqrt(1 - self.beta2**self.step),
+            "eps": self.eps,
+            "step_size": self.lr / (1 - self.beta1**self.step),
+            "one_minus_ema": 1 - self.ema_decay,
+        }
 
 
-def _masked_adamw(
-    lists: Lists,
-    axes: Axes,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    ema_decay: float,
-    maximize: bool,
-) -> None:
+def _masked_adamw_impl(*arguments: Any) -> None:
+    lists, masks, numbers = Lists(*arguments[:5]), arguments[5:8], _Numbers(*arguments[8:])
+    _masked_adamw(lists, Axes(*map(tuple, masks)), numbers)
+
+
+def _masked_adamw(lists: Lists, axes: Axes, numbers: _Numbers) -> None:
     params = lists.params
     check_axes(params, axes, written=True)
-    check_adamw(lists, step, (beta1, beta2))
-    numbers = _adamw_numbers(lr, beta1, beta2, eps, weight_decay, step, ema_decay)
+    check_adamw(lists, numbers.step, (numbers.beta1, numbers.beta2))
+    derived = numbers.derived()
     strides = list(map(Tensor.stride, params))
     lists = lists._replace(grads=_laid_out(lists.grads, params, strides))
     alike = all(list(map(Tensor.stride, tensors)) == strides for tensors in lists if tensors)
     serve = run if alike else reference_of
     if len({parameter.dtype for parameter in params}) == 1:
-        serve("masked_adamw_", params[0], lists, axes, numbers, maximize)
+        serve("masked_adamw_", params[0], lists, axes, derived, numbers.maximize)
     else:
         for tensors in lists:  # before the first is written
             refuse_freed(tensors)
         refuse_shared(list(chain.from_iterable(lists.written)), read=lists.grads)
         for part, part_axes in _by_dtype(lists, axes):
-            serve("masked_adamw_", params[0], part, part_axes, numbers, maximize)
+            serve("masked_adamw_", params[0], part, part_axes, derived, numbers.maximize)
     written(*lists.written)
 
 
@@ -159,21 +157,6 @@ def _by_dtype(lists: Lists, axes: Axes) -> Iterator[tuple[Lists, Axes]]:
         axes.remember("by dtype", dtypes, parts)
     for chosen, part_axes in parts:
         yield Lists(*([tensors[i] for i in chosen] if tensors else [] for tensors in lists)), part_axes
-
-
-def _adamw_numbers(
-    lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int, ema_decay: float
-) -> dict[str, float]:
-    return {
-        "one_minus_beta1": 1 - beta1,
-        "beta2": beta2,
-        "one_minus_beta2": 1 - beta2,
-        "decay": 1 - lr * weight_decay,
-        "inverse_bias2": 1 / sqrt(1 - beta2**step),
-        "eps": eps,
-        "step_size": lr / (1 - beta1**step),
-        "one_minus_ema": 1 - ema_decay,
-    }
 
 
 _masked_adamw_op = define(
