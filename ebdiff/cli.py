@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,9 +17,10 @@ from rich.table import Table
 from .errors import EbdiffError
 
 if TYPE_CHECKING:
-    from .config import Config
     from .training.stages import Tick, Work
     from .training.world import World
+else:
+    World = Any  # a command's signature is read, and must not import torch
 
 __all__ = ["app", "main"]
 
@@ -42,6 +45,52 @@ Arm = Annotated[str, typer.Option(help="tickets (the router) or dense (the contr
 Model = Annotated[Path | None, typer.Option(help="Any saved network instead: a router, a ticket's or a dense one.")]
 
 
+def _world(
+    overrides: Overrides = None,
+    config: File = None,
+    preset: Preset = None,
+    sets: Sets = None,
+    out: Out = None,
+    seed: Seed = None,
+    branch_at: BranchAt = None,
+) -> World:
+    """The run that the options mean. A folder that holds one already gives the configuration, if no other is named."""
+    from .config import FILE, resolve
+
+    short = {"regions.branch_at": branch_at}
+    changes = [f"{key}={value}" for key, value in short.items() if value is not None]
+    kept = out / FILE if out is not None else None
+    if config is None and preset is None and kept is not None and kept.exists():
+        config = kept
+    resolved = resolve(preset, config, [*(sets or []), *changes, *(overrides or [])], seed)
+    out = out or Path("runs") / (config.stem if config is not None and preset is None else preset or "demo")
+    from .training.world import World
+
+    return World(resolved, out)
+
+
+def _command(name: str | None = None, *, without: Sequence[str] = ()) -> Callable[[Callable[..., None]], None]:
+    """A command whose first parameter, `world`, is the run that the options of `_world` mean: it gets them, too.
+
+    Args:
+        name: by default the function's.
+        without: options that it does not get.
+    """
+
+    def register(command: Callable[..., None]) -> None:
+        options = [p for p in inspect.signature(_world, eval_str=True).parameters.values() if p.name not in without]
+        own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+
+        @functools.wraps(command)
+        def with_world(**given: Any) -> None:
+            command(_world(**{option.name: given.pop(option.name) for option in options}), **given)
+
+        with_world.__signature__ = inspect.Signature([*options, *own])  # type: ignore[attr-defined]
+        app.command(name)(with_world)
+
+    return register
+
+
 def main() -> None:
     """Run a command; what the user can put right is one line on stderr and exit code 2."""
     try:
@@ -57,22 +106,13 @@ def main() -> None:
         sys.exit(130)
 
 
-@app.command()
+@_command()
 def run(
-    overrides: Overrides = None,
-    config: File = None,
-    preset: Preset = None,
-    sets: Sets = None,
-    out: Out = None,
-    seed: Seed = None,
+    world: World,
     dry_run: Dry = False,
     parallel: Parallel = 1,
-    branch_at: BranchAt = None,
 ) -> None:
     """The main job: search, tickets, region training, router, dense control, report. To resume, run it again."""
-    if branch_at is not None:
-        sets = [*(sets or ()), f"regions.branch_at={branch_at}"]
-    world = _world(config, preset, overrides, sets, out, seed)
     from .training import job
 
     if dry_run:
@@ -86,18 +126,12 @@ def run(
     console.print(f"report: {path}\npictures: {pictures}", highlight=False, soft_wrap=True)
 
 
-@app.command()
+@_command()
 def find(
-    overrides: Overrides = None,
-    config: File = None,
-    preset: Preset = None,
-    sets: Sets = None,
-    out: Out = None,
-    seed: Seed = None,
+    world: World,
     dry_run: Dry = False,
 ) -> None:
     """Only the dense search: a ticket for each region, in <out>/search/tickets."""
-    world = _world(config, preset, overrides, sets, out, seed)
     from .training import job
     from .training.regions import ticket_of
 
@@ -108,21 +142,15 @@ def find(
         console.print(f"{world.out / 'search' / 'tickets' / str(number)}: {ticket_of(world, number)}", highlight=False)
 
 
-@app.command()
+@_command()
 def train(
-    overrides: Overrides = None,
-    config: File = None,
-    preset: Preset = None,
-    sets: Sets = None,
-    out: Out = None,
-    seed: Seed = None,
+    world: World,
     dry_run: Dry = False,
     region: Annotated[int | None, typer.Option(help="The region's number, ascending in t; all by default.")] = None,
     parallel: Parallel = 1,
     parent: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Train the small network of one region, or of all, from a finished search. To resume, run it again."""
-    world = _world(config, preset, overrides, sets, out, seed)
     from .training import job
     from .training.regions import ticket_of
 
@@ -139,18 +167,13 @@ def train(
     _go(world, lambda: _while_alive(job.train(world, wanted, parallel), parent), works)
 
 
-@app.command()
+@_command(without=["overrides"])
 def merge(
+    world: World,
     folders: Annotated[list[Path] | None, typer.Argument(help="Folders of trained regions; the run's own.")] = None,
-    config: File = None,
-    preset: Preset = None,
-    sets: Sets = None,
-    out: Out = None,
-    seed: Seed = None,
     dry_run: Dry = False,
 ) -> None:
     """Compose the regions' networks into one router, in <out>/router; they must tile the schedule."""
-    world = _world(config, preset, None, sets, out, seed)
     from .training import job
 
     parts = job.parts(world, folders or ())
@@ -160,14 +183,9 @@ def merge(
         console.print(f"router: {job.merge(world, folders or ())}", highlight=False)
 
 
-@app.command()
+@_command()
 def sample(
-    overrides: Overrides = None,
-    config: File = None,
-    preset: Preset = None,
-    sets: Sets = None,
-    out: Out = None,
-    seed: Seed = None,
+    world: World,
     dry_run: Dry = False,
     arm: Arm = "tickets",
     model: Model = None,
@@ -175,7 +193,6 @@ def sample(
     to: Annotated[Path | None, typer.Option(help="The picture; <out>/sample-<arm>.png by default.")] = None,
 ) -> None:
     """Draw images by DDIM and put them into one picture."""
-    world = _world(config, preset, overrides, sets, out, None)
     network = _network(world, arm, model)
     to = to or world.out / f"sample-{model.name if model else arm}.png"
     if dry_run:
@@ -186,26 +203,19 @@ def sample(
     from .plots import grid
     from .training.judge import draw_images
 
-    seed = world.config.seed if seed is None else seed
-    images = torch.cat(list(draw_images(world, network.to(world.device), n, seed)))
+    images = torch.cat(list(draw_images(world, network.to(world.device), n, world.config.seed)))
     grid({"": images}, to)
     console.print(f"{n} images: {to}", highlight=False)
 
 
-@app.command("eval")
+@_command("eval")
 def evaluate(
-    overrides: Overrides = None,
-    config: File = None,
-    preset: Preset = None,
-    sets: Sets = None,
-    out: Out = None,
-    seed: Seed = None,
+    world: World,
     dry_run: Dry = False,
     arm: Arm = "tickets",
     model: Model = None,
 ) -> None:
     """Score a network: FID, KID, precision and recall with the extractor's name, and the held-out loss."""
-    world = _world(config, preset, overrides, sets, out, seed)
     world.check()
     network = _network(world, arm, model)
     from .evaluation import Scores
@@ -233,28 +243,6 @@ def info(
 
     for line in about.describe(folder) if folder else about.installation():
         console.print(line, highlight=False, soft_wrap=True, markup=False)
-
-
-def _world(
-    file: Path | None,
-    preset: str | None,
-    overrides: list[str] | None,
-    sets: list[str] | None,
-    out: Path | None,
-    seed: int | None,
-) -> World:
-    """The run that the options mean. A folder that holds one already gives the configuration, if no other is named."""
-    from .config import FILE, resolve
-
-    changes = [*(sets or []), *(overrides or [])]
-    kept = out / FILE if out is not None else None
-    if file is None and preset is None and kept is not None and kept.exists():
-        file = kept
-    config: Config = resolve(preset, file, changes, seed)
-    out = out or Path("runs") / (file.stem if file is not None and preset is None else preset or "demo")
-    from .training.world import World
-
-    return World(config, out)
 
 
 def _go(world: World, ticks: Callable[[], Iterator[Tick]], works: Callable[[World], list[Work]]) -> None:
