@@ -48,6 +48,18 @@ HARD = {
     "volumes": {"shape": (2, 6, 3, 5, 7), "groups": 2},
     "one sample": {"shape": (1, 24, 64, 60), "groups": 2},
     "large values": {"shape": (2, 8, 20), "groups": 2, "only": ("weight", "bias"), "std": 30.0},
+    "one element per group": {"shape": (4, 12, 1, 1), "groups": 12},
+    "one element per group is left": {"shape": (6, 9, 1), "groups": 3, "keep": [0, 1, 3, 4, 6, 7]},
+    "two elements per group": {"shape": (4, 24, 2), "groups": 24},
+    "one element, mean 1000": {"shape": (4, 24, 1), "groups": 6, "mean": 1000.0},
+    "two positions, mean 1000": {"shape": (4, 24, 2), "groups": 6, "mean": 1000.0},
+    "mean 60000, std 1": {"shape": (4, 12, 9, 9), "groups": 4, "mean": 60000.0},
+    "mean -60000, no time embedding": {
+        "shape": (4, 12, 2),
+        "groups": 4,
+        "mean": -60000.0,
+        "only": ("weight", "bias"),
+    },
 }
 
 

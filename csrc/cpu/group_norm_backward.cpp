@@ -1,3 +1,4 @@
+#include <cmath>
 #include <memory>
 
 #include "norm_job.h"
@@ -8,6 +9,7 @@ namespace {
 constexpr int64_t kScratch = 1 << 18;       // gradients that a thread keeps in float32 between two steps
 constexpr int64_t kShared = 1 << 22;         // those of a sample that all threads work on
 constexpr int64_t kChunk = 1 << 13;         // those that it computes again
+constexpr double kFar = 4;                  // standard deviations: a mean this far from 0 has been rounded too much
 
 template <class C>
 struct Backward : Job<C> {
@@ -15,13 +17,14 @@ struct Backward : Job<C> {
   const char *dy, *x;
   const C *mean, *rstd;
   const NormGradients& out;
-  Sums dz, dz_x, dx;  // sums of dz, dz * (x - mean), dx
+  Sums dz, dz_x, deviations, squares;  // sums of dz, dz * (x - centre), x - centre and its square
   std::unique_ptr<C[]> shared;
-  std::vector<C> p, q, r;  // dx = dz * p - ((x - centre) * q + r)
+  std::vector<C> p, q, r;    // dx = dz * p - ((x - centre) * q + r)
+  std::vector<double> rest;  // sums of what x - centre really is
   Backward(const GroupNorm& norm, const char* dy, const char* x, const C* mean, const C* rstd, const NormGradients& out,
            int threads)
       : Job<C>(norm, threads), dy(dy), x(x), mean(mean), rstd(rstd), out(out), dz(norm, plan), dz_x(norm, plan),
-        dx(norm, plan) {
+        deviations(norm, plan), squares(norm, plan), rest(size_t(norm.samples * width)) {
     if (plan.pieces > 1 && int(sizeof(C)) != bytes && width * norm.positions <= kShared)
       shared.reset(new C[size_t(width * norm.positions)]);
     for (auto* list : {&p, &q, &r}) list->resize(size_t(norm.samples * width));
@@ -55,59 +58,88 @@ struct Backward : Job<C> {
     rows.gradient[norm.silu][norm.rows][dtype](this->block(n, slab.channel, slab.channels, end - position), x + at,
                                                dy + at, to.at, to.pitch, sum, sum_x);
   }
-  void spread(int64_t n, const Slab& slab, int64_t position, int64_t end, const void* from, int64_t pitch, double* sum) {
+  void spread(int64_t n, const Slab& slab, int64_t position, int64_t end, const void* from, int64_t pitch) {
     const int64_t at = this->start(n, slab.channel, position) * bytes, i = n * width + slab.channel;
     NormBlock block = this->block(n, slab.channel, slab.channels, end - position);
     block.a = p.data() + i, block.b = q.data() + i, block.c = r.data() + i;
-    rows.spread[norm.silu][norm.rows][dtype](block, x + at, from, pitch, static_cast<char*>(out.x) + at, sum);
+    rows.spread[norm.silu][norm.rows][dtype](block, x + at, from, pitch, static_cast<char*>(out.x) + at);
+  }
+
+  // The mean comes rounded to the compute type. Where that matters, find again what it has lost.
+  bool is_rough(const Group& group) const {
+    return norm.time_bias || std::abs(double(mean[group.at])) * double(rstd[group.at]) > kFar;
+  }
+  bool is_rough(int64_t n, const Slab& slab) const {
+    bool found = false;
+    this->each_group(n, slab, [&](const Group& group) { found |= is_rough(group); });
+    return found;
+  }
+  void centre_again(int64_t n, const Group& group) {
+    const double left = this->mean_left(n, group, deviations);
+    for (int64_t k = group.first; k < group.end; ++k) {
+      const int64_t i = n * width + k;
+      rest[i] = this->is_kept(k) ? deviations.of(n, k) - (this->low[i] + left) * double(norm.positions) : 0;
+      this->affine(n, k, double(mean[group.at]) + left, double(rstd[group.at]));
+    }
   }
 
   double sum_dz_n(int64_t n, int64_t g, int64_t k) const {
     return (dz_x.of(n, k) - this->low[n * width + k] * dz.of(n, k)) * double(rstd[n * groups + g]);
   }
 
-  void finish_group(int64_t n, int64_t g) {
-    const double root = double(rstd[n * groups + g]);
+  // The means use p as it has been rounded, so that it cancels out where a group is one element.
+  void finish_group(int64_t n, const Group& group) {
+    const double root = double(rstd[group.at]);
     double mean_dz = 0, mean_dz_n = 0;
-    const double size = double(std::max<int64_t>(this->kept[g], 1)) * double(norm.positions);
-    for (int64_t k = norm.offsets[g]; k < norm.offsets[g + 1]; ++k) {
-      mean_dz += this->factor(n, k) * dz.of(n, k) / size;
-      mean_dz_n += this->factor(n, k) * sum_dz_n(n, g, k) / size;
+    for (int64_t k = group.first; k < group.end; ++k) {
+      const C factor = p[n * width + k] = C(root * this->factor(n, k));
+      mean_dz += double(factor) * dz.of(n, k) / group.size;
+      mean_dz_n += double(factor) * sum_dz_n(n, group.at % groups, k) / group.size;
     }
-    for (int64_t k = norm.offsets[g]; k < norm.offsets[g + 1]; ++k) {
+    for (int64_t k = group.first; k < group.end; ++k) {
       const int64_t i = n * width + k;
-      p[i] = C(root * this->factor(n, k));
-      q[i] = C(root * root * mean_dz_n);
-      r[i] = C(root * mean_dz - this->low[i] * root * root * mean_dz_n);
+      q[i] = C(root * mean_dz_n);
+      r[i] = C(mean_dz - this->low[i] * root * mean_dz_n);
+      if (!out.time_bias) continue;
+      const double sum_dx =
+          double(p[i]) * dz.of(n, k) - root * mean_dz_n * rest[i] - mean_dz * double(norm.positions);
+      static_cast<C*>(out.time_bias)[i] = C(this->is_kept(k) ? sum_dx : 0);
     }
   }
 
   void steps() {
+    const auto look = [&](int64_t n, const Slab& slab, auto... where) {
+      if (is_rough(n, slab)) this->add_up(rows.deviations, x, n, slab, where..., deviations, squares);
+    };
+    const auto centre = [&](int64_t n, const Slab& slab) {
+      this->each_group(n, slab, [&](const Group& group) {
+        if (is_rough(group)) centre_again(n, group);
+      });
+    };
     const auto sum_up = [&](int64_t n, const Slab& slab, int64_t position, int64_t end, int64_t piece) {
       gradient(n, slab, position, end, between(n, slab, position), dz.at(n, slab.channel, piece),
                dz_x.at(n, slab.channel, piece));
     };
     const auto settle = [&](int64_t n, const Slab& slab) {
-      for (int64_t g = slab.first_group; g < slab.end_group; ++g) finish_group(n, g);
+      this->each_group(n, slab, [&](const Group& group) { finish_group(n, group); });
     };
-    const auto finish = [&](int64_t n, const Slab& slab, int64_t position, int64_t end, int64_t piece) {
+    const auto finish = [&](int64_t n, const Slab& slab, int64_t position, int64_t end, int64_t) {
       if (!out.x) return;
-      double* sum = out.time_bias ? dx.at(n, slab.channel, piece) : nullptr;
       const Place place = between(n, slab, position);
-      if (place.at) return spread(n, slab, position, end, place.at, place.pitch, sum);
+      if (place.at) return spread(n, slab, position, end, place.at, place.pitch);
       if (!norm.silu)
         return spread(n, slab, position, end, dy + this->start(n, slab.channel, position) * bytes,
-                      norm.rows ? width : norm.positions, sum);
+                      norm.rows ? width : norm.positions);
       const int64_t step = std::max<int64_t>(kChunk / std::max<int64_t>(slab.channels, 1), 1);
       std::vector<double> unused(slab.channels);
       for (int64_t from = position; from < end; from += step) {
         const int64_t to = std::min(from + step, end);
         const Place again = scratch(slab, to - from);
         gradient(n, slab, from, to, again, unused.data(), unused.data());
-        spread(n, slab, from, to, again.at, again.pitch, sum);
+        spread(n, slab, from, to, again.at, again.pitch);
       }
     };
-    this->run(Step{sum_up, settle}, Step{finish, kNothing});
+    this->run(Step{look, centre}, Step{sum_up, settle}, Step{finish, kNothing});
   }
 
   // The gradients of what is small, samples in order.
@@ -125,7 +157,6 @@ struct Backward : Job<C> {
           }
           if (out.scale) static_cast<C*>(out.scale)[i] = C(this->is_kept(k) ? by_scale : 0);
           if (out.shift) static_cast<C*>(out.shift)[i] = C(sum);
-          if (out.time_bias) static_cast<C*>(out.time_bias)[i] = C(dx.of(n, k));
         }
     for (int64_t k = 0; k < width; ++k) {
       if (out.weight) static_cast<C*>(out.weight)[k] = C(weight[k]);

@@ -97,10 +97,15 @@ EBDIFF_HD Vector<C> slope(Vector<C> z) {
 // Planes -------------------------------------------------------------------------------------------------------------
 
 template <class T, bool Squares>
-void plane_sums(const NormBlock& block, const void* x, double* out) {
+void plane_sums(const NormBlock& block, const void* x, double* sum, double* squares) {
   using C = compute_t<T>;
   constexpr int kCount = 64;
-  Total<C, kCount> total;
+  Total<C, kCount> total, square;
+  const auto flush = [&] {
+    sum[0] += total.value();
+    if constexpr (Squares) squares[0] += square.value();
+    total = square = {};
+  };
   int64_t filled = 0;
   for (int64_t c = 0; c < block.channels; ++c) {
     if (!is_live<C>(block, c)) continue;
@@ -110,17 +115,14 @@ void plane_sums(const NormBlock& block, const void* x, double* out) {
       const int64_t n = block.positions - start < kRun ? block.positions - start : kRun;
       each_of<C, kCount>(n, [&](int64_t i, int k, auto part) {
         const Vector<C> value = only(load(row + start + i, part) - centre, part);
-        total.parts[k] += Squares ? value * value : value;
+        total.parts[k] += value;
+        if constexpr (Squares) square.parts[k] += value * value;
       });
       filled += n;
-      if (filled >= kRun) {
-        out[0] += total.value();
-        total = {};
-        filled = 0;
-      }
+      if (filled >= kRun) flush(), filled = 0;
     }
   }
-  out[0] += total.value();
+  flush();
 }
 
 template <class T, bool Silu>
@@ -169,10 +171,9 @@ void plane_gradient(const NormBlock& block, const void* x, const void* dy, void*
 }
 
 template <class T, bool Silu>
-void plane_spread(const NormBlock& block, const void* x, const void* dz, int64_t dz_pitch, void* dx, double* sum) {
+void plane_spread(const NormBlock& block, const void* x, const void* dz, int64_t dz_pitch, void* dx) {
   using C = compute_t<T>;
   using Dz = typename Either<Silu, C, T>::type;
-  constexpr int kCount = 16;
   for (int64_t c = 0; c < block.channels; ++c) {
     T* to = static_cast<T*>(dx) + c * block.pitch;
     if (!is_live<C>(block, c)) {
@@ -182,17 +183,10 @@ void plane_spread(const NormBlock& block, const void* x, const void* dz, int64_t
     const T* row = static_cast<const T*>(x) + c * block.pitch;
     const Dz* from = static_cast<const Dz*>(dz) + c * dz_pitch;
     const auto at = Coefficients<C>::template of<4>(block, c);
-    for (int64_t start = 0; start < block.positions; start += kShortRun) {
-      const int64_t n = block.positions - start < kShortRun ? block.positions - start : kShortRun;
-      Total<C, kCount> total;
-      each_of<C, kCount>(n, [&](int64_t i, int k, auto part) {
-        const Vector<C> centred = load(row + start + i, part) - at.centre;
-        const Vector<C> found = load(from + start + i, part) * at.a - (centred * at.b + at.c);
-        store(to + start + i, found, part);
-        total.parts[k] += only(found, part);
-      });
-      if (sum) sum[c] += total.value();
-    }
+    each_vector<C>(block.positions, [&](int64_t i, auto part) {
+      const Vector<C> centred = load(row + i, part) - at.centre;
+      store(to + i, load(from + i, part) * at.a - (centred * at.b + at.c), part);
+    });
   }
 }
 
@@ -230,22 +224,28 @@ EBDIFF_HD void each_strip(const NormBlock& block, const Strip& strip, const Flus
 }
 
 template <class T, bool Squares>
-void row_sums(const NormBlock& block, const void* x, double* out) {
+void row_sums(const NormBlock& block, const void* x, double* sum, double* squares) {
   using C = compute_t<T>;
-  ChannelSums<C> sums;
+  ChannelSums<C> sums, sums_square;
   each_strip<C>(
       block,
       [&](int64_t row, int64_t rows, int64_t c, int64_t place, auto part) {
         const T* at = static_cast<const T*>(x) + row * block.pitch + c;
         const auto centre = Squares ? Coefficients<C>::template of<1>(block, c, part).centre : Vector<C>{};
-        Vector<C> total = {};
+        const auto live = live_lanes<C>(block, c, part);
+        Vector<C> total = {}, square = {};
         for (int64_t r = 0; r < rows; ++r, at += block.pitch) {
           const Vector<C> value = load(at, part) - centre;
-          total += Squares ? value * value : value;
+          total += value;
+          if constexpr (Squares) square += value * value;
         }
-        sums.add(place, masked(total, live_lanes<C>(block, c, part)), part);
+        sums.add(place, masked(total, live), part);
+        if constexpr (Squares) sums_square.add(place, masked(square, live), part);
       },
-      [&](int64_t c, int64_t channels) { sums.move_to(out + c, channels); });
+      [&](int64_t c, int64_t channels) {
+        sums.move_to(sum + c, channels);
+        if constexpr (Squares) sums_square.move_to(squares + c, channels);
+      });
 }
 
 template <class T, bool Silu>
@@ -295,30 +295,23 @@ void row_gradient(const NormBlock& block, const void* x, const void* dy, void* d
 }
 
 template <class T, bool Silu>
-void row_spread(const NormBlock& block, const void* x, const void* dz, int64_t dz_pitch, void* dx, double* sum) {
+void row_spread(const NormBlock& block, const void* x, const void* dz, int64_t dz_pitch, void* dx) {
   using C = compute_t<T>;
   using Dz = typename Either<Silu, C, T>::type;
-  ChannelSums<C> sums;
   each_strip<C>(
       block,
-      [&](int64_t row, int64_t rows, int64_t c, int64_t place, auto part) {
+      [&](int64_t row, int64_t rows, int64_t c, int64_t, auto part) {
         const T* at = static_cast<const T*>(x) + row * block.pitch + c;
         const Dz* from = static_cast<const Dz*>(dz) + row * dz_pitch + c;
         T* to = static_cast<T*>(dx) + row * block.pitch + c;
         const auto k = Coefficients<C>::template of<4>(block, c, part);
         const auto live = live_lanes<C>(block, c, part);
-        Vector<C> total = {};
         for (int64_t r = 0; r < rows; ++r, at += block.pitch, from += dz_pitch, to += block.pitch) {
           const Vector<C> centred = load(at, part) - k.centre;
-          const Vector<C> found = masked(load(from, part) * k.a - (centred * k.b + k.c), live);
-          store(to, found, part);
-          total += found;
+          store(to, masked(load(from, part) * k.a - (centred * k.b + k.c), live), part);
         }
-        if (sum) sums.add(place, total, part);
       },
-      [&](int64_t c, int64_t channels) {
-        if (sum) sums.move_to(sum + c, channels);
-      });
+      [](int64_t, int64_t) {});
 }
 
 #define EBDIFF_BY_DTYPE(f, flag) {f<float, flag>, f<double, flag>, f<bfloat16, flag>, f<float16, flag>}

@@ -44,6 +44,27 @@ struct Plan {
   }
 };
 
+// Sums of each channel of each sample, by piece: [pieces, N, C].
+struct Sums {
+  const int64_t width, samples, pieces;
+  std::vector<double> values;
+
+  Sums(const GroupNorm& norm, const Plan& plan)
+      : width(norm.channels), samples(norm.samples), pieces(plan.pieces), values(size_t(width * samples * pieces)) {}
+  double* at(int64_t n, int64_t channel, int64_t piece) { return values.data() + (piece * samples + n) * width + channel; }
+  double of(int64_t n, int64_t channel) const {
+    double total = 0;
+    for (int64_t p = 0; p < pieces; ++p) total += values[(p * samples + n) * width + channel];
+    return total;
+  }
+};
+
+// A group of a sample: its place in [N, G], its channels, how many elements count in its means.
+struct Group {
+  int64_t at, first, end;
+  double size;
+};
+
 template <class C>
 struct Job {
   const GroupNorm& norm;
@@ -89,6 +110,37 @@ struct Job {
     low[i] = exact - double(centre[i]);
     a[i] = C(total);
     b[i] = C(at(norm.bias, k, 0) * (1 + at(norm.scale, i, 0)) + at(norm.shift, i, 0) - low[i] * total);
+  }
+
+  template <class Body>
+  void each_group(int64_t n, const Slab& slab, const Body& body) const {
+    for (int64_t g = slab.first_group; g < slab.end_group; ++g)
+      body(Group{n * groups + g, norm.offsets[g], norm.offsets[g + 1],
+                 double(std::max<int64_t>(kept[g], 1)) * double(norm.positions)});
+  }
+  // What x - (mean - time_bias) is on average, where affine() has been given `mean`: what to add to it.
+  double mean_left(int64_t n, const Group& group, const Sums& deviations) const {
+    double total = 0;
+    for (int64_t k = group.first; k < group.end; ++k)
+      total += deviations.of(n, k) - low[n * width + k] * double(norm.positions);
+    return total / group.size;
+  }
+  // One of the first two functions of NormRows. Of planes, a group's sum is left at its first kept channel, unless its
+  // channels have centres of their own.
+  template <class Function>
+  void add_up(const Function& function, const char* x, int64_t n, const Slab& slab, int64_t position, int64_t end,
+              int64_t piece, Sums& sum, Sums& squares) const {
+    const auto add = [&](int64_t channel, int64_t channels) {
+      function[norm.rows][dtype](block(n, channel, channels, end - position), x + start(n, channel, position) * bytes,
+                                 sum.at(n, channel, piece), squares.at(n, channel, piece));
+    };
+    if (norm.rows) return add(slab.channel, slab.channels);
+    each_group(n, slab, [&](const Group& group) {
+      int64_t first = group.first;
+      while (first < group.end && !is_kept(first)) ++first;
+      const int64_t step = norm.time_bias ? 1 : group.end - first;
+      for (; first < group.end; first += step) add(first, step);
+    });
   }
 
   // Elements before the first of a channel and position.
@@ -138,21 +190,6 @@ template <class Body, class Settle>
 Step(Body, Settle) -> Step<Body, Settle>;
 
 constexpr auto kNothing = [](int64_t, const Slab&) {};
-
-// Sums of each channel of each sample, by piece: [pieces, N, C].
-struct Sums {
-  const int64_t width, samples, pieces;
-  std::vector<double> values;
-
-  Sums(const GroupNorm& norm, const Plan& plan)
-      : width(norm.channels), samples(norm.samples), pieces(plan.pieces), values(size_t(width * samples * pieces)) {}
-  double* at(int64_t n, int64_t channel, int64_t piece) { return values.data() + (piece * samples + n) * width + channel; }
-  double of(int64_t n, int64_t channel) const {
-    double total = 0;
-    for (int64_t p = 0; p < pieces; ++p) total += values[(p * samples + n) * width + channel];
-    return total;
-  }
-};
 
 }  // namespace
 }  // namespace ebdiff

@@ -14,18 +14,18 @@ struct NormBlock {
 };
 
 // By layout: 0 for planes (a channel's positions lie together), 1 for rows (a position's channels do); then by Dtype.
-// Removed channels count as 0 in sums and become 0. Of planes, `sum` and `squares` add everything to out[0]; all other
-// sums are of each channel. Those over SiLU come in two: without it and with it.
+// Removed channels count as 0 in sums and become 0. Of planes, the first two add everything to one number; all other sums
+// are of each channel. Those over SiLU come in two: without it and with it.
 struct NormRows {
-  void (*sum[2][4])(const NormBlock&, const void* x, double* out);
-  void (*squares[2][4])(const NormBlock&, const void* x, double* out);  // of x - centre
+  void (*sum[2][4])(const NormBlock&, const void* x, double* sum, double* unused);
+  void (*deviations[2][4])(const NormBlock&, const void* x, double* sum, double* squares);  // of x - centre
   // y = f((x - centre) * a + b)
   void (*apply[2][2][4])(const NormBlock&, const void* x, void* y);
   // dz = dy * f'((x - centre) * a + b), in the compute type; may be null. Adds up dz and dz * (x - centre).
   void (*gradient[2][2][4])(const NormBlock&, const void* x, const void* dy, void* dz, int64_t dz_pitch, double* sum_dz,
                             double* sum_dz_x);
-  // dx = dz * a - ((x - centre) * b + c); without SiLU, dz is dy, in its dtype. Adds up dx where sum is not null.
-  void (*spread[2][2][4])(const NormBlock&, const void* x, const void* dz, int64_t dz_pitch, void* dx, double* sum);
+  // dx = dz * a - ((x - centre) * b + c); without SiLU, dz is dy, in its dtype.
+  void (*spread[2][2][4])(const NormBlock&, const void* x, const void* dz, int64_t dz_pitch, void* dx);
 };
 
 const NormRows& norm_rows_base();

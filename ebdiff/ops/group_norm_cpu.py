@@ -29,10 +29,9 @@ def backward(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, norm: Norm, need
     """As `group_norm_reference.backward`."""
     inputs = (x, *norm.tensors)
     found = [torch.empty_like(t) if need and t is not None else None for t, need in zip(inputs, needs, strict=True)]
-    place = torch.empty_like(x) if found[0] is None and needs[5] else found[0]  # time_bias's gradient is a sum of x's
-    last, to = _order(place if place is not None else x)
+    last, to = _order(x if found[0] is None else found[0])
     small, tensors = _small(x, norm), [_dense(dy, last), _dense(x, last), mean.contiguous(), rstd.contiguous()]
-    gradients = [None if place is None else to]
+    gradients = [None if found[0] is None else to]
     gradients += [None if t is None else t if _fits(t, x) else t.new_empty(t.shape, dtype=_wide(x)) for t in found[1:]]
     places = _optional(small), addresses(tensors), _optional(gradients)
     _c().group_norm_backward(*_numbers(x, norm, last), *places, torch.get_num_threads())

@@ -65,8 +65,9 @@ def group_norm_silu(x: Tensor, norm: Norm) -> Tensor:
 def backward(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, norm: Norm, needs: Sequence[bool]) -> Gradients:
     """Gradients of x, weight, bias, scale, shift and time_bias, laid out as these; None where none is needed.
 
-    With dz = dy * silu'(z), w = weight * (1 + scale), n = (x - mean) * rstd and means over the kept of the group:
-    dx = rstd * (w * dz - mean(w * dz) - n * mean(w * dz * n)).
+    With dz = dy * silu'(z), p = weight * (1 + scale) * rstd, n = (x - mean) * rstd and means over the kept of the
+    group: dx = p * dz - mean(p * dz) - n * mean(p * dz * n). The means use p as it is rounded, so that dx is 0 where a
+    group is one element.
     """
     wide, spatial = _wide(x, norm)
     normalised, z, _ = _parts(wide, norm, mean, rstd, spatial)
@@ -77,10 +78,9 @@ def backward(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, norm: Norm, need
     dz = _kept(dz, norm, spatial)
     sum_dz, sum_dz_n = dz.sum(spatial), (dz * normalised).sum(spatial)
     weight, bias, one_plus = _affine(norm, wide)
-    w = weight * one_plus
-    means = (_spread(_over_groups(w * sums, norm, wide), norm, spatial) for sums in (sum_dz, sum_dz_n))
-    dx = _per_channel(w, spatial) * dz - next(means) - normalised * next(means)
-    dx = _kept(dx * _spread(rstd, norm, spatial), norm, spatial)
+    p = weight * one_plus * rstd[:, _group_of(norm, rstd.device)]
+    means = (_spread(_over_groups(p * sums, norm, wide), norm, spatial) for sums in (sum_dz, sum_dz_n))
+    dx = _kept(_per_channel(p, spatial) * dz - next(means) - normalised * next(means), norm, spatial)
     found = (
         dx,
         (one_plus * sum_dz_n).sum(0),
@@ -115,14 +115,21 @@ def _kept(value: Tensor, norm: Norm, spatial: list[int]) -> Tensor:
 def _statistics(wide: Tensor, norm: Norm, spatial: list[int]) -> tuple[Tensor, Tensor]:
     """In two steps, centred."""
     mean = _over_groups(wide.sum(spatial), norm, wide)
-    centred = _kept(wide - _spread(mean, norm, spatial), norm, spatial)
+    centred = _centred(wide, norm, mean, spatial)
     return mean, (_over_groups(centred.square().sum(spatial), norm, wide) + norm.eps).rsqrt()
+
+
+def _centred(wide: Tensor, norm: Norm, mean: Tensor, spatial: list[int]) -> Tensor:
+    """x - mean, and less what the mean has lost to rounding, which is large where x is far from 0."""
+    near = _kept(wide - _spread(mean, norm, spatial), norm, spatial)
+    left = _over_groups(near.sum(spatial), norm, wide)
+    return _kept(near - _spread(left, norm, spatial), norm, spatial)
 
 
 def _parts(wide: Tensor, norm: Norm, mean: Tensor, rstd: Tensor, spatial: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     """(x - mean) * rstd; z, what SiLU is applied to; and y."""
     weight, bias, one_plus = _affine(norm, wide)
-    normalised = _kept((wide - _spread(mean, norm, spatial)) * _spread(rstd, norm, spatial), norm, spatial)
+    normalised = _centred(wide, norm, mean, spatial) * _spread(rstd, norm, spatial)
     offset = bias * one_plus if norm.shift is None else bias * one_plus + norm.shift.to(wide.dtype)
     z = normalised * _per_channel(weight * one_plus, spatial) + _per_channel(offset, spatial)
     return normalised, z, _kept(torch.nn.functional.silu(z) if norm.silu else z, norm, spatial)
