@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from unets import unet
 
 import ebdiff
+from ebdiff.seeds import generator, seed_for
 from ebdiff.training.checkpoint import Checkpoints
 from ebdiff.training.loop import TrainConfig, TrainState
-from ebdiff.training.seeds import DataOrder, generator, seed_for
+from ebdiff.training.seeds import DataOrder
 
 SCRIPT = Path(__file__).with_name("kill_me.py")
 

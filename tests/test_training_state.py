@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 import ebdiff
 from ebdiff.errors import EbdiffError
+from ebdiff.seeds import seed_for
 from ebdiff.timesteps.sampler import Sampler
 from ebdiff.training.checkpoint import Checkpoints
 from ebdiff.training.loop import StepReport, TrainConfig, TrainState, train
-from ebdiff.training.seeds import seed_for
 
 T = 50
 CONFIG = TrainConfig(batch_size=4, lr=1e-2)

@@ -15,10 +15,11 @@ from ..data import to_model
 from ..errors import EbdiffError
 from ..optim import steps_ema
 from ..pruning.modules import refuse_wrapped
+from ..seeds import generator, seed_for
 from ..timesteps.region import Partition, Region
 from ..timesteps.sampler import Sampler, Within
 from .checkpoint import Checkpoints
-from .seeds import DataOrder, generator, seed_for
+from .seeds import DataOrder
 from .state import TrainConfig, TrainState
 
 __all__ = ["StepReport", "TrainConfig", "TrainState", "train"]
