@@ -231,6 +231,25 @@ def test_a_model_that_was_channels_last_stays_so() -> None:
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in model.parameters() if p.dim() == 4)
 
 
+def test_only_convolutions_become_channels_last() -> None:
+    class Table(nn.Conv2d):
+        def __init__(self) -> None:
+            super().__init__(3, 4, 3)
+            self.positions = nn.Parameter(torch.randn(1, 4, 3, 5))
+
+    model = nn.Sequential(
+        Table(), nn.ConvTranspose2d(4, 2, 3), nn.Conv2d(2, 2, 3).to(memory_format=torch.channels_last)
+    )
+    strides = {name: p.stride() for name, p in model.named_parameters()}
+    ebdiff.accelerate(model, channels_last=True, verbose=False)
+    weights = [module.weight for module in model]
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+    assert model[0].positions.is_contiguous()
+    ebdiff.restore(model[2])
+    ebdiff.restore(model)
+    assert {name: p.stride() for name, p in model.named_parameters()} == strides
+
+
 # Pruning --------------------------------------------------------------------------------------------------------------
 
 

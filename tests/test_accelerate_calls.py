@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from norm_patterns import Nested, ScaleAndShift, Toy, counted, image
-from torch import Tensor
+from torch import Tensor, nn
 
 import ebdiff
-from ebdiff import EbdiffError
 from ebdiff.nn.replace import deferred
 
 
 def test_what_does_not_fit_is_computed_as_the_original_computes_it() -> None:
-    """A scale over positions, one that would widen the result, and one that is no tensor."""
+    """A scale over positions, and one that would widen the result."""
 
     class Scaled(Toy):
         def forward(self, x: Tensor, scale: Any, shift: Any) -> Tensor:
@@ -27,8 +25,8 @@ def test_what_does_not_fit_is_computed_as_the_original_computes_it() -> None:
     cases: list[Any] = [
         (image(), image(), row),
         (image(), row, image()),
-        (image(), 0.5, row),
-        (image(), torch.randn(6, 1, 1), row),
+        (image(), row, image()[:1, :1]),
+        (image(), row, torch.ones(1, 1, 1, 1, 1)),
         (image(), row.double(), row),
         (image(), row, row.double()),
     ]
@@ -38,17 +36,56 @@ def test_what_does_not_fit_is_computed_as_the_original_computes_it() -> None:
         assert torch.equal(model(*case), y)
 
 
-def test_rows_that_are_shared_by_the_batch_are_fused() -> None:
-    class Shared(Toy):
-        def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+ROWS: list[Any] = [torch.randn(1, 6, 1, 1), torch.randn(6, 1, 1), torch.randn(2, 1, 1, 1), torch.randn(()), 0.5, 1]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: str(tuple(getattr(row, "shape", [row]))))
+def test_whatever_is_the_same_at_all_positions_is_fused(row: Any) -> None:
+    class Both(Toy):
+        def forward(self, x: Tensor, scale: Any, shift: Any) -> Tensor:
             return self.act(self.norm(x) * (1 + scale) + shift)
 
-    model, rows = Shared(), (torch.randn(1, 6, 1, 1), torch.randn(2, 6, 1, 1))
-    expected = model(image(), *rows)
+    model, full = Both(), torch.randn(2, 6, 1, 1)
+    for rows in ((row, full), (full, row), (row, row)):
+        ebdiff.restore(model)
+        expected = model(image(), *rows)
+        assert ebdiff.accelerate(model, verbose=False).modulated == 1
+        with counted() as norms:
+            torch.testing.assert_close(model(image(), *rows), expected)
+        assert norms == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_number_of_scales_and_shifts_in_any_order(dtype: torch.dtype) -> None:
+    class Many(Toy):
+        def forward(self, x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+            return self.act(((self.norm(x) + a) * (1 + b) * (1 + c) + 1.5 + b) * (1 + a))
+
+    rows = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((2, 6, 1, 1), (6, 1, 1), (1, 1, 1, 1))]
+    model = Many().to(dtype)
+
+    def run(dtype: torch.dtype) -> list[Tensor]:
+        y = model.to(dtype)(image().to(dtype), *(row.to(dtype) for row in rows))
+        found = [y, *torch.autograd.grad(y.square().sum(), [*rows, model.norm.weight])]
+        model.to(rows[0].dtype)
+        return found
+
+    truth, theirs = run(torch.float64), run(dtype)
     ebdiff.accelerate(model, verbose=False)
     with counted() as norms:
-        torch.testing.assert_close(model(image(), *rows), expected)
+        ours = run(dtype)
     assert norms == []
+    for mine, other, true in zip(ours, theirs, truth, strict=True):
+        assert (mine - true).norm() <= 1.2 * (other - true).norm() + torch.finfo(dtype).eps * true.norm()
+
+
+def test_another_callable_in_the_place_of_a_norm() -> None:
+    model = Nested()
+    ebdiff.accelerate(model, verbose=False)
+    del model.norm
+    for norm in (lambda x: 2 * x, torch.abs, nn.Identity().forward):
+        model.norm = norm
+        assert torch.equal(model(image()), model.conv(model.act(norm(image()))))
 
 
 @pytest.mark.parametrize("hooked", ["norm", "act"])
@@ -73,21 +110,6 @@ def test_global_hooks_see_every_module() -> None:
     with torch.nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.append(module)):
         model(image())
     assert seen == [model.norm, model.act, model.conv, model]
-
-
-def test_an_input_that_is_changed_behind_our_back_is_noticed() -> None:
-    class Sly(Toy):
-        def forward(self, x: Tensor, change: Callable[[], Any]) -> Tensor:
-            h = self.norm(x)
-            change()
-            return self.act(h)
-
-    model, x = Sly(), image()
-    ebdiff.accelerate(model, verbose=False)
-    with pytest.raises(EbdiffError, match="in place"):
-        model(x, lambda: x.add_(1))
-    ebdiff.restore(model)
-    model(x, lambda: x.add_(1))
 
 
 @pytest.mark.parametrize("context", [torch.inference_mode, torch.no_grad, nullcontext])

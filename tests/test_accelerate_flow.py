@@ -14,6 +14,7 @@ from norm_patterns import (
     Decorated,
     GroupNorm32,
     Nested,
+    ScaleAndShift,
     Swish,
     TimeBiasOfANormThatStays,
     Toy,
@@ -122,6 +123,34 @@ def test_the_residual_block_of_guided_diffusion() -> None:
     torch.testing.assert_close(model(x, rows), expected)
 
 
+def test_norms_in_a_list_are_called_by_their_place() -> None:
+    class Last(Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norms = nn.ModuleList([nn.GroupNorm(2, 6), nn.GroupNorm(3, 6)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(self.norms[-1](x))
+
+    model = Last()
+    expected = model(image())
+    report = ebdiff.accelerate(model, verbose=False)
+    assert report.fused == {"": ("norms.1",)}
+    assert report.left["norms.0"] == "no method of Last calls it as self.norms[0](x)"
+    torch.testing.assert_close(model(image()), expected)
+
+
+OUTSIDE = nn.GroupNorm(2, 6)
+
+
+def test_a_norm_of_nobodys_is_left_alone() -> None:
+    class Foreign(Toy):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(OUTSIDE(x)) + self.act(self.norm(x))
+
+    assert ebdiff.accelerate(Foreign(), verbose=False).fused == {"": ("norm",)}
+
+
 # What cannot be rewritten ---------------------------------------------------------------------------------------------
 
 
@@ -129,7 +158,7 @@ def test_a_forward_without_source_is_left() -> None:
     space: dict[str, Any] = {"Toy": Toy}
     exec("class Typed(Toy):\n    def forward(self, x):\n        return self.act(self.norm(x))", space)
     report = ebdiff.accelerate(space["Typed"](), verbose=False)
-    assert report.left["norm"] == "called in Typed.forward, but its source cannot be read"
+    assert report.left["norm"] == "used in Typed.forward, but its source cannot be read"
 
 
 def test_a_source_that_is_not_what_runs_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +171,7 @@ def test_a_source_that_is_not_what_runs_is_left(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(source, "getlines", lambda name: [line.replace(") + 1", ") + 2") for line in real(name)])
     report = ebdiff.accelerate(Edited(), verbose=False)
     source._file.cache_clear()
-    assert report.left["norm"] == "called in Edited.forward, but its source is not what runs"
+    assert report.left["norm"] == "used in Edited.forward, but its source is not what runs"
 
 
 def test_a_norm_with_a_forward_of_its_own_is_left() -> None:
@@ -175,10 +204,15 @@ def test_the_report_says_what_where_and_why(capsys: pytest.CaptureFixture[str]) 
         "GroupNorm + SiLU as one operator: 1 of 4 group norms",
         "     1 in Nested",
         "left as they were:",
-        "     1 not called by Nested as self.other(x): 0.other",
+        "     1 no method of Nested calls it as self.other(x): 0.other",
         "     1 used more than once: 1.norm",
-        "     1 not called by UsedTwice as self.other(x): 1.other",
+        "     1 no method of UsedTwice calls it as self.other(x): 1.other",
     ]
+
+
+def test_the_report_says_what_every_call_decides() -> None:
+    lines = str(ebdiff.accelerate(nn.Sequential(Nested(), ScaleAndShift()), verbose=False)).splitlines()
+    assert lines[3] == "     1 of them with scale or shift: in calls where these are one number per channel"
 
 
 def test_only_modules_are_taken() -> None:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..errors import EbdiffError
 from ..nn.group_norm import MaskedGroupNorm
-from ..nn.replace.rewrite import plain_class, rewriting_of
+from ..nn.replace.classes import plain_class
+from ..nn.replace.rewrite import rewriting_of
 from .mask import ChannelMask
 from .modules import adapt, refuse_wrapped, replace
 from .slices import apply_mask_, compact

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EbdiffError
-from ..nn.replace.rewrite import plain_class
+from ..nn.replace.classes import plain_class
 
 __all__ = ["build", "describe"]
 
 _TRUSTED = ("torch", "diffusers", "ebdiff")
 _FORBIDDEN = sys.stdlib_module_names - {"__main__"}
-_OWN = {*vars(nn.Module()), "_ebdiff_shrinks", "_ebdiff_channels_last"}  # what every module has; hooks among it
+# What every module has, hooks among it; and our own marks.
+_OWN = {*vars(nn.Module()), "_ebdiff_shrinks", "_ebdiff_accelerated", "_ebdiff_channels_last"}
 
 
 def describe(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:

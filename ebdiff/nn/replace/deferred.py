@@ -6,6 +6,7 @@ call anew: hooks, other norms and activations, and shapes or dtypes that do not 
 
 from __future__ import annotations
 
+from functools import wraps
 from importlib.util import find_spec
 from types import FunctionType
 from typing import Any
@@ -22,8 +23,10 @@ from ..group_norm import Settings, settings_of
 from .written_out import is_silu_written_out, is_widened_norm
 
 __all__ = [
+    "ACCELERATED",
     "activated",
     "find_kernels",
+    "is_bare",
     "is_silu",
     "learn",
     "norm_settings",
@@ -34,6 +37,8 @@ __all__ = [
     "summed",
 ]
 
+# In vars of a module whose methods may defer. Without it they compute as they were written, whoever holds them still.
+ACCELERATED = "_ebdiff_accelerated"
 _TENSORS = (Tensor, nn.Parameter, FakeTensor)
 # Found by `learn`: norms that compute in float32 and return the dtype of their input; whatever else is SiLU.
 widened: set[type] = set()
@@ -44,30 +49,43 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class Sum:
-    """x + row, not added yet. row: [N, C, 1...]."""
+    """x + row, not added yet. row: [N, C, 1...], or what broadcasts to it."""
 
     def __init__(self, x: Tensor, row: Tensor) -> None:
         self.x, self.row = x, row
+        self.seen = [_seen(x), _seen(row)]
 
 
 class Deferred:
-    """norm(x + time_bias) * (1 + scale) + shift, not computed yet; each of the three [N, C, 1...], or None."""
+    """norm(x), multiplied by 1 + row and shifted by row in any order and number; not computed yet.
 
-    def __init__(self, norm: nn.Module, settings: Settings, x: Tensor, time_bias: Tensor | None) -> None:
-        self.norm, self.settings, self.x, self.time_bias = norm, settings, x, time_bias
-        self.scale: Tensor | None = None
-        self.shift: Tensor | None = None
-        self.version = _version(x)
+    Args:
+        norm: the module, and its settings.
+        x: its input, or one that a time embedding is added to; where nothing may be written to until it is computed.
+    """
 
-    def takes(self, row: Any) -> bool:
-        """Can the operator multiply by, or add, `row` in the dtype that the original would return?"""
-        return _is_row(row, self.x, torch.float32 if _wants_float32(self.x) else self.x.dtype)
+    def __init__(self, norm: nn.Module, settings: Settings, x: Tensor | Sum) -> None:
+        self.norm, self.settings = norm, settings
+        self.x: Tensor = x.x if isinstance(x, Sum) else x
+        self.time_bias: Tensor | None = x.row if isinstance(x, Sum) else None
+        self.steps: list[tuple[bool, Tensor | float]] = []  # (True to multiply, row)
+        self.seen = x.seen if isinstance(x, Sum) else [_seen(x)]
+
+    def takes(self, multiply: bool, row: Any) -> bool:
+        """Multiply by 1 + row, or add it, if the operator can, in the dtype that the original would return."""
+        dtype = torch.float32 if _wants_float32(self.x) else self.x.dtype
+        if type(row) not in (int, float):
+            if not _is_row(row, self.x, dtype):
+                return False
+            self.seen.append(_seen(row))
+        self.steps.append((multiply, row))
+        return True
 
     def activated(self) -> Tensor:
         """All of it and SiLU, by the operator."""
         self._check()
         norm, x = self.settings, self.x
-        scale, shift, time_bias = (_per_sample(row, x.shape[0]) for row in (self.scale, self.shift, self.time_bias))
+        scale, shift = self._modulation()
         return group_norm_silu(
             x,
             norm.weight,
@@ -76,23 +94,37 @@ class Deferred:
             keep=norm.keep,
             scale=scale,
             shift=shift,
-            time_bias=time_bias,
+            time_bias=None if self.time_bias is None else _per_sample(self.time_bias, x),
             eps=norm.eps,
         )
+
+    def _modulation(self) -> tuple[Tensor | None, Tensor | None]:
+        """All steps as one scale and one shift, [N, C] each; sums and products of rows in float32 at least."""
+        scale: Tensor | None = None
+        shift: Tensor | None = None
+        for multiply, given in self.steps:
+            row = _per_sample(given, self.x)
+            if not multiply:
+                shift = row if shift is None else _wide(shift) + row
+                continue
+            shift = None if shift is None else _wide(shift) * (1 + _wide(row))
+            scale = row if scale is None else _wide(scale) * (1 + _wide(row)) + row
+        return scale, shift
 
     def value(self) -> Tensor:
         """All of it as the original computes it."""
         self._check()
         y: Tensor = self.norm(self.x if self.time_bias is None else self.x + self.time_bias)
-        y = y if self.scale is None else y * (1 + self.scale)
-        return y if self.shift is None else y + self.shift
+        for multiply, row in self.steps:
+            y = y * (1 + row) if multiply else y + row
+        return y
 
     def _check(self) -> None:
-        if self.version is not None and self.version != _version(self.x):
+        if any(version is not None and version != _version(tensor) for tensor, version in self.seen):
             raise EbdiffError(
-                "the input of a norm was changed in place before the SiLU that follows it",
+                "what a norm computes with was changed in place before the SiLU that follows it",
                 expected="the same values until then",
-                got=f"{type(self.norm).__name__} whose input was written to",
+                got=f"{type(self.norm).__name__} whose input, scale or shift was written to",
                 remedy="ebdiff.restore(model)",
             )
 
@@ -107,26 +139,37 @@ def _version(x: Tensor) -> int | None:
     return None if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
+def _seen(x: Tensor) -> tuple[Tensor, int | None]:
+    return x, _version(x)
+
+
 def _is_row(row: Any, x: Tensor, dtype: torch.dtype) -> bool:
-    """Is it [N or 1, C, 1...], on x's device, and no wider than `dtype`?"""
+    """Is it one number per channel (and sample), on x's device, and no wider than `dtype`?"""
+    if not isinstance(row, Tensor) or type(row) not in _TENSORS:
+        return False
+    samples, channels, *others = (1,) * (x.dim() - row.dim()) + row.shape
     return (
-        isinstance(row, Tensor)
-        and type(row) in _TENSORS
-        and row.dim() == x.dim()
-        and row.shape[0] in (1, x.shape[0])
-        and row.shape[1] == x.shape[1]
-        and all(size == 1 for size in row.shape[2:])
+        row.dim() <= x.dim()
+        and samples in (1, x.shape[0])
+        and channels in (1, x.shape[1])
+        and all(size == 1 for size in others)
         and row.device == x.device
         and row.is_floating_point()
         and torch.promote_types(row.dtype, dtype) == dtype
     )
 
 
-def _per_sample(row: Tensor | None, samples: int) -> Tensor | None:
-    """[N or 1, C, 1...] -> [N, C]."""
-    if row is None or row.shape[0] == samples:
-        return None if row is None else row.flatten(1)
-    return row.flatten(1).expand(samples, -1)
+def _per_sample(row: Tensor | float, x: Tensor) -> Tensor:
+    """What is the same at all positions of x, as [N, C]."""
+    if not isinstance(row, Tensor):
+        return x.new_full((x.shape[0], x.shape[1]), row, dtype=torch.promote_types(x.dtype, torch.float32))
+    if row.dim() != x.dim() or row.shape[:2] != x.shape[:2]:
+        row = row.expand(x.shape[0], x.shape[1], *(1,) * (x.dim() - 2))
+    return row.flatten(1)
+
+
+def _wide(row: Tensor) -> Tensor:
+    return row.to(torch.promote_types(row.dtype, torch.float32))
 
 
 # Which modules --------------------------------------------------------------------------------------------------------
@@ -164,7 +207,7 @@ def learn(module: Any) -> None:
         written_out.add(type(module) if isinstance(module, nn.Module) else module)
 
 
-def _is_bare(module: Any) -> bool:
+def is_bare(module: Any) -> bool:
     """Would calling it run its forward alone? Looks for the hooks that nn.Module looks for, and accelerate's."""
     return "forward" not in vars(module) and not (
         module._backward_hooks
@@ -188,13 +231,18 @@ def summed(a: Any, b: Any) -> Any:
     return a + b
 
 
-def normalised(norm: Any, x: Any) -> Any:
-    """norm(x), where nothing but scale, shift and an activation follows."""
-    tensor, time_bias = (x.x, x.row) if isinstance(x, Sum) else (x, None)
-    settings = norm_settings(norm) if isinstance(tensor, Tensor) and _is_bare(norm) else None
-    if settings is not None and _fits(tensor, settings) and not (type(norm) in widened and _wants_float32(tensor)):
-        return Deferred(norm, settings, tensor, time_bias)
-    return norm(tensor if time_bias is None else tensor + time_bias)
+def normalised(owner: nn.Module, norm: Any, x: Any) -> Any:
+    """norm(x) in a method of `owner`, where nothing but scale, shift and an activation follows."""
+    tensor = x.x if isinstance(x, Sum) else x
+    settings = norm_settings(norm) if ACCELERATED in vars(owner) and isinstance(tensor, Tensor) else None
+    if settings is None or not (is_bare(norm) and _fits(tensor, settings)) or _comes_back_narrow(norm, tensor):
+        return norm(x.x + x.row if isinstance(x, Sum) else x)
+    return Deferred(norm, settings, x)
+
+
+def _comes_back_narrow(norm: nn.Module, x: Tensor) -> bool:
+    """Does it return x's dtype where the operator would return float32?"""
+    return type(norm) in widened and _wants_float32(x)
 
 
 def _fits(x: Tensor, settings: Settings) -> bool:
@@ -212,35 +260,30 @@ def _fits(x: Tensor, settings: Settings) -> bool:
 
 def scaled(x: Any, scale: Any) -> Any:
     """x * (1 + scale)."""
-    if not isinstance(x, Deferred):
-        return x * (1 + scale)
-    if x.scale is None and x.shift is None and x.takes(scale):
-        x.scale = scale
-        return x
-    return x.value() * (1 + scale)
+    if isinstance(x, Deferred):
+        return x if x.takes(True, scale) else x.value() * (1 + scale)
+    return x * (1 + scale)
 
 
 def shifted(x: Any, shift: Any) -> Any:
     """x + shift; either may be the norm."""
     if isinstance(shift, Deferred):
         x, shift = shift, x
-    if not isinstance(x, Deferred):
-        return x + shift
-    if x.shift is None and x.takes(shift):
-        x.shift = shift
-        return x
-    return x.value() + shift
+    if isinstance(x, Deferred):
+        return x if x.takes(False, shift) else x.value() + shift
+    return x + shift
 
 
 def activated(act: Any, x: Any) -> Any:
     """act(x)."""
     if not isinstance(x, Deferred):
         return act(x)
-    if is_silu(act) and (not isinstance(act, nn.Module) or _is_bare(act)):
+    if is_silu(act) and (not isinstance(act, nn.Module) or is_bare(act)):
         return x.activated()
     return act(x.value())
 
 
+@wraps(nn.Sequential.forward)  # what torch.jit.script reads
 def run_in_order(self: nn.Sequential, input: Any) -> Any:
     """nn.Sequential's forward, with norm and SiLU as one where they follow each other."""
     x, modules = input, list(self)
@@ -248,7 +291,7 @@ def run_in_order(self: nn.Sequential, input: Any) -> Any:
         if isinstance(x, Deferred):
             x = activated(module, x)
         elif is_silu(following):
-            x = normalised(module, x)
+            x = normalised(self, module, x)
         else:
             x = module(x)
     return x

@@ -46,6 +46,7 @@ class Flow:
     Args:
         function: its definition.
         is_norm, is_activation: is the called expression a group normalisation, an activation?
+        may_write: may a call change a tensor in place?
     """
 
     def __init__(
@@ -53,8 +54,10 @@ class Flow:
         function: ast.FunctionDef,
         is_norm: Callable[[ast.expr], bool],
         is_activation: Callable[[ast.expr], bool],
+        may_write: Callable[[ast.Call], bool],
     ) -> None:
-        self.is_norm, self.is_activation = is_norm, is_activation
+        self.is_norm, self.is_activation, self.may_write = is_norm, is_activation, may_write
+        self.waiting: list[Sites] = []  # left operands, while the right one is computed
         self.sites: dict[ast.AST, Site] = {}
         self.passed: dict[ast.AST, set[Site]] = {}  # scale, shift and activation -> the norms that pass
         self.leaky = _leaky_names(function)
@@ -196,11 +199,15 @@ class Flow:
             for part in ast.walk(node):
                 if isinstance(part, ast.Name):
                     self._escape(names.get(part.id, (NONE, NONE))[0], "used in a nested scope")
-                elif isinstance(part, ast.Call) and self.is_norm(part.func):
-                    self._site(part, True).escape("called in a nested scope")
+                elif isinstance(part, ast.Call):
+                    self._run(part, names)
+                    if self.is_norm(part.func):
+                        self._site(part, True).escape("called in a nested scope")
             return NONE
         for part in ast.iter_child_nodes(node):
             self._use(part, names)
+        if isinstance(node, ast.Yield | ast.YieldFrom | ast.Await):
+            self._escape_all(names, "the method is left and entered again before SiLU")
         return NONE
 
     def _call(self, node: ast.Call, names: Names) -> Sites:
@@ -212,19 +219,32 @@ class Flow:
             if self.is_activation(node.func):
                 for site in self._pass(node, self._value(node.args[0], names)):
                     site.reached.add(node)
+                self._run(node, names)
                 return NONE
         elif self.is_norm(node.func):
             self._site(node, True).escape("called with more than one argument")
         for part in ast.iter_child_nodes(node):
             self._use(part, names, f"goes to {_short(node.func)}(...), not to SiLU")
-        if _writes(node):
-            self._escape_all(names, "something is changed in place before SiLU")
+        self._run(node, names)
         if isinstance(node.func, ast.Name) and node.func.id in _READS_ALL_NAMES:
             self._escape_all(names, f"{node.func.id}() may read it")
         return NONE
 
+    def _run(self, node: ast.Call, names: Names) -> None:
+        """While this call runs, values wait that are computed later, from tensors that it must leave alone."""
+        waits = any(site.escaped is None for sites in self._waiting(names) for site in sites)
+        if waits and self.may_write(node):
+            self._escape_all(names, f"{_short(node.func)}(...) may change its input in place before SiLU")
+
+    def _pair(self, left: ast.expr, right: ast.expr, names: Names) -> tuple[Sites, Sites]:
+        first = self._value(left, names)
+        self.waiting.append(first)
+        second = self._value(right, names)
+        self.waiting.pop()
+        return first, second
+
     def _sum(self, node: ast.BinOp, names: Names) -> Sites:
-        left, right = self._value(node.left, names), self._value(node.right, names)
+        left, right = self._pair(node.left, node.right, names)
         norms = {site for site in left | right if site.is_norm}
         for site in (left | right) - norms:
             site.escape("a sum of three")
@@ -240,8 +260,7 @@ class Flow:
             for part in (node.left, node.right):
                 self._use(part, names, "multiplied by something other than 1 + scale")
             return NONE
-        first, second = (left or node.left), (right or node.right)
-        found = self._value(first, names), self._value(second, names)
+        found = self._pair(left or node.left, right or node.right, names)
         carried, factor = found if left is None else found[::-1]
         self._escape(factor, "used as a scale")
         return self._pass(node, carried)
@@ -265,9 +284,12 @@ class Flow:
         for site in sites:
             site.escape(why)
 
+    def _waiting(self, names: Names) -> list[Sites]:
+        return [*(fresh for fresh, _ in names.values()), *self.waiting]
+
     def _escape_all(self, names: Names, why: str) -> None:
-        for fresh, _ in names.values():
-            self._escape(fresh, why)
+        for sites in self._waiting(names):
+            self._escape(sites, why)
 
 
 def _join(names: Names, other: Names) -> None:
@@ -283,14 +305,6 @@ def one_plus(node: ast.expr) -> ast.expr | None:
             if isinstance(one, ast.Constant) and type(one.value) in (int, float) and one.value == 1:
                 return other
     return None
-
-
-def _writes(node: ast.Call) -> bool:
-    """Does a call say that it changes its operands, as add_() or out= do?"""
-    name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-    return (name.endswith("_") and not name.endswith("__")) or any(
-        keyword.arg in ("out", "inplace", None) for keyword in node.keywords
-    )
 
 
 def _leaky_names(function: ast.FunctionDef) -> set[str]:

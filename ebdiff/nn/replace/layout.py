@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
@@ -18,32 +16,41 @@ def to_channels_last(model: nn.Module, wanted: bool | None) -> str:
     It pays on CUDA in 16 bits, where cuDNN's convolutions work in that order (NVIDIA's and PyTorch's recommendation;
     not measured here). On the CPU it makes no difference: oneDNN reorders for itself.
     """
-    weights = [p for p in model.parameters() if p.dim() == 4]
+    convolutions = [module for module in model.modules() if _weight(module) is not None]
+    weights = [weight for weight in map(_weight, convolutions) if weight is not None]
     if not weights or wanted is False:
         return ""
-    if all(_is_last(p) for p in weights):  # as those of 1x1 convolutions are in either case
-        return "" if all(p.is_contiguous() for p in weights) else "channels_last already"
+    if all(_is_last(weight) for weight in weights):  # as those of 1x1 convolutions are in either case
+        return "" if all(weight.is_contiguous() for weight in weights) else "channels_last already"
     if wanted is None:
-        half = all(p.is_cuda and p.dtype in (torch.float16, torch.bfloat16) for p in weights)
+        half = all(w.is_cuda and w.dtype in (torch.float16, torch.bfloat16) for w in weights)
         if not half:
             return "left as it was: channels_last pays in 16 bits on CUDA; channels_last=True asks for it anyway"
-    _lay_out(weights, torch.channels_last)
-    vars(model)[_MARK] = True
+    for module, weight in zip(convolutions, weights, strict=True):
+        if not _is_last(weight):
+            _lay_out(weight, torch.channels_last)
+            vars(module)[_MARK] = True
     return f"{len(weights)} weights became channels_last"
 
 
-def contiguous_again(model: nn.Module) -> None:
-    """Undo `to_channels_last`."""
-    if vars(model).pop(_MARK, False):
-        _lay_out([p for p in model.parameters() if p.dim() == 4], torch.contiguous_format)
+def contiguous_again(module: nn.Module) -> None:
+    """Undo `to_channels_last` for one module."""
+    weight = _weight(module)
+    if vars(module).pop(_MARK, False) and weight is not None:
+        _lay_out(weight, torch.contiguous_format)
+
+
+def _weight(module: nn.Module) -> Tensor | None:
+    """That of a 2-D convolution. What torch.nn.Module.to lays out besides is no business of cuDNN's."""
+    two = isinstance(module, nn.Conv2d | nn.ConvTranspose2d)
+    return module._parameters.get("weight") if two else None
 
 
 def _is_last(weight: Tensor) -> bool:
     return weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def _lay_out(weights: Sequence[Tensor], order: torch.memory_format) -> None:
-    for weight in weights:
-        weight.data = weight.data.contiguous(memory_format=order)
-        if weight.grad is not None:
-            weight.grad = weight.grad.contiguous(memory_format=order)
+def _lay_out(weight: Tensor, order: torch.memory_format) -> None:
+    weight.data = weight.data.contiguous(memory_format=order)
+    if weight.grad is not None:
+        weight.grad = weight.grad.contiguous(memory_format=order)

@@ -8,11 +8,12 @@ from typing import Any
 from torch import nn
 
 from ...errors import EbdiffError
-from .deferred import find_kernels, learn, norm_settings
+from .classes import give, plain_class, take_back
+from .deferred import ACCELERATED, find_kernels, is_bare, learn, norm_settings
 from .layout import contiguous_again, to_channels_last
 from .optimizer import exchange, put_back
 from .report import Report
-from .rewrite import Rewriting, cuts, plain_class, rewriting_of
+from .rewrite import Rewriting, cuts, rewriting_of
 
 __all__ = ["accelerate", "fuse", "restore"]
 
@@ -37,13 +38,14 @@ def accelerate(
     """
     if not isinstance(model, nn.Module):
         raise EbdiffError("accelerate", expected="a torch.nn.Module", got=type(model).__name__, remedy="pass the model")
-    fused, left = fuse(model)
+    fused, left, modulated = fuse(model)
     changed = "" if optimizer is None else exchange(optimizer)
     kinds = Counter[str]()
     for name, norms in fused.items():
         kinds[type(model.get_submodule(name)).__name__] += len(norms)
     layout = to_channels_last(model, channels_last)
-    report = Report(fused, left, changed, layout, dict(kinds), _without_kernels(model) if fused else "")
+    kernels = _without_kernels(model) if fused else ""
+    report = Report(fused, left, changed, layout, dict(kinds), kernels, modulated)
     if verbose:
         print(report)
     return report
@@ -57,45 +59,73 @@ def restore(model: nn.Module, optimizer: Any = None) -> None:
         optimizer: the one that was given to `accelerate`: torch.optim.AdamW again, with the state it has by now.
     """
     for module in model.modules():
-        module.__class__ = plain_class(type(module))
-    contiguous_again(model)
+        take_back(module)
+        contiguous_again(module)
     if optimizer is not None:
         put_back(optimizer)
 
 
-def fuse(model: nn.Module) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
-    """Give every module in which a norm goes to SiLU its fused class: ({module: norms}, {norm: why it is left})."""
+def fuse(model: nn.Module) -> tuple[dict[str, tuple[str, ...]], dict[str, str], int]:
+    """Give every module in which a norm goes to SiLU its fused class.
+
+    Returns:
+        {module: norms}, {norm: why it is left}, and how many of the fused ones have scale or shift in between.
+    """
     find_kernels()
     for module in model.modules():
         learn(module)
     names = {id(m): name for name, m in model.named_modules() if isinstance(m, nn.GroupNorm) or norm_settings(m)}
+    # All classes are made before the first is given.
+    found = {name: rewriting_of(m) for name, m in model.named_modules() if not norm_settings(m) and not _own_forward(m)}
     fused: dict[str, tuple[str, ...]] = {}
     done: set[int] = set()
     left: dict[int, str] = {}
-    for name, module in list(model.named_modules()):
-        if norm_settings(module) or "forward" in vars(module) or hasattr(module, "parametrizations"):
-            continue
-        found = rewriting_of(module)
-        whole, apart = _in_one_piece(model, name, found)
-        module.__class__ = found.kind
+    modulated = 0
+    for name, rewriting in found.items():
+        module = model.get_submodule(name)
+        stays = {**rewriting.left, **_apart(model, name, rewriting), **_hooked(module, rewriting)}
+        if rewriting.fused:
+            why = give(module, rewriting.kind)
+            stays |= {} if why is None else dict.fromkeys(rewriting.fused, why)
+        whole = tuple(path for path in rewriting.fused if path not in stays)
         if whole:
             fused[name] = whole
             done |= {id(module.get_submodule(path)) for path in whole}
-        for path, why in {**found.left, **apart}.items():
+            modulated += len(rewriting.modulated & set(whole))
+        for path, why in stays.items():
             left.setdefault(id(module.get_submodule(path)), why)
-    return fused, {name: _why(model, name, left.get(key)) for key, name in names.items() if key not in done}
+    return fused, {name: _why(model, name, left.get(key)) for key, name in names.items() if key not in done}, modulated
 
 
-def _in_one_piece(model: nn.Module, name: str, found: Rewriting) -> tuple[tuple[str, ...], dict[str, str]]:
-    """What is fused, less the pairs of a Sequential that its parent takes apart; those, and by which method."""
+def _own_forward(module: nn.Module) -> str | None:
+    """Why the methods of its class are not simply what runs; what was put around fused ones does not count."""
+    if ACCELERATED in vars(module):
+        return None
+    if "forward" in vars(module):
+        return f"the forward of this {type(module).__name__} was replaced on the instance"
+    return f"{type(module).__name__} was made by torch" if hasattr(module, "parametrizations") else None
+
+
+def _apart(model: nn.Module, name: str, found: Rewriting) -> dict[str, str]:
+    """The pairs of a Sequential that its parent takes apart, and by which method."""
     parent, _, child = name.rpartition(".")
     module = model.get_submodule(name)
     if not child or not isinstance(module, nn.Sequential) or not found.fused:
-        return found.fused, {}
+        return {}
     places = {path: list(module._modules).index(path) + 1 for path in found.fused if path in module._modules}
     cut = cuts(model.get_submodule(parent), child)
-    apart = {path: f"{cut[n]} takes the Sequential apart behind it" for path, n in places.items() if n in cut}
-    return tuple(path for path in found.fused if path not in apart), apart
+    return {path: f"{cut[n]} takes the Sequential apart behind it" for path, n in places.items() if n in cut}
+
+
+def _hooked(module: nn.Module, found: Rewriting) -> dict[str, str]:
+    """The pairs that run as they were for as long as there are hooks."""
+    left: dict[str, str] = {}
+    for path, acts in found.fused.items():
+        called = [module.get_submodule(path), *acts]
+        names = [type(one).__name__ for one in called if isinstance(one, nn.Module) and not is_bare(one)]
+        if names:
+            left[path] = f"hooks on {names[0]}, or all modules: it runs as it was while they are there"
+    return left
 
 
 def _without_kernels(model: nn.Module) -> str:
@@ -110,7 +140,16 @@ def _why(model: nn.Module, name: str, found: str | None) -> str:
     norm = model.get_submodule(name)
     if norm_settings(norm) is None:
         return f"{type(norm).__name__} has a forward of its own"
-    parent = model.get_submodule(name.rpartition(".")[0])
-    if "forward" in vars(parent):
-        return f"the forward of this {type(parent).__name__} was replaced on the instance"
-    return f"not called by {type(parent).__name__} as self.{name.rpartition('.')[2]}(x)"
+    owner, called = _owner(model, name)
+    return _own_forward(owner) or f"no method of {plain_class(type(owner)).__name__} calls it as self.{called}(x)"
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Whose methods could call a norm, and by which name: "blocks.0.norms.1" -> (the block, "norms[1]")."""
+    parent, _, called = name.rpartition(".")
+    owner = model.get_submodule(parent)
+    while parent and isinstance(owner, nn.ModuleList | nn.ModuleDict):
+        parent, _, container = parent.rpartition(".")
+        called = f"{container}[{called}]"
+        owner = model.get_submodule(parent)
+    return owner, called

@@ -18,7 +18,9 @@ class Report:
         optimizer: what became of the optimizer; empty where none was given.
         memory_format: what became of the memory format, and why.
         kinds: {class: how many norms its instances fuse}.
-        kernels: on which of the model's devices there is none, so that norms run as they were; empty where all is well.
+        kernels: on which of its devices there is none, so that norms run as they were; empty where all is well.
+        modulated: how many norms in `fused` have scale or shift in between. They run as one operator in calls where
+            these are one number per channel, and as they were in others.
     """
 
     fused: dict[str, tuple[str, ...]]
@@ -27,6 +29,7 @@ class Report:
     memory_format: str = ""
     kinds: dict[str, int] = field(default_factory=dict)
     kernels: str = ""
+    modulated: int = 0
 
     @property
     def norms(self) -> int:
@@ -36,6 +39,10 @@ class Report:
     def __str__(self) -> str:
         lines = [f"GroupNorm + SiLU as one operator: {self.norms} of {self.norms + len(self.left)} group norms"]
         lines += [f"  {count:4d} in {kind}" for kind, count in self.kinds.items()]
+        if self.modulated:
+            lines.append(
+                f"  {self.modulated:4d} of them with scale or shift: in calls where these are one number per channel"
+            )
         if not self.norms and not self.left:
             lines = ["GroupNorm + SiLU as one operator: this model has no group norm"]
         if self.left:

@@ -8,26 +8,28 @@ from __future__ import annotations
 
 import ast
 import copy
-import types
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from inspect import getattr_static
 from itertools import pairwise
-from types import FunctionType, ModuleType
+from types import FunctionType
 from typing import Any
 
 from torch import nn
 
+from .classes import fused_class, plain_class
 from .deferred import activated, is_silu, learn, norm_settings, normalised, run_in_order, scaled, shifted, summed
-from .flow import Flow, one_plus
+from .flow import Flow, Site, one_plus
+from .scope import Scope
 from .source import NotRewritable, innermost, read, remake
+from .writes import may_write
 
-__all__ = ["Rewriting", "cuts", "plain_class", "rewriting_of"]
+__all__ = ["Rewriting", "cuts", "rewriting_of"]
 
-_PLAIN = "_ebdiff_plain"
 _HELPERS = (activated, normalised, scaled, shifted, summed)
+_IN_ORDER: Any = (("forward", run_in_order),)
 
 
 @dataclass(frozen=True)
@@ -36,19 +38,15 @@ class Rewriting:
 
     Args:
         kind: the class to give it; its own where nothing can be done.
-        fused: its norms that become one with SiLU, as they are called: "norm1", "0".
+        fused: {its norm that becomes one with SiLU, as it is called: "norm1", "0"; the activations it goes to}.
         left: those that do not, and why.
+        modulated: those of `fused` with scale or shift in between, which every call looks at.
     """
 
     kind: type
-    fused: tuple[str, ...]
+    fused: dict[str, tuple[Any, ...]]
     left: dict[str, str]
-
-
-def plain_class(kind: type) -> type:
-    """The class that `rewriting_of` started from."""
-    found: type = vars(kind).get(_PLAIN, kind)
-    return found
+    modulated: frozenset[str] = frozenset()
 
 
 def rewriting_of(module: nn.Module) -> Rewriting:
@@ -57,8 +55,9 @@ def rewriting_of(module: nn.Module) -> Rewriting:
     if getattr(kind, "forward", None) is nn.Sequential.forward:
         return _of_sequential(module, kind)
     replaced: dict[str, FunctionType] = {}
-    fused: set[str] = set()
+    fused: dict[str, tuple[Any, ...]] = {}
     left: dict[str, str] = {}
+    modulated: set[str] = set()
     for name, method in _methods(kind):
         mentioned = _mentioned(module, method)
         if not mentioned:
@@ -66,26 +65,42 @@ def rewriting_of(module: nn.Module) -> Rewriting:
         try:
             found = _Reading(module, innermost(method))
         except NotRewritable as why:
-            left |= {child: f"called in {kind.__name__}.{name}, but {why}" for child in mentioned}
+            left |= {child: f"used in {kind.__name__}.{name}, but {why}" for child in mentioned}
             continue
         left |= found.left()
         if found.edits:
-            replaced[name] = _rewritten(method, frozenset(found.edits.items()))
-            fused |= found.fused
-    made = _subclass(kind, tuple(replaced.items())) if replaced else kind
-    return Rewriting(made, tuple(sorted(fused)), {path: why for path, why in left.items() if path not in fused})
+            replaced[name] = _rewritten(method, frozenset(found.edits.items()), found.scope.self_name)
+            for path, acts in found.fused.items():
+                fused[path] = (*fused.get(path, ()), *acts)
+            modulated |= found.modulated
+    return _made(
+        kind, tuple(replaced.items()), Rewriting(kind, dict(sorted(fused.items())), left, frozenset(modulated))
+    )
+
+
+def _made(kind: type, methods: tuple[tuple[str, FunctionType], ...], found: Rewriting) -> Rewriting:
+    """The class for what was found, where there is anything, and the class lets itself be subclassed."""
+    left = {path: why for path, why in found.left.items() if path not in found.fused}
+    if not methods:
+        return replace(found, left=left)
+    try:
+        return replace(found, kind=fused_class(kind, methods), left=left)
+    except Exception as why:  # whatever its __init_subclass__ or metaclass raises
+        refused = f"{kind.__name__} refuses a subclass: {type(why).__name__}: {why}"
+        return Rewriting(kind, {}, left | dict.fromkeys(found.fused, refused))
 
 
 def _of_sequential(module: nn.Module, kind: type) -> Rewriting:
     children = list(module._modules.items())
-    fused, left = [], {}
+    fused: dict[str, tuple[Any, ...]] = {}
+    left: dict[str, str] = {}
     for (name, child), (_, following) in pairwise([*children, ("", None)]):
         if norm_settings(child) is not None:
             if is_silu(following):
-                fused.append(name)
+                fused[name] = (following,)
             else:
                 left[name] = f"followed by {type(following).__name__}, not SiLU" if following else "no SiLU follows"
-    return Rewriting(_subclass(kind, (("forward", run_in_order),)) if fused else kind, tuple(fused), left)
+    return _made(kind, _IN_ORDER if fused else (), Rewriting(kind, fused, left))
 
 
 def cuts(parent: nn.Module, name: str) -> dict[int, str]:
@@ -123,65 +138,54 @@ class _Reading:
     """Which expressions of a function are norms and activations is known from the module that it is a method of.
 
     Attributes:
-        fused: the norms that can become one with SiLU.
+        scope: what the function's expressions mean.
+        fused: {the norm that can become one with SiLU: the activations it goes to}.
+        modulated: those of them with scale or shift in between.
         edits: {node of the function's syntax tree: the helper that takes its place}.
+
+    Raises:
+        NotRewritable: its source cannot be read.
     """
 
     def __init__(self, module: nn.Module, function: FunctionType) -> None:
-        self.module, self.function = module, function
-        self.tree = read(function)
-        self.local = set(function.__code__.co_varnames) | set(function.__code__.co_cellvars)
-        self.flow = Flow(self.tree, lambda e: norm_settings(self._meant(e)) is not None, self._is_activation)
+        self.scope = Scope(function, module)
+        if self.scope.self_name is None:
+            raise NotRewritable("it has no name for the module that stays")
+        self.names = {id(child): name for name, child in module.named_modules() if name}
+        self.flow = Flow(self.scope.tree, self._is_norm, self._is_activation, self._may_write)
         fused = self.flow.fused()
         norms = {site for site in fused if site.is_norm}
-        self.fused = {_path(site.node) for site in norms}
+        passed = {node: sites & norms for node, sites in self.flow.passed.items() if sites & norms}
+        self.fused: dict[str, tuple[Any, ...]] = {}
+        for site in norms:
+            acts = (self.scope.meaning(node.func) for node in site.reached if isinstance(node, ast.Call))
+            self.fused[self._path(site)] = (*self.fused.get(self._path(site), ()), *acts)
+        between = set[Site]().union(*(sites for node, sites in passed.items() if isinstance(node, ast.BinOp)))
+        self.modulated = {self._path(site) for site in between}
         self.edits: dict[ast.AST, str] = {s.node: "normalised" if s.is_norm else "summed" for s in fused}
-        self.edits |= {node: _helper_for(node) for node, sites in self.flow.passed.items() if sites & norms}
+        self.edits |= {node: _helper_for(node) for node in passed}
 
     def left(self) -> dict[str, str]:
         """The norms that stay, and why."""
-        return {_path(s.node): s.escaped for s in self.flow.sites.values() if s.is_norm and s.escaped}
+        return {self._path(s): s.escaped for s in self.flow.sites.values() if s.is_norm and s.escaped}
+
+    def _path(self, site: Site) -> str:
+        """self.norms[-1](x) -> "norms.1"."""
+        assert isinstance(site.node, ast.Call)
+        name: str = self.names[id(self.scope.meaning(site.node.func))]
+        return name
+
+    def _is_norm(self, called: ast.expr) -> bool:
+        meant = self.scope.meaning(called)
+        return id(meant) in self.names and norm_settings(meant) is not None
 
     def _is_activation(self, called: ast.expr) -> bool:
-        meant = self._meant(called)
+        meant = self.scope.meaning(called)
         learn(meant)
         return is_silu(meant)
 
-    def _meant(self, node: ast.expr) -> Any:
-        """The module or function that an expression names, or None."""
-        arguments = self.function.__code__.co_varnames
-        if isinstance(node, ast.Name):
-            if arguments and node.id == arguments[0]:
-                return self.module
-            return None if node.id in self.local else _outer(self.function).get(node.id)
-        if isinstance(node, ast.Attribute):
-            base = self._meant(node.value)
-            if isinstance(base, nn.Module):
-                return base._modules.get(node.attr, vars(base).get(node.attr))
-            return getattr(base, node.attr, None) if isinstance(base, ModuleType) else None
-        if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant | ast.UnaryOp):
-            base = self._meant(node.value)
-            children = list(base) if isinstance(base, nn.Sequential | nn.ModuleList) else []
-            with suppress(ValueError, IndexError, TypeError):
-                return children[ast.literal_eval(node.slice)]
-        return None
-
-
-def _outer(function: FunctionType) -> dict[str, Any]:
-    """What a function sees outside of itself."""
-    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-    filled = {}
-    for name, cell in cells:
-        with suppress(ValueError):  # one that is still empty
-            filled[name] = cell.cell_contents
-    return {**function.__globals__, **filled}
-
-
-def _path(node: ast.AST) -> str:
-    """self.norms[0](x) -> "norms.0"."""
-    assert isinstance(node, ast.Call)
-    _, _, path = ast.unparse(node.func).partition(".")
-    return path.replace("[", ".").replace("]", "")
+    def _may_write(self, call: ast.Call) -> bool:
+        return may_write(call, self.scope.meaning)
 
 
 def _helper_for(node: ast.AST) -> str:
@@ -213,30 +217,31 @@ def _mentioned(module: nn.Module, method: FunctionType) -> set[str]:
 
 
 @cache
-def _rewritten(method: FunctionType, edits: frozenset[tuple[ast.AST, str]]) -> FunctionType:
+def _rewritten(method: FunctionType, edits: frozenset[tuple[ast.AST, str]], owner: str) -> FunctionType:
     memo: dict[int, Any] = {}
     tree = copy.deepcopy(read(innermost(method)), memo)
-    tree = _Rewriter({memo[id(node)]: helper for node, helper in edits}).visit(tree)
+    tree = _Rewriter({memo[id(node)]: helper for node, helper in edits}, owner).visit(tree)
     helpers = {f"_ebdiff_{helper.__name__}": helper for helper in _HELPERS}
     return remake(method, ast.fix_missing_locations(tree), helpers)
 
 
 class _Rewriter(ast.NodeTransformer):
-    def __init__(self, edits: dict[ast.AST, str]) -> None:
-        self.edits = edits
+    def __init__(self, edits: dict[ast.AST, str], owner: str) -> None:
+        self.edits, self.owner = edits, owner
 
     def visit(self, node: ast.AST) -> Any:
         """Operands first."""
         helper = self.edits.get(node)
         self.generic_visit(node)
-        return node if helper is None else ast.copy_location(_call(helper, node), node)
+        return node if helper is None else ast.copy_location(_call(helper, node, self.owner), node)
 
 
-def _call(helper: str, node: ast.AST) -> ast.Call:
+def _call(helper: str, node: ast.AST, owner: str) -> ast.Call:
     """helper(operands), in the order in which the original evaluates them."""
     name = ast.Name(f"_ebdiff_{helper}", ast.Load())
     if isinstance(node, ast.Call):
-        return ast.Call(name, [node.func, *node.args], [])
+        first = [ast.Name(owner, ast.Load())] if helper == "normalised" else []
+        return ast.Call(name, [*first, node.func, *node.args], [])
     assert isinstance(node, ast.BinOp)
     operands = [node.left, node.right]
     if helper != "scaled":
@@ -245,30 +250,3 @@ def _call(helper: str, node: ast.AST) -> ast.Call:
     pairs = zip(operands, scales, strict=True)
     keywords = [ast.keyword("x", o) if scale is None else ast.keyword("scale", scale) for o, scale in pairs]
     return ast.Call(name, [], keywords)
-
-
-@cache
-def _subclass(kind: type, methods: tuple[tuple[str, FunctionType], ...]) -> type:
-    """The fused class. It goes by the name of the plain one, which libraries write into files and look up."""
-    body = {
-        "__module__": kind.__module__,
-        "__qualname__": kind.__qualname__,
-        "__doc__": kind.__doc__,
-        "__deepcopy__": getattr(kind, "__deepcopy__", _deepcopy),
-        "__reduce_ex__": _reduce,
-        _PLAIN: kind,
-    }
-    return types.new_class(kind.__name__, (kind,), exec_body=lambda names: names.update(body | dict(methods)))
-
-
-def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
-    twin = object.__new__(type(self))
-    memo[id(self)] = twin
-    twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-    return twin
-
-
-def _reduce(self: Any, protocol: Any) -> Any:
-    """Pickled as the plain class, which can be found by its name."""
-    made: Any = object.__new__
-    return made, (plain_class(type(self)),), self.__getstate__()
