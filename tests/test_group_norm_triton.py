@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -15,15 +13,13 @@ from torch import Tensor
 
 pytest.importorskip("triton", minversion="3.6")
 
-import triton
-import triton.language as tl
+from triton_offline import interpreting, places
 
 from ebdiff.ops import group_norm_cuda
 from ebdiff.ops import group_norm_reference as reference
 from ebdiff.ops.group_norm_reference import Norm
 
 operator = importlib.import_module("ebdiff.ops.group_norm")
-FAMILY = "ebdiff.kernels.group_norm"
 EVERY = [True] * 6
 NAMES = ("x", "weight", "bias", "scale", "shift", "time_bias")
 
@@ -36,45 +32,15 @@ class Kernels(NamedTuple):
 
 
 @contextmanager
-def interpreting() -> Iterator[Kernels]:
-    """The kernels, imported a second time for the interpreter, which changes triton.language and leaves it changed."""
-    package = importlib.import_module("ebdiff.kernels")
-    before = [(place, dict(vars(place))) for place in [package, *places()]]
-    for name in [name for name in vars(package) if name.startswith("group_norm")]:
-        delattr(package, name)  # `from . import` would find the compiled ones there
-    compiled = {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith(FAMILY)}
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(triton.knobs.runtime, "interpret", True)
-            # Triton's own is compiled, for it was there before the knob.
-            patch.setattr(tl, "sum", lambda x, axis: tl.reduce(x, axis, tl.standard._sum_combine))
-            yield Kernels(*(importlib.import_module(f"{FAMILY}_{name}") for name in ("silu", "plan")))
-    finally:
-        for name in [name for name in sys.modules if name.startswith(FAMILY)]:
-            del sys.modules[name]
-        sys.modules.update(compiled)
-        for place, had in before:
-            put_back(place, had)
-
-
-def places() -> list[Any]:
-    """Modules and classes whose functions the interpreter replaces."""
-    modules = [tl, tl.core, tl.math]
-    return modules + [thing for place in modules for thing in vars(place).values() if inspect.isclass(thing)]
+def interpreted_kernels() -> Iterator[Kernels]:
+    with interpreting("group_norm"):
+        yield Kernels(*(importlib.import_module(f"ebdiff.kernels.group_norm_{name}") for name in ("silu", "plan")))
 
 
 @pytest.fixture(scope="module")
 def interpreted() -> Iterator[Kernels]:
-    with interpreting() as kernels:
+    with interpreted_kernels() as kernels:
         yield kernels
-
-
-def put_back(place: Any, had: dict[str, Any]) -> None:
-    for name in [name for name in vars(place) if name not in had]:
-        delattr(place, name)
-    for name, value in had.items():
-        if vars(place)[name] is not value:
-            setattr(place, name, value)
 
 
 @pytest.fixture(params=["held", "cached", "two passes"])
@@ -330,7 +296,7 @@ def test_which_shapes_are_read_once() -> None:
 def test_the_interpreter_leaves_triton_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels that are compiled later in this process have to find it whole."""
     before = [dict(vars(place)) for place in places()]
-    with interpreting() as kernels:
+    with interpreted_kernels() as kernels:
         monkeypatch.setattr(group_norm_cuda, "_triton", lambda: kernels.silu)
         check(*CASES["nothing"].tensors(torch.float32, False))
     assert [dict(vars(place)) for place in places()] == before
