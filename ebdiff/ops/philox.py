@@ -74,7 +74,7 @@ def normals(seed: Tensor, samples: int, count: int, dtype: torch.dtype) -> Tenso
     counter = blocks & _LOW, sample & _LOW, seed[1] & _LOW, seed[1] >> 32 & _LOW
     uniforms = [_uniform(word) for word in philox(counter, (seed[0] & _LOW, seed[0] >> 32 & _LOW))]
     pairs = [_box_muller(*uniforms[:2]), _box_muller(*uniforms[2:])]
-    return torch.stack([*pairs[0], *pairs[1]], -1).flatten(1)[:, :count].to(dtype).contiguous().contiguous()
+    return torch.stack([*pairs[0], *pairs[1]], -1).flatten(1)[:, :count].to(dtype).contiguous()
 
 
 def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> list[Tensor]:
