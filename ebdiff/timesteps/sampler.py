@@ -73,9 +73,12 @@ class Sampler(ABC):
         kept: dict[torch.device, tuple[int, Tables]] = self.__dict__.setdefault("_tables", {})
         found = kept.get(device)
         if found is None or found[0] != self.version:
-            found = self.version, Tables.of(self.pmf(), self.weights(), self.edges, device)
+            found = self.version, self._read(device)
             kept[device] = found
         return found[1]
+
+    def _read(self, device: torch.device) -> Tables:
+        return Tables.of(self.pmf(), self.weights(), self.edges, device)
 
     def sample(
         self,
@@ -225,6 +228,9 @@ class Stratified(Wrapped):
     def __init__(self, sampler: Sampler | NoiseProfile | int, antithetic: bool = False) -> None:
         super().__init__(sampler)
         self.antithetic = antithetic
+
+    def tables(self, device: torch.device) -> Tables:
+        return self.sampler.tables(device)
 
     def uniforms(self, n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
         drawn = (n + 1) // 2 if self.antithetic else n
