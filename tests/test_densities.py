@@ -113,6 +113,14 @@ def test_log_normal_is_the_same_noise_on_every_schedule(profile: NoiseProfile) -
     assert float((pmf * (level - mean) ** 2).sum()) == pytest.approx(0.49, rel=0.01)
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0, 1.15, 0.1])
+def test_log_normal_of_flow_is_logit_normal(shift: float) -> None:
+    """sigma / alpha = sigma / (1 - sigma), so ln of it is logit(sigma): and SD3's shift moves that by ln(shift)."""
+    flow = NoiseProfile.flow(shift, cells=40)
+    expected = LogitNormal(flow, 0.3 - math.log(shift), 0.8).pmf()
+    torch.testing.assert_close(LogNormalSigma(flow, 0.3, 0.8).pmf(), expected, rtol=1e-9, atol=1e-15)
+
+
 def test_log_normal_of_edm_by_hand() -> None:
     """Four cells, even in ln sigma from -4 to 4: [-4, -2] is -2.3333 to -0.6667 deviations, and so on."""
     profile = NoiseProfile.edm(math.exp(-4), math.exp(4), cells=4)

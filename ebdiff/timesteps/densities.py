@@ -227,7 +227,7 @@ def _normal(x: Tensor, mean: float, std: float) -> Tensor:
 
 def _scaled(cumulative: Tensor, name: str) -> Tensor:
     """float64[T]: the probabilities of the cells between T + 1 values of a cumulative distribution function."""
-    mass = cumulative.diff().clamp(min=0)
+    mass = cumulative.diff()
     total = mass.sum()
     if not total > 1e-12:  # of less than this, rounding is too large a part
         raise EbdiffError(
