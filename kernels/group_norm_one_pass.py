@@ -11,6 +11,7 @@ from .group_norm_tile import (
     activate,
     affine,
     centred,
+    coefficients,
     gradient_of_x,
     gradient_of_z,
     kept,
@@ -57,44 +58,49 @@ def forward_kernel(
     Y += n * C * HW
     r = tl.arange(0, RB)
     time = per_channel(TIME, n * TIME_ROW + c, live, 0.0)
-    size = tl.maximum(over_groups(tl.full([CB], 1.0, tl.float32), member) * HW, 1.0)
+    nothing = tl.full([CB], 0.0, tl.float32)
+    size = tl.maximum(over_groups(nothing + 1.0, member) * HW, 1.0)
     there, used = masks(live, mine, r, HW)
     at = places(c, r, C, HW, LAST)
     if HOLD:
-        x = tl.load(X + at, mask=there, other=0.0).to(tl.float32)
-        if KEEP is not None:
-            x = tl.where(used, x, 0.0)
+        x = centred(X, at, there, used, TIME, time, nothing)
         total = x
     else:
         total = tl.full([CB, RB], 0.0, tl.float32)
         for r0 in range(0, HW, RB):
             there, used = masks(live, mine, r0 + r, HW)
-            x = tl.load(X + places(c, r0 + r, C, HW, LAST), mask=there, other=0.0).to(tl.float32)
-            total += tl.where(used, x, 0.0)
-    mean = over_groups(tl.sum(total, 1) + time * HW, member) / size
-    shift = spread(mean, member) - time
+            total += centred(X, places(c, r0 + r, C, HW, LAST), there, used, TIME, time, nothing)
+    mean = over_groups(tl.sum(total, 1), member) / size
+    centre = spread(mean, member)
     if HOLD:
-        d = tl.where(used, x - shift[:, None], 0.0)
-        total = d * d
+        d = tl.where(used, x - centre[:, None], 0.0)
+        total, squares = d, d * d
     else:
         total = tl.full([CB, RB], 0.0, tl.float32)
+        squares = total
         for r0 in range(0, HW, RB):
             there, used = masks(live, mine, r0 + r, HW)
-            d = centred(X, places(c, r0 + r, C, HW, LAST), there, used, shift)
-            total += d * d
-    rstd = 1.0 / tl.sqrt(over_groups(tl.sum(total, 1), member) / size + EPS)
-    tl.store(MEAN + n * G + g, mean, mask=groups)
+            d = centred(X, places(c, r0 + r, C, HW, LAST), there, used, TIME, time, centre)
+            total += d
+            squares += d * d
+    left = over_groups(tl.sum(total, 1), member) / size  # what rounding has left of the mean
+    variance = over_groups(tl.sum(squares, 1), member) / size - left * left
+    rstd = 1.0 / tl.sqrt(tl.maximum(variance, 0.0) + EPS)
+    tl.store(MEAN + n * G + g, mean + left, mask=groups)
     tl.store(RSTD + n * G + g, rstd, mask=groups)
+    rest = spread(left, member)
     a = spread(rstd, member)  # before the loads below: a few registers less
     w, b = affine(n, c, live, WEIGHT, BIAS, SCALE, SHIFT, SCALE_ROW, SHIFT_ROW)
     a *= w
     if HOLD:
-        tl.store(Y + at, activate(d, a, b, used, KEEP, SILU).to(Y.dtype.element_ty), mask=there)
+        y = activate(d - rest[:, None], a, b, used, KEEP, SILU)
+        tl.store(Y + at, y.to(Y.dtype.element_ty), mask=there)
     else:
         for r0 in range(0, HW, RB):
             there, used = masks(live, mine, r0 + r, HW)
             at = places(c, r0 + r, C, HW, LAST)
-            y = activate(centred(X, at, there, used, shift), a, b, used, KEEP, SILU)
+            d = centred(X, at, there, used, TIME, time, centre) - rest[:, None]
+            y = activate(d, a, b, used, KEEP, SILU)
             tl.store(Y + at, y.to(Y.dtype.element_ty), mask=there)
 
 
@@ -112,15 +118,17 @@ def backward_kernel(
     X += n * C * HW
     DY += n * C * HW
     r = tl.arange(0, RB)
-    group = n * G + tl.load(GROUP_OF + c, mask=live, other=0)
-    rstd = tl.load(RSTD + group, mask=live, other=0.0)
-    mean = tl.load(MEAN + group, mask=live, other=0.0) - per_channel(TIME, n * TIME_ROW + c, live, 0.0)
-    w, b = affine(n, c, live, WEIGHT, BIAS, SCALE, SHIFT, SCALE_ROW, SHIFT_ROW)
-    a = w * rstd
+    time, mean, a, b, rstd, _ = coefficients(
+        n, c, live, MEAN, RSTD, WEIGHT, BIAS, SCALE, SHIFT, TIME, SCALE_ROW, SHIFT_ROW, TIME_ROW, GROUP_OF, G
+    )
     there, used = masks(live, mine, r, HW)
     at = places(c, r, C, HW, LAST)
+    size = tl.maximum(over_groups(tl.full([CB], 1.0, tl.float32), member) * HW, 1.0)
     if HOLD:
-        d = centred(X, at, there, used, mean)
+        d = centred(X, at, there, used, TIME, time, mean)
+        if CB * RB <= 4096:  # it weighs in small groups, and larger tiles leave no registers for it
+            left = over_groups(tl.sum(d, 1), member) / size
+            d = tl.where(used, d - spread(left, member)[:, None], 0.0)
         dz = gradient_of_z(DY, at, there, used, d, a, b, KEEP, SILU)
         total_dz, total_dz_d, total_d = dz, dz * d, d
     else:
@@ -129,7 +137,7 @@ def backward_kernel(
         for r0 in range(0, HW, RB):
             there, used = masks(live, mine, r0 + r, HW)
             at = places(c, r0 + r, C, HW, LAST)
-            d = centred(X, at, there, used, mean)
+            d = centred(X, at, there, used, TIME, time, mean)
             dz = gradient_of_z(DY, at, there, used, d, a, b, KEEP, SILU)
             total_dz += dz
             total_dz_d += dz * d
@@ -137,7 +145,6 @@ def backward_kernel(
                 total_d += d
     sum_dz, sum_dz_d = tl.sum(total_dz, 1), tl.sum(total_dz_d, 1)
     store_sums(n, c, live, C, sum_dz, sum_dz_d * rstd, WEIGHT, BIAS, DSCALE, DSHIFT, SUM_DZ, SUM_DZ_N)
-    size = tl.maximum(over_groups(tl.full([CB], 1.0, tl.float32), member) * HW, 1.0)
     level = spread(over_groups(a * sum_dz, member) / size, member)
     slope = spread(over_groups(a * sum_dz_d, member) / size, member) * rstd * rstd
     if DTIME is not None:
@@ -152,7 +159,7 @@ def backward_kernel(
             for r0 in range(0, HW, RB):
                 there, used = masks(live, mine, r0 + r, HW)
                 at = places(c, r0 + r, C, HW, LAST)
-                d = centred(X, at, there, used, mean)
+                d = centred(X, at, there, used, TIME, time, mean)
                 dz = gradient_of_z(DY, at, there, used, d, a, b, KEEP, SILU)
                 dx = gradient_of_x(dz, d, a, level, slope, used)
                 tl.store(DX + at, dx.to(DX.dtype.element_ty), mask=there)

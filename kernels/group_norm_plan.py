@@ -103,11 +103,9 @@ def _reads_well(shape: Shape, unit: int, cb: int) -> bool:
 def _one_pass(shape: Shape, slabs: Slabs, unit: int, cb: int, *, held: bool) -> OnePass:
     gb = power_of_two(max(slab[3] - slab[2] for slab in slabs))
     rows = power_of_two(shape.hw)
-    forward = (rows, _warps(cb * rows // 1024, 16), True) if held else (_TILE // cb, 8, False)
-    if held and cb * rows <= _TILE:
-        backward = rows, _warps(cb * rows // 512, 16), True
-    else:
-        backward = (_TILE // 2 if shape.last or shape.itemsize == 4 else _TILE) // cb, 16, False
+    cached = _TILE // 2 // cb, 16, False
+    forward = (rows, _warps(cb * rows // 1024, 16), True) if held else cached
+    backward = (rows, _warps(cb * rows // 512, 16), True) if held and cb * rows <= _TILE else cached
     return OnePass(slabs, unit, cb, gb, forward, backward)
 
 

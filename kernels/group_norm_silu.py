@@ -14,125 +14,101 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops.group_norm_reference import Gradients, Norm
 from . import group_norm_one_pass as one
 from . import group_norm_two_pass as two
 from .group_norm_plan import OnePass, Shape, TwoPass, plan_of, power_of_two
 
-__all__ = ["Inputs", "Outputs", "backward", "forward"]
+__all__ = ["backward", "forward"]
 
 
-class Inputs(NamedTuple):
-    """Per channel, [C]: weight, bias, keep; per sample and channel, [N, C]: scale, shift, time_bias; or None."""
-
-    weight: Tensor | None
-    bias: Tensor | None
-    scale: Tensor | None
-    shift: Tensor | None
-    time_bias: Tensor | None
-    keep: Tensor | None
-
-    def rows(self) -> tuple[int, int, int]:
-        """The distance between samples of scale, shift and time_bias."""
-        scale, shift, time = (0 if t is None else t.stride(0) for t in self[2:5])
-        return scale, shift, time
-
-
-class Outputs(NamedTuple):
-    """The gradients that are needed, dense; None for others."""
-
-    x: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    scale: Tensor | None
-    shift: Tensor | None
-    time_bias: Tensor | None
-
-
-def forward(
-    x: Tensor, y: Tensor, mean: Tensor, rstd: Tensor, inputs: Inputs, offsets: tuple[int, ...], eps: float, silu: bool,
-    last: bool,
-) -> None:  # fmt: skip
+def forward(x: Tensor, y: Tensor, mean: Tensor, rstd: Tensor, norm: Norm, last: bool) -> None:
     """Write y, and mean and 1 / sqrt(variance + eps) of each group, float32 [N, G]."""
     shape = _shape(x, last)
-    plan = plan_of(shape, offsets)
-    groups, sizes = len(offsets) - 1, _sizes(shape)
-    tables = _tables(offsets, plan.slabs if isinstance(plan, OnePass) else None, x.device)
-    how = {"SILU": silu, "LAST": last, **_units(shape)}
+    plan = plan_of(shape, norm.offsets)
+    groups, sizes = len(norm.offsets) - 1, _sizes(shape)
+    tables = _tables(norm.offsets, plan.slabs if isinstance(plan, OnePass) else None, x.device)
+    how = {"SILU": norm.silu, "LAST": last, **_units(shape)}
     if isinstance(plan, OnePass):
         rb, warps, hold = plan.forward
         one.forward_kernel[(shape.n * len(plan.slabs),)](
-            x, y, mean, rstd, *inputs, *inputs.rows(), tables.slabs, tables.group_of, len(plan.slabs), groups, *sizes,
-            EPS=eps, **how, UNIT=plan.unit, CB=plan.cb, RB=rb, GB=plan.gb, HOLD=hold, num_warps=warps,
+            x, y, mean, rstd, *norm[:6], *_rows(norm), tables.slabs, tables.group_of, len(plan.slabs), groups, *sizes,
+            EPS=norm.eps, **how, UNIT=plan.unit, CB=plan.cb, RB=rb, GB=plan.gb, HOLD=hold, num_warps=warps,
         )  # fmt: skip
         return
-    time, keep, (*_, time_row) = inputs.time_bias, inputs.keep, inputs.rows()
     tile = {"CB": plan.cb, "RB": plan.rb, "num_warps": plan.forward}
-    part = x.new_empty((2, shape.n, plan.chunks, shape.c), dtype=torch.float32)
+    part = x.new_empty((3, shape.n, plan.chunks, shape.c), dtype=torch.float32)
     programs = (shape.n * plan.chunks * plan.blocks,)
-    two.moments_kernel[programs](x, *part, plan.chunks, *sizes, LAST=last, **_units(shape), **tile)
+    two.moments_kernel[programs](
+        x, *part, norm.time_bias, _rows(norm)[2], plan.chunks, *sizes, LAST=last, **_units(shape), **tile
+    )
     two.combine_kernel[(shape.n * groups,)](
-        *part, mean, rstd, time, keep, time_row, tables.offsets, groups, shape.c, shape.hw, plan.chunks,
-        EPS=eps, RB=plan.rb, CB=plan.small[0], KB=plan.small[1], num_warps=4,
+        *part, mean, rstd, norm.keep, tables.offsets, groups, shape.c, shape.hw, plan.chunks,
+        EPS=norm.eps, RB=plan.rb, CB=plan.small[0], KB=plan.small[1], num_warps=4,
     )  # fmt: skip
     two.apply_kernel[programs](
-        x, y, mean, rstd, *inputs, *inputs.rows(), tables.group_of, groups, plan.chunks, *sizes, **how, **tile
+        x, y, mean, rstd, *norm[:6], *_rows(norm), tables.group_of, groups, plan.chunks, *sizes, **how, **tile
     )
 
 
 def backward(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, inputs: Inputs, outputs: Outputs, offsets: tuple[int, ...],
-    silu: bool, last: bool,
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, norm: Norm, gradients: Gradients, last: bool
 ) -> None:  # fmt: skip
-    """Write the gradients that are needed, from what forward has found."""
+    """Write the gradients that are needed, dense, from what forward has found."""
     shape = _shape(x, last)
-    plan = plan_of(shape, offsets)
-    dx, dweight, dbias, *others = outputs
+    plan = plan_of(shape, norm.offsets)
+    dx, dweight, dbias, *others = gradients
     sums = [None, None]
     if dweight is not None or dbias is not None:
         sums = list(x.new_empty((2, shape.n, shape.c), dtype=torch.float32))
-    how = {"SILU": silu, "LAST": last, **_units(shape)}
+    how = {"SILU": norm.silu, "LAST": last, **_units(shape)}
     launch = _backward_in_one if isinstance(plan, OnePass) else _backward_in_two
-    launch(dy, x, mean, rstd, inputs, dx, [*others, *sums], offsets, shape, plan, how)
+    launch(dy, x, mean, rstd, norm, dx, [*others, *sums], shape, plan, how)
     if sums[0] is not None:
         cb, nb = 16, min(128, power_of_two(shape.n))
         two.weights_kernel[(-(-shape.c // cb),)](
-            *sums, inputs.scale, inputs.rows()[0], dweight, dbias, shape.n, shape.c, NB=nb, CB=cb, num_warps=4
+            *sums, norm.scale, _rows(norm)[0], dweight, dbias, shape.n, shape.c, NB=nb, CB=cb, num_warps=4
         )
 
 
 def _backward_in_one(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, inputs: Inputs, dx: Tensor | None, others: list[Tensor | None],
-    offsets: tuple[int, ...], shape: Shape, plan: OnePass, how: dict[str, Any],
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, norm: Norm, dx: Tensor | None, others: list[Tensor | None],
+    shape: Shape, plan: OnePass, how: dict[str, Any],
 ) -> None:  # fmt: skip
-    tables = _tables(offsets, plan.slabs, x.device)
+    tables = _tables(norm.offsets, plan.slabs, x.device)
     rb, warps, hold = plan.backward
     one.backward_kernel[(shape.n * len(plan.slabs),)](
-        dy, x, mean, rstd, *inputs, *inputs.rows(), dx, *others, tables.slabs, tables.group_of, len(plan.slabs),
-        len(offsets) - 1, *_sizes(shape), **how, UNIT=plan.unit, CB=plan.cb, RB=rb, GB=plan.gb, HOLD=hold,
+        dy, x, mean, rstd, *norm[:6], *_rows(norm), dx, *others, tables.slabs, tables.group_of, len(plan.slabs),
+        len(norm.offsets) - 1, *_sizes(shape), **how, UNIT=plan.unit, CB=plan.cb, RB=rb, GB=plan.gb, HOLD=hold,
         num_warps=warps,
     )  # fmt: skip
 
 
 def _backward_in_two(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, inputs: Inputs, dx: Tensor | None, others: list[Tensor | None],
-    offsets: tuple[int, ...], shape: Shape, plan: TwoPass, how: dict[str, Any],
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, norm: Norm, dx: Tensor | None, others: list[Tensor | None],
+    shape: Shape, plan: TwoPass, how: dict[str, Any],
 ) -> None:  # fmt: skip
-    tables, groups, sizes = _tables(offsets, None, x.device), len(offsets) - 1, _sizes(shape)
+    tables, groups, sizes = _tables(norm.offsets, None, x.device), len(norm.offsets) - 1, _sizes(shape)
     part = [*x.new_empty((3 if others[2] is not None else 2, shape.n, plan.chunks, shape.c), dtype=torch.float32)]
     part += [None] * (3 - len(part))
     slopes = x.new_empty((2, shape.n, groups), dtype=torch.float32)
     programs = (shape.n * plan.chunks * plan.blocks,)
-    given = (mean, rstd, *inputs, *inputs.rows())
+    given = (mean, rstd, *norm[:6], *_rows(norm))
     tile = {**how, "CB": plan.cb, "RB": plan.rb, "num_warps": plan.backward}
     two.sums_kernel[programs](dy, x, *given, *part, tables.group_of, groups, plan.chunks, *sizes, **tile)
     two.finish_kernel[(shape.n * groups,)](
-        *part, rstd, *inputs[:4], inputs.keep, *inputs.rows()[:2], *slopes, *others, tables.offsets, groups, shape.c,
+        *part, rstd, *norm[:4], norm.keep, *_rows(norm)[:2], *slopes, *others, tables.offsets, groups, shape.c,
         shape.hw, plan.chunks, CB=plan.small[0], KB=plan.small[1], num_warps=4,
     )  # fmt: skip
     if dx is not None:
         two.apply_backward_kernel[programs](
             dy, x, dx, *given, *slopes, tables.group_of, groups, plan.chunks, *sizes, **tile
         )
+
+
+def _rows(norm: Norm) -> tuple[int, ...]:
+    """The distance between samples of scale, shift and time_bias."""
+    return tuple(0 if t is None else t.stride(0) for t in (norm.scale, norm.shift, norm.time_bias))
 
 
 def _shape(x: Tensor, last: bool) -> Shape:

@@ -2,7 +2,7 @@
 
 A tile is indexed [c, r] whatever lies contiguous in memory; Triton's compiler lays the threads along that. Sizes that
 loads have to know multiples of come divided by a constexpr unit, as Triton itself only notices multiples of 16.
-d is x + time_bias - mean, computed as x - (mean - time_bias), so that a large mean costs no digits.
+d is x + time_bias - mean, in this order: what a large mean costs is one rounding of x + time_bias, as in torch.
 """
 
 import triton
@@ -40,9 +40,22 @@ def affine(n, c, live, WEIGHT, BIAS, SCALE, SHIFT, SCALE_ROW, SHIFT_ROW):
 
 
 @triton.jit
-def centred(X, at, there, used, mean):
+def coefficients(
+    n, c, live, MEAN, RSTD, WEIGHT, BIAS, SCALE, SHIFT, TIME, SCALE_ROW, SHIFT_ROW, TIME_ROW, GROUP_OF, G
+):  # fmt: skip
+    """time, mean, a and b of sample n's channels, z = (x + time - mean) * a + b; rstd, and where the group's lies."""
+    group = n * G + tl.load(GROUP_OF + c, mask=live, other=0)
+    mean, rstd = tl.load(MEAN + group, mask=live, other=0.0), tl.load(RSTD + group, mask=live, other=0.0)
+    w, b = affine(n, c, live, WEIGHT, BIAS, SCALE, SHIFT, SCALE_ROW, SHIFT_ROW)
+    return per_channel(TIME, n * TIME_ROW + c, live, 0.0), mean, w * rstd, b, rstd, group
+
+
+@triton.jit
+def centred(X, at, there, used, TIME, time, mean):
     """d on a tile, 0 where nothing is used."""
     x = tl.load(X + at, mask=there, other=0.0).to(tl.float32)
+    if TIME is not None:
+        x += time[:, None]
     return tl.where(used, x - mean[:, None], 0.0)
 
 

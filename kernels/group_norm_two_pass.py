@@ -11,6 +11,7 @@ from .group_norm_tile import (
     activate,
     affine,
     centred,
+    coefficients,
     gradient_of_x,
     gradient_of_z,
     kept,
@@ -37,66 +38,63 @@ def tile(C, HW, chunks, LAST: tl.constexpr, CB: tl.constexpr, RB: tl.constexpr):
 
 
 @triton.jit
-def channels(n, c, live, MEAN, RSTD, TIME, KEEP, TIME_ROW, GROUP_OF, G):
-    """What x is centred with, 1 / standard deviation, where its group's numbers lie, and which are kept."""
-    group = n * G + tl.load(GROUP_OF + c, mask=live, other=0)
-    mean = tl.load(MEAN + group, mask=live, other=0.0) - per_channel(TIME, n * TIME_ROW + c, live, 0.0)
-    return mean, tl.load(RSTD + group, mask=live, other=0.0), group, kept(KEEP, c, live)
-
-
-@triton.jit
 def moments_kernel(
-    X, PART_MEAN, PART_SQUARES, chunks, c_units, hw_units,
+    X, PART_MEAN, PART_LEFT, PART_SQUARES, TIME, TIME_ROW, chunks, c_units, hw_units,
     LAST: tl.constexpr, C_UNIT: tl.constexpr, HW_UNIT: tl.constexpr, CB: tl.constexpr, RB: tl.constexpr,
 ):  # fmt: skip
-    """[N, chunks, C]: each channel's mean over a chunk, and the squares of what is left. Reads T."""
+    """[N, chunks, C]: a channel's mean over a chunk, the sum of d, which rounding has left, and of d * d. Reads T."""
     C, HW = c_units * C_UNIT, hw_units * HW_UNIT
     n, chunk, c, live, at, there = tile(C, HW, chunks, LAST, CB, RB)
-    x = tl.load(X + at, mask=there, other=0.0).to(tl.float32)
+    time = per_channel(TIME, n * TIME_ROW + c, live, 0.0)
+    x = centred(X, at, there, there, TIME, time, tl.full([CB], 0.0, tl.float32))
     mean = tl.sum(x, 1) / tl.minimum(HW - chunk * RB, RB)
     d = tl.where(there, x - mean[:, None], 0.0)
     row = (n * chunks + chunk) * C
     tl.store(PART_MEAN + row + c, mean, mask=live)
+    tl.store(PART_LEFT + row + c, tl.sum(d, 1), mask=live)
     tl.store(PART_SQUARES + row + c, tl.sum(d * d, 1), mask=live)
 
 
 @triton.jit
-def combine_kernel(
-    PART_MEAN, PART_SQUARES, MEAN, RSTD, TIME, KEEP, TIME_ROW, OFFSETS, G, C, HW, chunks,
-    EPS: tl.constexpr, RB: tl.constexpr, CB: tl.constexpr, KB: tl.constexpr,
+def moments_about(
+    centre, PART_MEAN, PART_LEFT, PART_SQUARES, KEEP, n, first, end, C, HW, chunks,
+    RB: tl.constexpr, CB: tl.constexpr, KB: tl.constexpr,
 ):  # fmt: skip
-    """Mean and rstd of a group of a sample from its chunks' moments (Chan, Golub & LeVeque 1979), centred."""
-    pid = tl.program_id(0)
-    n, g = (pid // G).to(tl.int64), pid % G
-    first, end = tl.load(OFFSETS + g), tl.load(OFFSETS + g + 1)
-    total, count = tl.full([KB, CB], 0.0, tl.float32), tl.full([KB, CB], 0.0, tl.float32)
+    """Mean and mean square of x - centre over a group of a sample (Chan, Golub & LeVeque 1979)."""
+    total, squares = tl.full([KB, CB], 0.0, tl.float32), tl.full([KB, CB], 0.0, tl.float32)
+    count = total
     for c0 in range(first, end, CB):
         c = c0 + tl.arange(0, CB)
         mine = kept(KEEP, c, c < end)
-        time = per_channel(TIME, n * TIME_ROW + c, c < end, 0.0)
-        for k0 in range(0, chunks, KB):
-            k = k0 + tl.arange(0, KB)
-            used = (k < chunks)[:, None] & mine[None, :]
-            mean = tl.load(PART_MEAN + (n * chunks + k[:, None]) * C + c[None, :], mask=used, other=0.0)
-            size = tl.where(used, tl.minimum(HW - k * RB, RB).to(tl.float32)[:, None], 0.0)
-            total += (mean + time[None, :]) * size
-            count += size
-    whole = tl.maximum(tl.sum(tl.sum(count, 1), 0), 1.0)
-    group_mean = tl.sum(tl.sum(total, 1), 0) / whole
-    total = tl.full([KB, CB], 0.0, tl.float32)
-    for c0 in range(first, end, CB):
-        c = c0 + tl.arange(0, CB)
-        mine = kept(KEEP, c, c < end)
-        time = per_channel(TIME, n * TIME_ROW + c, c < end, 0.0)
         for k0 in range(0, chunks, KB):
             k = k0 + tl.arange(0, KB)
             used = (k < chunks)[:, None] & mine[None, :]
             at = (n * chunks + k[:, None]) * C + c[None, :]
-            d = tl.load(PART_MEAN + at, mask=used, other=0.0) + time[None, :] - group_mean
             size = tl.where(used, tl.minimum(HW - k * RB, RB).to(tl.float32)[:, None], 0.0)
-            total += tl.load(PART_SQUARES + at, mask=used, other=0.0) + d * d * size
-    tl.store(MEAN + pid, group_mean)
-    tl.store(RSTD + pid, 1.0 / tl.sqrt(tl.sum(tl.sum(total, 1), 0) / whole + EPS))
+            d = tl.load(PART_MEAN + at, mask=used, other=0.0) - centre
+            left = tl.load(PART_LEFT + at, mask=used, other=0.0)
+            total += d * size + left
+            squares += tl.load(PART_SQUARES + at, mask=used, other=0.0) + d * (d * size + 2.0 * left)
+            count += size
+    whole = tl.maximum(tl.sum(tl.sum(count, 1), 0), 1.0)
+    return tl.sum(tl.sum(total, 1), 0) / whole, tl.sum(tl.sum(squares, 1), 0) / whole
+
+
+@triton.jit
+def combine_kernel(
+    PART_MEAN, PART_LEFT, PART_SQUARES, MEAN, RSTD, KEEP, OFFSETS, G, C, HW, chunks,
+    EPS: tl.constexpr, RB: tl.constexpr, CB: tl.constexpr, KB: tl.constexpr,
+):  # fmt: skip
+    """Mean and rstd of a group of a sample from its chunks' moments, in two steps, centred."""
+    pid = tl.program_id(0)
+    n, g = (pid // G).to(tl.int64), pid % G
+    first, end = tl.load(OFFSETS + g), tl.load(OFFSETS + g + 1)
+    mean, _ = moments_about(0.0, PART_MEAN, PART_LEFT, PART_SQUARES, KEEP, n, first, end, C, HW, chunks, RB, CB, KB)
+    left, square = moments_about(
+        mean, PART_MEAN, PART_LEFT, PART_SQUARES, KEEP, n, first, end, C, HW, chunks, RB, CB, KB
+    )
+    tl.store(MEAN + pid, mean + left)
+    tl.store(RSTD + pid, 1.0 / tl.sqrt(tl.maximum(square - left * left, 0.0) + EPS))
 
 
 @triton.jit
@@ -109,10 +107,11 @@ def apply_kernel(
     """y. Reads T and writes T."""
     C, HW = c_units * C_UNIT, hw_units * HW_UNIT
     n, _, c, live, at, there = tile(C, HW, chunks, LAST, CB, RB)
-    mean, rstd, _, mine = channels(n, c, live, MEAN, RSTD, TIME, KEEP, TIME_ROW, GROUP_OF, G)
-    w, b = affine(n, c, live, WEIGHT, BIAS, SCALE, SHIFT, SCALE_ROW, SHIFT_ROW)
-    used = there & mine[:, None]
-    y = activate(centred(X, at, there, used, mean), w * rstd, b, used, KEEP, SILU)
+    time, mean, a, b, _, _ = coefficients(
+        n, c, live, MEAN, RSTD, WEIGHT, BIAS, SCALE, SHIFT, TIME, SCALE_ROW, SHIFT_ROW, TIME_ROW, GROUP_OF, G
+    )
+    used = there & kept(KEEP, c, live)[:, None]
+    y = activate(centred(X, at, there, used, TIME, time, mean), a, b, used, KEEP, SILU)
     tl.store(Y + at, y.to(Y.dtype.element_ty), mask=there)
 
 
@@ -126,11 +125,12 @@ def sums_kernel(
     """[N, chunks, C]: sums of dz, dz * d and, where a time embedding has a gradient, d over a chunk. Reads 2T."""
     C, HW = c_units * C_UNIT, hw_units * HW_UNIT
     n, chunk, c, live, at, there = tile(C, HW, chunks, LAST, CB, RB)
-    mean, rstd, _, mine = channels(n, c, live, MEAN, RSTD, TIME, KEEP, TIME_ROW, GROUP_OF, G)
-    w, b = affine(n, c, live, WEIGHT, BIAS, SCALE, SHIFT, SCALE_ROW, SHIFT_ROW)
-    used = there & mine[:, None]
-    d = centred(X, at, there, used, mean)
-    dz = gradient_of_z(DY, at, there, used, d, w * rstd, b, KEEP, SILU)
+    time, mean, a, b, _, _ = coefficients(
+        n, c, live, MEAN, RSTD, WEIGHT, BIAS, SCALE, SHIFT, TIME, SCALE_ROW, SHIFT_ROW, TIME_ROW, GROUP_OF, G
+    )
+    used = there & kept(KEEP, c, live)[:, None]
+    d = centred(X, at, there, used, TIME, time, mean)
+    dz = gradient_of_z(DY, at, there, used, d, a, b, KEEP, SILU)
     row = (n * chunks + chunk) * C
     tl.store(PART_DZ + row + c, tl.sum(dz, 1), mask=live)
     tl.store(PART_DZ_D + row + c, tl.sum(dz * d, 1), mask=live)
@@ -160,20 +160,21 @@ def finish_kernel(
     n, g = (pid // G).to(tl.int64), pid % G
     first, end = tl.load(OFFSETS + g), tl.load(OFFSETS + g + 1)
     rstd = tl.load(RSTD + pid)
-    level, slope, size = tl.full([CB], 0.0, tl.float32), tl.full([CB], 0.0, tl.float32), tl.full([CB], 0.0, tl.float32)
+    level = tl.full([CB], 0.0, tl.float32)
+    slope, size = level, level
     for c0 in range(first, end, CB):
         c = c0 + tl.arange(0, CB)
         live = c < end
         sum_dz = over_chunks(PART_DZ, n, c, live, chunks, C, CB, KB)
-        sum_dz_n = over_chunks(PART_DZ_D, n, c, live, chunks, C, CB, KB) * rstd
-        store_sums(n, c, live, C, sum_dz, sum_dz_n, WEIGHT, BIAS, DSCALE, DSHIFT, SUM_DZ, SUM_DZ_N)
+        sum_dz_d = over_chunks(PART_DZ_D, n, c, live, chunks, C, CB, KB)
+        store_sums(n, c, live, C, sum_dz, sum_dz_d * rstd, WEIGHT, BIAS, DSCALE, DSHIFT, SUM_DZ, SUM_DZ_N)
         w, _ = affine(n, c, live, WEIGHT, BIAS, SCALE, SHIFT, SCALE_ROW, SHIFT_ROW)
         mine = kept(KEEP, c, live)
-        level += tl.where(mine, w * sum_dz, 0.0)
-        slope += tl.where(mine, w * sum_dz_n, 0.0)
+        level += tl.where(mine, w * rstd * sum_dz, 0.0)
+        slope += tl.where(mine, w * rstd * sum_dz_d, 0.0)
         size += tl.where(mine, 1.0, 0.0)
     whole = tl.maximum(tl.sum(size, 0) * HW, 1.0)
-    group_level, group_slope = rstd * tl.sum(level, 0) / whole, rstd * rstd * tl.sum(slope, 0) / whole
+    group_level, group_slope = tl.sum(level, 0) / whole, tl.sum(slope, 0) / whole * rstd * rstd
     tl.store(LEVEL + pid, group_level)
     tl.store(SLOPE + pid, group_slope)
     if DTIME is not None:
@@ -183,7 +184,7 @@ def finish_kernel(
             sum_dz = over_chunks(PART_DZ, n, c, live, chunks, C, CB, KB)
             sum_d = over_chunks(PART_D, n, c, live, chunks, C, CB, KB)
             w, _ = affine(n, c, live, WEIGHT, BIAS, SCALE, SHIFT, SCALE_ROW, SHIFT_ROW)
-            dtime = rstd * w * sum_dz - group_level * HW - group_slope * sum_d
+            dtime = w * rstd * sum_dz - group_level * HW - group_slope * sum_d
             dtime = tl.where(kept(KEEP, c, live), dtime, 0.0)
             tl.store(DTIME + n * C + c, dtime.to(DTIME.dtype.element_ty), mask=live)
 
@@ -198,14 +199,15 @@ def apply_backward_kernel(
     """dx. Reads 2T and writes T."""
     C, HW = c_units * C_UNIT, hw_units * HW_UNIT
     n, _, c, live, at, there = tile(C, HW, chunks, LAST, CB, RB)
-    mean, rstd, group, mine = channels(n, c, live, MEAN, RSTD, TIME, KEEP, TIME_ROW, GROUP_OF, G)
-    w, b = affine(n, c, live, WEIGHT, BIAS, SCALE, SHIFT, SCALE_ROW, SHIFT_ROW)
-    used = there & mine[:, None]
+    time, mean, a, b, _, group = coefficients(
+        n, c, live, MEAN, RSTD, WEIGHT, BIAS, SCALE, SHIFT, TIME, SCALE_ROW, SHIFT_ROW, TIME_ROW, GROUP_OF, G
+    )
+    used = there & kept(KEEP, c, live)[:, None]
     level = tl.load(LEVEL + group, mask=live, other=0.0)
     slope = tl.load(SLOPE + group, mask=live, other=0.0)
-    d = centred(X, at, there, used, mean)
-    dz = gradient_of_z(DY, at, there, used, d, w * rstd, b, KEEP, SILU)
-    dx = gradient_of_x(dz, d, w * rstd, level, slope, used)
+    d = centred(X, at, there, used, TIME, time, mean)
+    dz = gradient_of_z(DY, at, there, used, d, a, b, KEEP, SILU)
+    dx = gradient_of_x(dz, d, a, level, slope, used)
     tl.store(DX + at, dx.to(DX.dtype.element_ty), mask=there)
 
 

@@ -33,7 +33,7 @@ def forward(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
     x, last = _dense(x)
     out = _buffer(y, last)
     with torch.cuda.device_of(x):
-        _triton().forward(x, out, mean, rstd, _inputs(norm), norm.offsets, norm.eps, norm.silu, last)
+        _triton().forward(x, out, mean, rstd, _dense_along_channels(norm), last)
     return _delivered(out, y), mean, rstd
 
 
@@ -51,12 +51,10 @@ def backward(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, norm: Norm, need
     x, last = _dense(x)
     dy = dy if _lies(dy, last) else torch.empty_like(x).copy_(dy)
     first = None if wanted[0] is None else _buffer(wanted[0], last)
-    out = [first, *(None if w is None else torch.empty_like(w, memory_format=_FLAT) for w in wanted[1:])]
+    out = (first, *(None if w is None else torch.empty_like(w, memory_format=_FLAT) for w in wanted[1:]))
     statistics = mean.contiguous(), rstd.contiguous()
     with torch.cuda.device_of(x):
-        kernels = _triton()
-        outputs = kernels.Outputs(*out)
-        kernels.backward(dy, x, *statistics, _inputs(norm), outputs, norm.offsets, norm.silu, last)
+        _triton().backward(dy, x, *statistics, _dense_along_channels(norm), out, last)
     return tuple(None if w is None or o is None else _delivered(o, w) for o, w in zip(out, wanted, strict=True))
 
 
@@ -101,6 +99,7 @@ def _delivered(buffer: Tensor, result: Tensor) -> Tensor:
     return result if buffer is result else result.copy_(buffer)
 
 
-def _inputs(norm: Norm) -> Any:
-    """What lies per channel, dense along the channels."""
-    return _triton().Inputs(*(t if t is None or t.stride(-1) == 1 else t.contiguous() for t in norm[:6]))
+def _dense_along_channels(norm: Norm) -> Norm:
+    strided = {name: t for name, t in zip(Norm._fields, norm[:6], strict=False) if t is not None and t.stride(-1) != 1}
+    dense: dict[str, Any] = {name: t.contiguous() for name, t in strided.items()}
+    return norm._replace(**dense)
