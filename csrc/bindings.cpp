@@ -6,6 +6,7 @@
 
 #include "cpu/group_norm.h"
 #include "cpu/ops.h"
+#include "cpu/timestep_loss.h"
 #ifdef EBDIFF_CUDA
 #include "cuda/ops.h"
 #endif
@@ -79,8 +80,44 @@ static GroupNorm group_norm(int dtype, bool rows, const std::vector<int64_t>& si
           eps,          at(0), at(1), at(2),    at(3),    at(4),    static_cast<const uint8_t*>(at(5))};
 }
 
+template <class T>
+static T* at(const Addresses& list, size_t i) {
+  return reinterpret_cast<T*>(list[i]);
+}
+
+static void need(bool complete) {
+  if (!complete) throw std::invalid_argument("a list is too short or too long");
+}
+
+static Images images(const Addresses& list, size_t i, int dtype) { return {at<void>(list, i), Dtype(dtype)}; }
+
+static Coefficients coefficients(const Addresses& list, size_t i, int64_t columns) {
+  return {at<float>(list, i), columns, at<int64_t>(list, i + 1)};
+}
+
+// sizes: samples, elements of each, columns of the table, weights. tensors: pred, target, x0, noise (with a dtype each), seed,
+// table, row, weight, cell, huber_c, mask; 0 where absent.
+static TimestepLoss loss_problem(const std::vector<int64_t>& sizes, const std::vector<int>& dtypes, const Addresses& tensors,
+                                 int prediction, bool one_c) {
+  need(sizes.size() == 4 && dtypes.size() == 4 && tensors.size() == 11);
+  return {{sizes[0], sizes[1]},
+          images(tensors, 0, dtypes[0]),
+          images(tensors, 1, dtypes[1]),
+          images(tensors, 2, dtypes[2]),
+          images(tensors, 3, dtypes[3]),
+          at<int64_t>(tensors, 4),
+          coefficients(tensors, 5, sizes[2]),
+          at<float>(tensors, 7),
+          sizes[3],
+          at<int64_t>(tensors, 8),
+          at<float>(tensors, 9),
+          one_c,
+          at<float>(tensors, 10),
+          Prediction(prediction)};
+}
+
 PYBIND11_MODULE(_C, m) {
-  m.attr("ABI") = 2;
+  m.attr("ABI") = 3;
   m.def("build_info", [] { return py::module_::import("json").attr("loads")(EBDIFF_BUILD_INFO); });
   m.def("isa", [] { return rows().isa; });
   m.def("use_huge_pages", &use_huge_pages);
@@ -168,6 +205,31 @@ PYBIND11_MODULE(_C, m) {
                                      at(gradients, 3), at(gradients, 4), at(gradients, 5)};
           const GroupNorm norm = group_norm(dtype, rows, sizes, offsets, eps, silu, small);
           group_norm_backward(norm, at(tensors, 0), at(tensors, 1), at(tensors, 2), at(tensors, 3), out, threads);
+        },
+        free);
+  m.def("noised",
+        [](const std::vector<int64_t>& sizes, const std::vector<int>& dtypes, const Addresses& tensors, int threads) {
+          need(sizes.size() == 3 && dtypes.size() == 2 && tensors.size() == 6);
+          noised({sizes[0], sizes[1]}, images(tensors, 0, dtypes[0]), images(tensors, 1, dtypes[1]), at<int64_t>(tensors, 2),
+                 coefficients(tensors, 3, sizes[2]), at<void>(tensors, 5), threads);
+        },
+        free);
+  m.def("timestep_loss",
+        [](const std::vector<int64_t>& sizes, const std::vector<int>& dtypes, const Addresses& tensors, int prediction,
+           bool one_c, float dloss, const Addresses& results, int threads) {
+          need(results.size() == 3);
+          timestep_loss(loss_problem(sizes, dtypes, tensors, prediction, one_c), dloss,
+                        {at<float>(results, 0), at<float>(results, 1), at<void>(results, 2)}, threads);
+        },
+        free);
+  m.def("add_losses",
+        [](bool is_double, const std::vector<int64_t>& sizes, const Addresses& tensors) {
+          need(sizes.size() == 3 && tensors.size() == 4);
+          const auto add = [&](auto* totals) {
+            add_losses(totals, sizes[0], at<int64_t>(tensors, 1), sizes[1], at<int64_t>(tensors, 2), at<float>(tensors, 3),
+                       sizes[2]);
+          };
+          is_double ? add(at<double>(tensors, 0)) : add(at<float>(tensors, 0));
         },
         free);
 

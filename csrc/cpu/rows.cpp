@@ -2,6 +2,7 @@
 #include <string_view>
 
 #include "kernels.h"
+#include "loss_rows.h"
 #include "norm_rows.h"
 
 namespace ebdiff {
@@ -41,6 +42,11 @@ const Rows& rows() {
 
 const NormRows& norm_rows() {
   static const NormRows& chosen = EBDIFF_WIDEST(norm_rows);
+  return chosen;
+}
+
+const LossRows& loss_rows() {
+  static const LossRows& chosen = EBDIFF_WIDEST(loss_rows);
   return chosen;
 }
 

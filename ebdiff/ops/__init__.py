@@ -14,9 +14,19 @@ if TYPE_CHECKING:
     from .channel_mask import masked_adamw_ as masked_adamw_
     from .channel_mask import scatter_back as scatter_back
     from .group_norm import group_norm_silu as group_norm_silu
+    from .timestep_loss import LossStatistics as LossStatistics
+    from .timestep_loss import PhiloxNoise as PhiloxNoise
+    from .timestep_loss import TimestepLoss as TimestepLoss
+    from .timestep_loss import noised as noised
+    from .timestep_loss import weighted_timestep_loss as weighted_timestep_loss
 
 _MASKS = ("Axes", "apply_mask_", "channel_sums", "compact", "mask_distance", "masked_adamw_", "scatter_back")
-_HOME = {"group_norm_silu": "group_norm"} | dict.fromkeys(_MASKS, "channel_mask")
+_LOSS = ("LossStatistics", "PhiloxNoise", "TimestepLoss", "noised", "weighted_timestep_loss")
+_HOME = {
+    "group_norm_silu": "group_norm",
+    **dict.fromkeys(_MASKS, "channel_mask"),
+    **dict.fromkeys(_LOSS, "timestep_loss"),
+}
 
 __all__ = sorted(_HOME)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 __all__ = ["ABI", "STATUS", "digest_of"]
 
-ABI = 2
+ABI = 3
 """The interface of ebdiff._C that ebdiff.ops calls; csrc/bindings.cpp has the same number. Change both together."""
 
 STATUS = "_build.json"

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any, NoReturn
+
 import torch
 from torch import Tensor
 
 from ..errors import EbdiffError
 from .timestep_loss_reference import PREDICTIONS, Terms
 
-__all__ = ["check_dloss", "check_losses", "check_noised", "check_prediction", "check_terms"]
+__all__ = [
+    "check_dloss",
+    "check_losses",
+    "check_noised",
+    "check_terms",
+    "like_pred",
+    "place_of",
+    "positive",
+    "present",
+    "refuse_place",
+]
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_HOW = {name: f"see ebdiff.ops.{name}" for name in ("noised", "weighted_timestep_loss", "LossStatistics")}
+_LOSS = "weighted_timestep_loss"
+_HOW = {name: f"see ebdiff.ops.{name}" for name in ("noised", _LOSS, "LossStatistics")}
 
 
 def check_noised(x0: Tensor, noise: Tensor | None, seed: Tensor | None, table: Tensor, row: Tensor) -> None:
@@ -24,33 +37,32 @@ def check_noised(x0: Tensor, noise: Tensor | None, seed: Tensor | None, table: T
 
 def check_terms(pred: Tensor, terms: Terms) -> None:
     """Refuse terms that are not of this prediction, or of nothing."""
-    op = "weighted_timestep_loss"
-    _check_images(op, "pred", pred)
+    _check_images(_LOSS, "pred", pred)
     if not 0 <= terms.prediction < len(PREDICTIONS):
-        _refuse(op, "prediction", f"a place in {PREDICTIONS}", str(terms.prediction))
+        _refuse(_LOSS, "prediction", f"a place in {PREDICTIONS}", str(terms.prediction))
     if (terms.target is None) == (terms.x0 is None):
-        _refuse(op, "target", "a tensor, or x0 and noise", "both" if terms.x0 is not None else "none")
+        _refuse(_LOSS, "target", "a tensor, or x0 and noise", "both" if terms.x0 is not None else "none")
     if terms.target is not None:
-        _check_like(op, "target", terms.target, pred)
+        _check_like(_LOSS, "target", terms.target, pred)
     if terms.x0 is not None:
-        _check_like(op, "x0", terms.x0, pred)
-        _check_noise(op, pred, terms.noise, terms.seed)
+        _check_like(_LOSS, "x0", terms.x0, pred)
+        _check_noise(_LOSS, pred, terms.noise, terms.seed)
         if PREDICTIONS[terms.prediction] == "v_prediction":
-            _check_table(op, pred, terms.table, terms.row)
-    _check_counts(op, pred, terms)
+            _check_table(_LOSS, pred, terms.table, terms.row)
+    _check_counts(pred, terms)
     if terms.mask is not None:
         mask = terms.mask
         if mask.shape != pred.shape or not (mask.is_floating_point() or mask.dtype == torch.bool):
-            _refuse(op, "mask", f"bool or floating {list(pred.shape)}", f"{mask.dtype} {list(mask.shape)}")
-        _check_device(op, "mask", mask, pred)
+            _refuse(_LOSS, "mask", f"bool or floating {list(pred.shape)}", f"{mask.dtype} {list(mask.shape)}")
+        _check_device(_LOSS, "mask", mask, pred)
 
 
 def check_dloss(dloss: Tensor, pred: Tensor) -> None:
     """Refuse what is no gradient of the loss of pred."""
     wide = torch.promote_types(pred.dtype, torch.float32)
     if dloss.shape != () or dloss.dtype != wide:
-        _refuse("weighted_timestep_loss", "dloss", f"{wide} []", f"{dloss.dtype} {list(dloss.shape)}")
-    _check_device("weighted_timestep_loss", "dloss", dloss, pred)
+        _refuse(_LOSS, "dloss", f"{wide} []", f"{dloss.dtype} {list(dloss.shape)}")
+    _check_device(_LOSS, "dloss", dloss, pred)
 
 
 def check_losses(totals: Tensor, buckets: Tensor, cell: Tensor, per_sample: Tensor) -> None:
@@ -65,11 +77,39 @@ def check_losses(totals: Tensor, buckets: Tensor, cell: Tensor, per_sample: Tens
     _check_device(op, "per_sample", per_sample, totals)
 
 
-def check_prediction(name: str) -> int:
+def place_of(prediction_type: str) -> int:
     """Its place in `PREDICTIONS`."""
-    if name not in PREDICTIONS:
-        _refuse("weighted_timestep_loss", "prediction_type", f"one of {PREDICTIONS}", repr(name))
-    return PREDICTIONS.index(name)
+    if prediction_type not in PREDICTIONS:
+        _refuse(_LOSS, "prediction_type", f"one of {', '.join(PREDICTIONS)}", repr(prediction_type))
+    return PREDICTIONS.index(prediction_type)
+
+
+def positive(huber_c: float) -> float:
+    """This number, if it is one and positive."""
+    if not huber_c > 0:
+        _refuse(_LOSS, "huber_c", "a positive number", str(huber_c))
+    return float(huber_c)
+
+
+def present(profile: Any) -> Any:
+    """This profile, if there is one."""
+    if profile is None:
+        _refuse(_LOSS, "profile", "one, out of which a target for v is made", "none")
+    return profile
+
+
+def like_pred(mask: Tensor, pred: Tensor) -> Tensor:
+    """The mask, broadcast."""
+    try:
+        return mask.expand(pred.shape)
+    except RuntimeError:
+        _refuse(_LOSS, "mask", f"what broadcasts to {list(pred.shape)}", str(list(mask.shape)))
+
+
+def refuse_place() -> EbdiffError:
+    """For an index that lies outside of a table."""
+    expected = "t that the profile has, and a place in the table of weights for each"
+    return EbdiffError("timestep loss: t", expected=expected, got="others", remedy=_HOW[_LOSS])
 
 
 def _check_images(op: str, name: str, x: Tensor) -> None:
@@ -94,26 +134,26 @@ def _check_noise(op: str, x: Tensor, noise: Tensor | None, seed: Tensor | None) 
 
 def _check_table(op: str, x: Tensor, table: Tensor | None, row: Tensor | None) -> None:
     if table is None or row is None:
-        return _refuse(op, "profile", "the coefficients of each timestep", "none")
+        _refuse(op, "profile", "the coefficients of each timestep", "none")
     if table.dim() != 2 or len(table) != 2 or table.dtype != torch.float32:
         _refuse(op, "the table of alpha and sigma", "float32 [2, K]", f"{table.dtype} {list(table.shape)}")
     _check_device(op, "the table of alpha and sigma", table, x)
     _check_vector(op, "t", row, x, len(x))
 
 
-def _check_counts(op: str, pred: Tensor, terms: Terms) -> None:
+def _check_counts(pred: Tensor, terms: Terms) -> None:
     """One number for each sample."""
     weight, huber_c = terms.weight, terms.huber_c
     length = len(pred) if terms.cell is None else len(weight) if weight.dim() else -1
     if weight.shape != (length,) or not weight.is_floating_point():
-        _refuse(op, "weight", f"floating [{len(pred)}], or a table", f"{weight.dtype} {list(weight.shape)}")
-    _check_device(op, "weight", weight, pred)
+        _refuse(_LOSS, "weight", f"floating [{len(pred)}], or a table", f"{weight.dtype} {list(weight.shape)}")
+    _check_device(_LOSS, "weight", weight, pred)
     if terms.cell is not None:
-        _check_vector(op, "t", terms.cell, pred, len(pred))
+        _check_vector(_LOSS, "t", terms.cell, pred, len(pred))
     if huber_c is not None:
         if huber_c.shape not in ((1,), (len(pred),)) or not huber_c.is_floating_point():
-            _refuse(op, "huber_c", f"floating [{len(pred)}] or [1]", f"{huber_c.dtype} {list(huber_c.shape)}")
-        _check_device(op, "huber_c", huber_c, pred)
+            _refuse(_LOSS, "huber_c", f"floating [{len(pred)}] or [1]", f"{huber_c.dtype} {list(huber_c.shape)}")
+        _check_device(_LOSS, "huber_c", huber_c, pred)
 
 
 def _check_vector(op: str, name: str, x: Tensor, like: Tensor, length: int | None = None) -> None:
@@ -128,5 +168,5 @@ def _check_device(op: str, name: str, x: Tensor, like: Tensor) -> None:
         _refuse(op, name, f"on {like.device}", str(x.device))
 
 
-def _refuse(op: str, what: str, expected: str, got: str) -> None:
+def _refuse(op: str, what: str, expected: str, got: str) -> NoReturn:
     raise EbdiffError(f"{op}: {what}", expected=expected, got=got, remedy=_HOW[op])
