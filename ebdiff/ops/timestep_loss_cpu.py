@@ -85,7 +85,7 @@ def refuse_wide(*tensors: Tensor | None) -> None:
 
 
 def _order(like: Tensor) -> list[int] | None:
-    """The dimensions, outermost first, as samples lie in memory or would without gaps; None where they lie as they are."""
+    """The dimensions, outermost first, as samples lie in memory or would without gaps; None where nothing changes."""
     if like.is_contiguous():
         return None
     place = place_of_sample(like)
