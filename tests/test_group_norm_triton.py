@@ -47,7 +47,7 @@ def interpreted() -> Iterator[Kernels]:
 def variant(request: pytest.FixtureRequest, interpreted: Kernels, monkeypatch: pytest.MonkeyPatch) -> Kernels:
     """Kernels that choose one way of working for every shape, in tiles so small that there are several."""
     monkeypatch.setattr(group_norm_cuda, "_triton", lambda: interpreted.silu)
-    monkeypatch.setattr(operator, "_kernels", lambda x: group_norm_cuda)
+    monkeypatch.setattr(operator.FAMILY, "kernels", lambda x: group_norm_cuda)
     monkeypatch.setattr(interpreted.plan, "_reads_well", lambda *shape: True)
     interpreted.plan.plan_of.cache_clear()
     if request.param != "held":

@@ -18,7 +18,7 @@ from . import native
 from .native_cpu import NotTaken, is_lazy
 from .serve import is_plain
 
-__all__ = ["Family", "in_forward_mode", "is_direct", "is_transformed"]
+__all__ = ["Family", "is_direct", "is_transformed"]
 
 
 class Family:
@@ -39,7 +39,7 @@ class Family:
 
     def serve(self, function: str, x: Tensor, *arguments: Any) -> Any:
         """By a kernel for x's device, where one takes the arguments."""
-        kernels = self._kernels(x) if x.numel() else None
+        kernels = self.kernels(x) if x.numel() else None
         if kernels is not None:
             try:
                 return getattr(kernels, function)(*arguments)
@@ -49,7 +49,7 @@ class Family:
             self.fallbacks["no compiled part" if x.device.type == "cpu" else "no Triton"] += 1
         return getattr(self.reference, function)(*arguments)
 
-    def _kernels(self, x: Tensor) -> Any:
+    def kernels(self, x: Tensor) -> Any:
         """The module with the kernels for a tensor's device; None without one."""
         if x.device.type == "cpu":
             return _module(f"{self.name}_cpu") if native.module() is not None else None
@@ -69,18 +69,18 @@ def _has_triton() -> bool:
 def is_direct(*tensors: Tensor | None) -> bool:
     """May the implementation be called without torch's dispatcher, which also makes memory of lazy tensors?"""
     given = [tensor for tensor in tensors if tensor is not None]
-    return is_plain(given, masks=()) and not _is_lazy(given) and not in_forward_mode()
+    return is_plain(given, masks=()) and not _is_lazy(given) and not _in_forward_mode()
 
 
 def _is_lazy(tensors: Sequence[Tensor]) -> bool:
     return is_lazy(tensors) or True in map(Tensor._is_zerotensor, tensors)
 
 
-def in_forward_mode() -> bool:
+def _in_forward_mode() -> bool:
     """Are derivatives carried along (torch.autograd.forward_ad)?"""
     return forward_ad._current_level >= 0
 
 
 def is_transformed() -> bool:
     """Does a transform of torch.func call, or are derivatives carried along? They go through no kernel."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or in_forward_mode()
+    return torch._C._functorch.peek_interpreter_stack() is not None or _in_forward_mode()

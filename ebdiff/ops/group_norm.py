@@ -5,28 +5,22 @@ Groups may be of any size and channels masked out; a time embedding is added bef
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import group_norm_reference as reference
-from . import native
+from .family import Family, is_direct, is_transformed
 from .group_norm_checks import check_gradient, check_norm, offsets_of
 from .group_norm_reference import Norm
 from .library import define
-from .native_cpu import NotTaken, is_lazy
-from .serve import is_plain
 
 __all__ = ["fallbacks", "group_norm_silu"]
 
-fallbacks: Counter[str] = Counter()  # {why the reference has served instead of a kernel: how often}
+FAMILY = Family("group_norm", reference)
+fallbacks = FAMILY.fallbacks  # {why the reference has served instead of a kernel: how often}
 
 
 def group_norm_silu(
@@ -69,7 +63,7 @@ def group_norm_silu(
     tensors = (x, weight, bias, scale, shift, time_bias, keep)
     arguments = (*tensors, offsets_of(groups, x), eps, silu)
     result: Tensor
-    if not _is_plain(*tensors) or torch.is_autocast_enabled(x.device.type):
+    if not is_direct(*tensors) or torch.is_autocast_enabled(x.device.type):
         result = _op(*arguments)
     elif torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         result = _GroupNormSiLU.apply(*arguments)  # type: ignore[no-untyped-call]
@@ -78,28 +72,13 @@ def group_norm_silu(
     return result
 
 
-def _is_plain(*tensors: Tensor | None) -> bool:
-    """May the implementation be called without torch's dispatcher, which also makes memory of lazy tensors?"""
-    given = [tensor for tensor in tensors if tensor is not None]
-    return is_plain(given, masks=()) and not _is_lazy(given) and not _in_forward_mode()
-
-
-def _is_lazy(tensors: Sequence[Tensor]) -> bool:
-    return is_lazy(tensors) or True in map(Tensor._is_zerotensor, tensors)
-
-
-def _in_forward_mode() -> bool:
-    """Are derivatives carried along (torch.autograd.forward_ad)?"""
-    return forward_ad._current_level >= 0
-
-
 class _GroupNormSiLU(torch.autograd.Function):
     """Keeps x and the statistics; computes everything else again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *arguments: Any) -> Tensor:
         y: Tensor
-        forward = _forward_impl if _is_plain(x, *arguments[:6]) else _forward_op
+        forward = _forward_impl if is_direct(x, *arguments[:6]) else _forward_op
         y, mean, rstd = forward(x, *arguments)
         ctx.save_for_backward(x, mean, rstd, *arguments[:6])
         ctx.rest = arguments[6:]
@@ -114,7 +93,7 @@ class _GroupNormSiLU(torch.autograd.Function):
         # For a second derivative, or many gradients at once: differentiate the specification.
         if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dy):
             return *_differentiable(dy, x, norm, needs), None, None, None, None
-        backward = _backward_impl if _is_plain(dy, x, *tensors) else _backward_op
+        backward = _backward_impl if is_direct(dy, x, *tensors) else _backward_op
         found = iter(backward(dy, x, mean, rstd, *norm, needs))
         return *(next(found) if need else None for need in needs), None, None, None, None
 
@@ -138,7 +117,7 @@ def _differentiable(dy: Tensor, x: Tensor, norm: Norm, needs: Sequence[bool]) ->
 def _forward_impl(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     norm = _norm(arguments)
     check_norm(x, norm)
-    result: tuple[Tensor, Tensor, Tensor] = _serve("forward", x, x, norm)
+    result: tuple[Tensor, Tensor, Tensor] = FAMILY.serve("forward", x, x, norm)
     return result
 
 
@@ -147,43 +126,13 @@ def _backward_impl(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, *arguments
     norm, needs = _norm(arguments), arguments[9]
     check_norm(x, norm)
     check_gradient(dy, x, mean, rstd, norm)
-    found = _serve("backward", x, dy, x, mean, rstd, norm, needs)
+    found = FAMILY.serve("backward", x, dy, x, mean, rstd, norm, needs)
     return [gradient for gradient in found if gradient is not None]
 
 
 def _norm(arguments: Sequence[Any]) -> Norm:
     weight, bias, scale, shift, time_bias, keep, offsets, eps, silu = arguments[:9]
     return Norm(weight, bias, scale, shift, time_bias, keep, tuple(offsets), eps, silu)
-
-
-def _serve(name: str, x: Tensor, *arguments: Any) -> Any:
-    """By a kernel, where one takes the arguments."""
-    kernels = _kernels(x) if x.numel() else None
-    if kernels is not None:
-        try:
-            return getattr(kernels, name)(*arguments)
-        except NotTaken as why:
-            fallbacks[str(why)] += 1
-    elif x.numel():
-        fallbacks["no compiled part" if x.device.type == "cpu" else "no Triton"] += 1
-    return getattr(reference, name)(*arguments)
-
-
-def _kernels(x: Tensor) -> Any:
-    """The module with the kernels for a tensor's device; None without one."""
-    if x.device.type == "cpu":
-        return _module("group_norm_cpu") if native.module() is not None else None
-    return _module("group_norm_cuda") if x.is_cuda and _has_triton() else None
-
-
-@cache
-def _module(name: str) -> Any:
-    return import_module(f".{name}", __package__)
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 def _forward_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -206,7 +155,7 @@ def _autograd(x: Tensor, *arguments: Any) -> Tensor:
 
     Plain torch.vmap calls the operator in a loop.
     """
-    if torch._C._functorch.peek_interpreter_stack() is not None or _in_forward_mode():
+    if is_transformed():
         norm = _norm(arguments)
         check_norm(x, norm)
         fallbacks["torch.func"] += 1
