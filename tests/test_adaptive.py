@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from ebdiff.errors import EbdiffError
+from ebdiff.ops.timestep_loss_statistics import LossStatistics
 from ebdiff.timesteps.adaptive import Adaptive, LossSecondMoment
 from ebdiff.timesteps.densities import CLTS, LogNormalSigma
 from ebdiff.timesteps.learned import Learned
@@ -115,6 +116,26 @@ def test_losses_count_alike_in_whatever_batches_they_come() -> None:
         parts.update(t[part * 16 : part * 16 + 16], losses[part * 16 : part * 16 + 16])
     averages = (sampler.state.tensors["average"] for sampler in (whole, parts))
     torch.testing.assert_close(*averages, rtol=1e-13, atol=0)
+
+
+def test_statistics_of_the_fused_loss_teach_the_same() -> None:
+    one, other = Adaptive(LINEAR, every=2), Adaptive(LINEAR, every=2)
+    statistics = LossStatistics(other.buckets)
+    for step in range(6):
+        t, losses = torch.randint(1000, (64,), generator=g(step)), torch.rand(64, generator=g(step))
+        one.update(t, losses)
+        statistics.add(t, losses)
+        other.update_from(statistics)
+    assert float(statistics.count.sum()) == 0
+    torch.testing.assert_close(one.state.tensors["average"], other.state.tensors["average"], rtol=1e-13, atol=0)
+    statistics.add(torch.tensor([0, 999]), torch.tensor([math.inf, 7.0]))
+    before = one.state.tensors["average"].clone()
+    other.update_from(statistics)
+    other.update_from(statistics)
+    changed = (other.state.tensors["average"] / before - 1).abs().amax(0) > 1e-9
+    assert changed.nonzero().flatten().tolist() == [31]
+    with pytest.raises(EbdiffError, match="other buckets"):
+        Adaptive(LINEAR, buckets=8).update_from(statistics)
 
 
 def priors() -> dict[str, tuple[NoiseProfile, Sampler | None]]:

@@ -10,6 +10,8 @@ the same bits, and draw from the same density.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,9 @@ from .learned import Learned, of_all_ranks
 from .profile import NoiseProfile
 from .sampler import Sampler, Uniform
 from .weighting import positive
+
+if TYPE_CHECKING:
+    from ..ops.timestep_loss_statistics import LossStatistics
 
 __all__ = ["Adaptive", "LossSecondMoment"]
 
@@ -144,6 +149,30 @@ class Adaptive(Learned):
         mine = (bucket == every_bucket) & losses.isfinite()
         squares = torch.where(mine, losses.square(), 0.0).sum(1)
         return self._add(torch.stack([squares, mine.sum(1)]))
+
+    def update_from(self, statistics: LossStatistics) -> None:
+        """Learn what the fused loss has added up since the last call, and empty it; instead of `update`.
+
+        A bucket with a loss that is not finite is left out. Nothing waits for the device.
+
+        Args:
+            statistics: `LossStatistics(sampler.buckets.to(device))`.
+
+        Raises:
+            EbdiffError: for another number of buckets.
+        """
+        K = self.state.tensors["pending"].shape[1]
+        if statistics.totals.shape != (3, K):
+            raise EbdiffError(
+                "statistics of other buckets",
+                expected=f"{K} buckets",
+                got=str(statistics.totals.shape[1]),
+                remedy="make them by LossStatistics(sampler.buckets)",
+            )
+        self.state.to(statistics.totals.device)
+        self.state.updates += 1
+        self.state.version += self._add(torch.where(statistics.square.isfinite(), statistics.totals[1:].double(), 0.0))
+        statistics.reset_()
 
     def _add(self, sums: Tensor) -> bool:
         """Take sums of squares and counts, float64[2, K]; every so often, let them change the averages."""
