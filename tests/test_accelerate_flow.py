@@ -140,6 +140,17 @@ def test_norms_in_a_list_are_called_by_their_place() -> None:
     torch.testing.assert_close(model(image()), expected)
 
 
+def test_norms_in_nested_functions_are_named() -> None:
+    class Inner(Toy):
+        def forward(self, x: Tensor) -> Tensor:
+            def run(x: Tensor) -> Tensor:
+                return self.act(self.norm(x))
+
+            return run(x)
+
+    assert ebdiff.accelerate(Inner(), verbose=False).left["norm"] == "called in a nested scope"
+
+
 OUTSIDE = nn.GroupNorm(2, 6)
 
 
@@ -212,7 +223,7 @@ def test_the_report_says_what_where_and_why(capsys: pytest.CaptureFixture[str]) 
 
 def test_the_report_says_what_every_call_decides() -> None:
     lines = str(ebdiff.accelerate(nn.Sequential(Nested(), ScaleAndShift()), verbose=False)).splitlines()
-    assert lines[3] == "     1 of them with scale or shift: in calls where these are one number per channel"
+    assert lines[3] == "     1 of them where scale and shift, if there are any, are one number per channel"
 
 
 def test_only_modules_are_taken() -> None:

@@ -117,6 +117,21 @@ def test_accelerated_again_under_a_wrapper(wrap: Callable[[nn.Module], None], ma
     assert len(norms) == first.norms - again.norms
 
 
+@pytest.mark.usefixtures("one_process")
+def test_sharded_first() -> None:
+    model = nn.Sequential(Nested(), pair())
+    expected = model(image())
+    for module in (model[0], model[1], model):
+        fully_shard(module)
+    report = ebdiff.accelerate(model, verbose=False)
+    assert report.fused == {"0": ("norm",), "1.3": ("norm",)}
+    assert report.left["1.0"] == "FSDPSequential makes its slices itself; accelerate before it is wrapped"
+    torch.testing.assert_close(model(image()), expected)
+    assert type(model[1][:2]) is nn.Sequential
+    ebdiff.restore(model)
+    assert torch.equal(model(image()), expected)
+
+
 def test_a_hook_that_is_taken_off_again_leaves_the_original() -> None:
     model = Nested()
     expected = model(image())

@@ -177,6 +177,17 @@ class OfTheTimeBias(Toy):
         return self.act(self.norm(h)) + self.act(self.other(h))
 
 
+class InANestedClass(Toy):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        h = self.norm(x)
+
+        class Late:
+            y = x.mul_(2)
+
+        return self.act(h) + Late.y
+
+
 class InACheckpoint(Toy):
     def forward(self, x: Tensor) -> Tensor:
         x = x.clone()
@@ -192,7 +203,16 @@ class Renamed(Toy):
         return F.silu(h) + self(x)
 
 
-WAYS = [ByPlace, ByKeyword, ByTheActivation, InTheSameExpression, InAComprehension, InACheckpoint, Renamed]
+WAYS = [
+    ByPlace,
+    ByKeyword,
+    ByTheActivation,
+    InTheSameExpression,
+    InAComprehension,
+    InANestedClass,
+    InACheckpoint,
+    Renamed,
+]
 
 
 @pytest.mark.parametrize("kind", WAYS)

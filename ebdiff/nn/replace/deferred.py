@@ -53,7 +53,7 @@ class Sum:
 
     def __init__(self, x: Tensor, row: Tensor) -> None:
         self.x, self.row = x, row
-        self.seen = [_seen(x), _seen(row)]
+        self.seen = [_seen(x), _seen(row)]  # tensors, and how often they had been written to
 
 
 class Deferred:

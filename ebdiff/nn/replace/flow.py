@@ -107,7 +107,9 @@ class Flow:
             self._escape_all(names, "something is changed in place before SiLU")
         elif isinstance(node, ast.Try):
             self._try(node, names)
-        elif not isinstance(node, _NESTED | ast.Pass | ast.Import | ast.ImportFrom | ast.Global | ast.Nonlocal):
+        elif isinstance(node, _NESTED):
+            self._value(node, names)
+        elif not isinstance(node, ast.Pass | ast.Import | ast.ImportFrom | ast.Global | ast.Nonlocal):
             self._escape_all(names, f"a statement that is not followed: {type(node).__name__}")
             for part in ast.walk(node):
                 if isinstance(part, ast.Call) and self.is_norm(part.func):

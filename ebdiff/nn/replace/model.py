@@ -54,6 +54,8 @@ def accelerate(
 def restore(model: nn.Module, optimizer: Any = None) -> None:
     """Undo `accelerate`: the very classes again, and outputs equal bit for bit. Of a plain model, nothing.
 
+    What has been put around a module since (a hook, a class made of the fused one) stays; the original runs in it.
+
     Args:
         model: changed in place.
         optimizer: the one that was given to `accelerate`: torch.optim.AdamW again, with the state it has by now.
@@ -103,7 +105,7 @@ def _own_forward(module: nn.Module) -> str | None:
         return None
     if "forward" in vars(module):
         return f"the forward of this {type(module).__name__} was replaced on the instance"
-    return f"{type(module).__name__} was made by torch" if hasattr(module, "parametrizations") else None
+    return f"{type(module).__name__} has parametrizations" if hasattr(module, "parametrizations") else None
 
 
 def _apart(model: nn.Module, name: str, found: Rewriting) -> dict[str, str]:

@@ -40,9 +40,8 @@ class Report:
         lines = [f"GroupNorm + SiLU as one operator: {self.norms} of {self.norms + len(self.left)} group norms"]
         lines += [f"  {count:4d} in {kind}" for kind, count in self.kinds.items()]
         if self.modulated:
-            lines.append(
-                f"  {self.modulated:4d} of them with scale or shift: in calls where these are one number per channel"
-            )
+            condition = "where scale and shift, if there are any, are one number per channel"
+            lines.append(f"  {self.modulated:4d} of them {condition}")
         if not self.norms and not self.left:
             lines = ["GroupNorm + SiLU as one operator: this model has no group norm"]
         if self.left:

@@ -23,7 +23,7 @@ from .classes import fused_class, plain_class
 from .deferred import activated, is_silu, learn, norm_settings, normalised, run_in_order, scaled, shifted, summed
 from .flow import Flow, Site, one_plus
 from .scope import Scope
-from .source import NotRewritable, innermost, read, remake
+from .source import NotRewritable, codes_within, innermost, read, remake
 from .writes import may_write
 
 __all__ = ["Rewriting", "cuts", "rewriting_of"]
@@ -58,8 +58,9 @@ def rewriting_of(module: nn.Module) -> Rewriting:
     fused: dict[str, tuple[Any, ...]] = {}
     left: dict[str, str] = {}
     modulated: set[str] = set()
-    for name, method in _methods(kind):
-        mentioned = _mentioned(module, method)
+    known = _with_norms(module)
+    for name, method in _methods(kind) if known else ():
+        mentioned = known & _names_in(method)
         if not mentioned:
             continue
         try:
@@ -73,21 +74,19 @@ def rewriting_of(module: nn.Module) -> Rewriting:
             for path, acts in found.fused.items():
                 fused[path] = (*fused.get(path, ()), *acts)
             modulated |= found.modulated
-    return _made(
-        kind, tuple(replaced.items()), Rewriting(kind, dict(sorted(fused.items())), left, frozenset(modulated))
-    )
+    return _made(Rewriting(kind, dict(sorted(fused.items())), left, frozenset(modulated)), tuple(replaced.items()))
 
 
-def _made(kind: type, methods: tuple[tuple[str, FunctionType], ...], found: Rewriting) -> Rewriting:
-    """The class for what was found, where there is anything, and the class lets itself be subclassed."""
+def _made(found: Rewriting, methods: tuple[tuple[str, FunctionType], ...]) -> Rewriting:
+    """What was found, with the class for it, where there is anything and the class lets itself be subclassed."""
     left = {path: why for path, why in found.left.items() if path not in found.fused}
     if not methods:
         return replace(found, left=left)
     try:
-        return replace(found, kind=fused_class(kind, methods), left=left)
+        return replace(found, kind=fused_class(found.kind, methods), left=left)
     except Exception as why:  # whatever its __init_subclass__ or metaclass raises
-        refused = f"{kind.__name__} refuses a subclass: {type(why).__name__}: {why}"
-        return Rewriting(kind, {}, left | dict.fromkeys(found.fused, refused))
+        refused = f"{found.kind.__name__} refuses a subclass: {type(why).__name__}: {why}"
+        return Rewriting(found.kind, {}, left | dict.fromkeys(found.fused, refused))
 
 
 def _of_sequential(module: nn.Module, kind: type) -> Rewriting:
@@ -100,7 +99,10 @@ def _of_sequential(module: nn.Module, kind: type) -> Rewriting:
                 fused[name] = (following,)
             else:
                 left[name] = f"followed by {type(following).__name__}, not SiLU" if following else "no SiLU follows"
-    return _made(kind, _IN_ORDER if fused else (), Rewriting(kind, fused, left))
+    if any("__new__" in vars(base) for base in kind.__mro__[:-1]):  # FSDP's counts on its place among the bases
+        left |= dict.fromkeys(fused, f"{kind.__name__} makes its slices itself; accelerate before it is wrapped")
+        fused = {}
+    return _made(Rewriting(kind, fused, left), _IN_ORDER if fused else ())
 
 
 def cuts(parent: nn.Module, name: str) -> dict[int, str]:
@@ -108,19 +110,20 @@ def cuts(parent: nn.Module, name: str) -> dict[int, str]:
     sequential = parent._modules[name]
     assert isinstance(sequential, nn.Sequential)
     found: dict[int, str] = {}
-    for method_name, method in _methods(plain_class(type(parent))):
-        if name not in _mentioned(parent, method):
+    kind = plain_class(type(parent))
+    for method_name, method in _methods(kind):
+        if name not in _names_in(method):
             continue
         with suppress(NotRewritable):
             for node in ast.walk(read(innermost(method))):
                 for place in _cut_by(node, f"self.{name}", len(sequential)):
-                    found[place] = f"{plain_class(type(parent)).__name__}.{method_name}"
+                    found[place] = f"{kind.__name__}.{method_name}"
     return found
 
 
 def _cut_by(node: ast.AST, text: str, length: int) -> Iterator[int]:
     """self.layers[i], self.layers[i:j], for layer in self.layers."""
-    if isinstance(node, ast.For | ast.comprehension) and text in ast.unparse(node.iter):
+    if isinstance(node, ast.For | ast.comprehension) and text in map(ast.unparse, ast.walk(node.iter)):
         yield from range(length)
     elif isinstance(node, ast.Subscript) and ast.unparse(node.value) == text:
         index = ast.unparse(node.slice)
@@ -203,14 +206,16 @@ def _methods(kind: type) -> Iterator[tuple[str, FunctionType]]:
             yield name, method
 
 
-def _mentioned(module: nn.Module, method: FunctionType) -> set[str]:
-    """The children with norms in them that a method's code names."""
-    known = {name for name, child in module.named_children() if any(norm_settings(m) for m in child.modules())}
-    names = set(method.__code__.co_names)
-    while hasattr(method, "__wrapped__"):
-        method = method.__wrapped__
-        names |= set(getattr(method, "__code__", _mentioned.__code__).co_names)
-    return known & names
+def _with_norms(module: nn.Module) -> set[str]:
+    """The children with norms in them."""
+    return {name for name, child in module.named_children() if any(norm_settings(m) for m in child.modules())}
+
+
+def _names_in(method: Any) -> set[str]:
+    """The attributes and globals that a method's code names, in nested functions and behind decorators too."""
+    code = getattr(method, "__code__", None)
+    names = {name for part in (code, *codes_within(code)) for name in part.co_names} if code else set()
+    return names | _names_in(method.__wrapped__) if hasattr(method, "__wrapped__") else names
 
 
 # Making classes -------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from .classes import plain_class
 from .source import read
 
 __all__ = ["Scope"]
@@ -64,7 +65,7 @@ class Scope:
 def _attribute(base: Any, name: str) -> Any:
     if isinstance(base, nn.Module):
         found = base._modules.get(name, vars(base).get(name))
-        method = getattr_static(type(base), name, None) if found is None else None
+        method = getattr_static(plain_class(type(base)), name, None) if found is None else None
         return MethodType(method, base) if isinstance(method, FunctionType) else found
     return getattr(base, name, None) if isinstance(base, ModuleType) else None
 

@@ -10,7 +10,7 @@ from linecache import getlines
 from types import CellType, CodeType, FunctionType
 from typing import Any
 
-__all__ = ["NotRewritable", "innermost", "read", "remake"]
+__all__ = ["NotRewritable", "codes_within", "innermost", "read", "remake"]
 
 
 class NotRewritable(Exception):
@@ -67,16 +67,17 @@ def _file(name: str) -> tuple[dict[tuple[str, int], ast.FunctionDef], dict[tuple
     first = {node: min([node.lineno, *(part.lineno for part in node.decorator_list)]) for node in nodes}
     codes = {
         (code.co_name, code.co_firstlineno): code
-        for code in _all_within(compile(tree, name, "exec", dont_inherit=True))
+        for code in codes_within(compile(tree, name, "exec", dont_inherit=True))
     }
     return {(node.name, first[node]): node for node in nodes}, codes
 
 
-def _all_within(code: CodeType) -> Iterator[CodeType]:
+def codes_within(code: CodeType) -> Iterator[CodeType]:
+    """Those of the functions, classes and comprehensions in it, at any depth."""
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield constant
-            yield from _all_within(constant)
+            yield from codes_within(constant)
 
 
 def remake(method: FunctionType, tree: ast.FunctionDef, helpers: Mapping[str, Any]) -> FunctionType:

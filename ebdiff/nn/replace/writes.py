@@ -19,26 +19,30 @@ from .source import NotRewritable
 __all__ = ["may_write"]
 
 _TRUSTED = {"torch", "einops", "math", "builtins", "typing"}
-_NOT_TRUSTED = {"setattr", "delattr", "exec", "eval", "next", "map", "filter", "checkpoint"}
+_NOT_TRUSTED = {"setattr", "delattr", "exec", "eval", "next", "map", "filter", "checkpoint", "set_grad_enabled"}
 _CONTAINERS = (Tensor, dict, list, tuple, set, str)
 
 
-def may_write(call: ast.Call, meaning: Callable[[ast.expr], Any], seen: frozenset[Any] = frozenset()) -> bool:
+def may_write(call: ast.Call, meaning: Callable[[ast.expr], Any], seen: set[Any] | None = None) -> bool:
     """May this call change a tensor in place? Where it cannot be known, it may.
 
     Args:
         call: it.
         meaning: what an expression names, or None (`Scope.meaning`).
-        seen: what is being looked at already.
+        seen: functions that have been looked at, or are being.
     """
     name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
     called = meaning(call.func)
     if _is_in_place(name) or _is_in_place(getattr(called, "__name__", "")) or _asks_for_it(call, called):
         return True
-    if called is None:  # a method of something local
-        known = isinstance(call.func, ast.Attribute) and any(hasattr(kind, name) for kind in _CONTAINERS)
-        return not known
-    return _writes(called, seen)
+    if called is not None:
+        return _writes(called, set() if seen is None else seen)
+    return not (isinstance(call.func, ast.Attribute) and _has_method(meaning(call.func.value), name))
+
+
+def _has_method(held: Any, name: str) -> bool:
+    """Is it a method of tensors or containers? `held` is None where it is local: it is taken for one of these."""
+    return any(hasattr(kind, name) and (held is None or isinstance(held, kind)) for kind in _CONTAINERS)
 
 
 def _is_in_place(name: str) -> bool:
@@ -69,38 +73,40 @@ def _is_false(node: ast.expr) -> bool:
     return isinstance(node, ast.Constant) and node.value is False
 
 
-def _writes(called: Any, seen: frozenset[Any]) -> bool:
+def _writes(called: Any, seen: set[Any]) -> bool:
     """May calling it do so?"""
     if isinstance(called, nn.Module):
         return _module_writes(called, seen)
+    if _is_trusted(called):
+        return called.__name__ in _NOT_TRUSTED
+    owner = called.__self__ if isinstance(called, MethodType) else None
+    function: Any = called.__func__ if isinstance(called, MethodType) else called
+    return not isinstance(function, FunctionType) or _function_writes(function, owner, seen)
+
+
+def _is_trusted(called: Any) -> bool:
     home = (getattr(called, "__module__", None) or "").partition(".")[0]
-    if isinstance(called, BuiltinFunctionType | FunctionType | type) and (home in _TRUSTED or not home):
-        return called.__name__ in _NOT_TRUSTED  # torch.chunk has no home
-    if isinstance(called, MethodType):
-        function: Any = called.__func__
-        owner: Any = called.__self__
-        return _function_writes(function, owner, seen)
-    return not isinstance(called, FunctionType) or _function_writes(called, None, seen)
+    known = home in _TRUSTED and isinstance(called, FunctionType | type)
+    return known or (isinstance(called, BuiltinFunctionType) and home in ("", *_TRUSTED))  # torch.chunk has none
 
 
-def _module_writes(module: nn.Module, seen: frozenset[Any]) -> bool:
-    kind = plain_class(type(module))
-    if getattr(module, "inplace", False) or not is_bare(module):
+def _module_writes(module: nn.Module, seen: set[Any]) -> bool:
+    forward: Any = inspect.getattr_static(plain_class(type(module)), "forward")
+    if getattr(module, "inplace", False) or not is_bare(module) or not isinstance(forward, FunctionType):
         return True
-    if kind.__module__.partition(".")[0] == "torch":
+    if forward.__module__.startswith("torch.nn."):
         return any(_module_writes(child, seen) for child in module.children())
-    forward = inspect.getattr_static(kind, "forward")
-    return not isinstance(forward, FunctionType) or _function_writes(forward, module, seen)
+    return _function_writes(forward, module, seen)
 
 
-def _function_writes(function: FunctionType, owner: nn.Module | None, seen: frozenset[Any]) -> bool:
+def _function_writes(function: FunctionType, owner: Any, seen: set[Any]) -> bool:
     if (function, owner) in seen:
         return False
+    seen.add((function, owner))
     try:
         scope = Scope(function, owner)
     except NotRewritable:
         return True
-    seen |= {(function, owner)}
     return any(
         may_write(node, scope.meaning, seen) if isinstance(node, ast.Call) else _stores(node, scope.self_name)
         for node in ast.walk(scope.tree)
