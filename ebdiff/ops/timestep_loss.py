@@ -139,11 +139,10 @@ def weighted_timestep_loss(
 
 def _loss(pred: Tensor, terms: Terms) -> Sequence[Tensor]:
     found: Sequence[Tensor]
-    tensors = pred, *terms[:-1]
-    if not is_direct(*tensors):
+    if not is_direct(pred, *terms[:-1]):
         found = _loss_op(pred, *terms)
-    elif _asks_for_gradient(*tensors):
-        found = _WeightedTimestepLoss.apply(pred, *terms)  # type: ignore[no-untyped-call]
+    elif _asks_for_gradient(pred, terms.target, terms.weight):
+        found = _WeightedTimestepLoss.apply(True, pred, *terms)  # type: ignore[no-untyped-call]
     else:
         found = ops.forward(pred, *terms, False)[:2]
     return found
@@ -160,11 +159,13 @@ def _tensor_or_seed(noise: Noise) -> tuple[Tensor | None, Tensor | None]:
 def _target_or_parts(target: Any, t: Tensor, profile: Profile | None, prediction: int) -> _Parts:
     if isinstance(target, Tensor):
         return target, None, None, None, None, None
-    x0, noise = target
-    is_v = reference.PREDICTIONS[prediction] == "v_prediction"
-    table, row = present(profile).coefficients(t) if is_v else (None, None)
-    drawn, seed = _tensor_or_seed(noise)
-    return None, x0.detach(), None if drawn is None else drawn.detach(), seed, table, row
+    kind = reference.PREDICTIONS[prediction]
+    x0, (noise, seed) = target[0].detach(), _tensor_or_seed(target[1])
+    noise = None if noise is None else noise.detach()
+    if kind == "sample" or (kind == "epsilon" and noise is not None):
+        return x0 if kind == "sample" else noise, None, None, None, None, None
+    table, row = present(profile).coefficients(t) if kind == "v_prediction" else (None, None)
+    return None, x0, noise, seed, table, row
 
 
 def _huber_c(c: float | Tensor | None, pred: Tensor) -> Tensor | None:
@@ -180,43 +181,48 @@ def _number(value: float, device: torch.device) -> Tensor:
 
 
 class _WeightedTimestepLoss(torch.autograd.Function):
-    """Keeps the gradient, and all arguments for what it does not answer: references, not memory."""
+    """Keeps the gradient, and all arguments for what it does not answer: references, not memory.
+
+    Its first argument says whether to pass by torch's dispatcher.
+    """
 
     @staticmethod
-    def forward(ctx: Any, pred: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-        with_grad = ctx.needs_input_grad[0] and pred.dtype != torch.float16
-        forward = ops.forward if is_direct(pred, *arguments[:-1]) else ops.forward_op
+    def forward(ctx: Any, direct: bool, pred: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+        with_grad = ctx.needs_input_grad[1] and pred.dtype != torch.float16
+        forward = ops.forward if direct else ops.forward_op
         loss, per_sample, grad = forward(pred, *arguments, with_grad)
         ctx.mark_non_differentiable(per_sample)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(per_sample, grad, pred, *arguments[:-1])
-        ctx.prediction, ctx.with_grad = arguments[-1], with_grad
+        ctx.prediction, ctx.with_grad, ctx.direct = arguments[-1], with_grad, direct
         return loss, per_sample
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        dloss, needs = gradients[0], ctx.needs_input_grad
-        none = (None,) * (len(needs) - 1)
+        found: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        dloss = gradients[0]
         if dloss is None:
-            return None, *none
+            return (*found,)
         per_sample, grad, pred, *tensors = ctx.saved_tensors
         terms = Terms._make([*tensors, ctx.prediction])
-        rare = needs[1] or (needs[_WEIGHT] and terms.cell is not None)  # a target's gradient, or a table's
+        needs = [ctx.needs_input_grad[place] for place in _PLACES]
+        rare = needs[1] or (needs[2] and terms.cell is not None)  # a target's gradient, or a table's
         # For these, a second derivative, or many gradients at once: differentiate the specification.
         if rare or torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dloss):
-            dpred, dtarget, dweight = _differentiable(dloss, pred, terms, needs)
+            three = _differentiable(dloss, pred, terms, needs)
         else:
-            dpred = _gradient(dloss, grad if ctx.with_grad else None, pred, terms) if needs[0] else None
-            dtarget, dweight = None, dloss * per_sample / len(pred) if needs[_WEIGHT] else None
-        found = dict.fromkeys(range(1, len(needs))) | {1: dtarget, _WEIGHT: dweight}
-        return dpred, *found.values()
+            dpred = _gradient(dloss, grad if ctx.with_grad else None, pred, terms, ctx.direct) if needs[0] else None
+            three = dpred, None, dloss * per_sample / len(pred) if needs[2] else None
+        for place, gradient in zip(_PLACES, three, strict=True):
+            found[place] = gradient
+        return (*found,)
 
 
-_WEIGHT = 1 + Terms._fields.index("weight")
+_PLACES = 1, 2, 2 + Terms._fields.index("weight")  # of pred, target and weight among that function's arguments
 
 
-def _gradient(dloss: Tensor, grad: Tensor | None, pred: Tensor, terms: Terms) -> Tensor:
-    direct = is_direct(dloss, pred, *terms[:-1])
+def _gradient(dloss: Tensor, grad: Tensor | None, pred: Tensor, terms: Terms, direct: bool) -> Tensor:
+    direct = direct and is_direct(dloss)
     if grad is None:
         return ops.backward(dloss, pred, *terms) if direct else ops.backward_op(dloss, pred, *terms)
     if not direct or torch._C._autograd._get_current_graph_task_keep_graph():
@@ -225,7 +231,7 @@ def _gradient(dloss: Tensor, grad: Tensor | None, pred: Tensor, terms: Terms) ->
     return scaled
 
 
-def _differentiable(dloss: Tensor, pred: Tensor, terms: Terms, needs: Sequence[bool]) -> list[Tensor | None]:
+def _differentiable(dloss: Tensor, pred: Tensor, terms: Terms, needs: Sequence[bool]) -> Sequence[Tensor | None]:
     """The gradients of pred, target and weight that are needed."""
     ops.FAMILY.fallbacks["second derivative"] += 1
     again = torch.is_grad_enabled()
@@ -234,10 +240,10 @@ def _differentiable(dloss: Tensor, pred: Tensor, terms: Terms, needs: Sequence[b
         pred, weight = pred.view_as(pred), terms.weight.view_as(terms.weight)
         target = None if terms.target is None else terms.target.view_as(terms.target)
         loss, _ = reference.loss_of(pred, terms._replace(target=target, weight=weight))
-    inputs = zip((pred, target, weight), (0, 1, _WEIGHT), strict=True)
-    wanted = [x for x, i in inputs if x is not None and needs[i]]
+    inputs = pred, target, weight
+    wanted = [x for x, need in zip(inputs, needs, strict=True) if x is not None and need]
     found = iter(torch.autograd.grad(loss, wanted, dloss, create_graph=again))
-    return [next(found) if needs[i] else None for i in (0, 1, _WEIGHT)]
+    return [next(found) if need else None for need in needs]
 
 
 def _loss_autograd(pred: Tensor, *arguments: Any) -> Sequence[Tensor]:
@@ -249,7 +255,7 @@ def _loss_autograd(pred: Tensor, *arguments: Any) -> Sequence[Tensor]:
         loss, per_sample = reference.loss_of(pred, terms)
         found = loss, per_sample.detach()
     else:
-        found = _WeightedTimestepLoss.apply(pred, *arguments)  # type: ignore[no-untyped-call]
+        found = _WeightedTimestepLoss.apply(False, pred, *arguments)  # type: ignore[no-untyped-call]
     return found
 
 

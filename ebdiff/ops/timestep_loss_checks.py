@@ -157,7 +157,7 @@ def _check_counts(pred: Tensor, terms: Terms) -> None:
 
 
 def _check_vector(op: str, name: str, x: Tensor, like: Tensor, length: int | None = None) -> None:
-    if x.dim() != 1 or x.dtype != torch.int64 or (length is not None and len(x) != length):
+    if x.dim() != 1 or x.dtype != torch.int64 or (length is not None and x.shape[0] != length):
         shape = "[T]" if length is None else f"[{length}]"
         _refuse(op, name, f"int64 {shape}", f"{x.dtype} {list(x.shape)}")
     _check_device(op, name, x, like)

@@ -28,7 +28,7 @@ def noised(x0: Tensor, noise: Tensor | None, seed: Tensor | None, table: Tensor,
 
 def forward(pred: Tensor, terms: Terms, with_grad: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """As the reference's."""
-    loss, per_sample = (pred.new_empty(shape, dtype=torch.float32) for shape in ((), len(pred)))
+    loss, per_sample = (pred.new_empty(shape, dtype=torch.float32) for shape in ((), pred.shape[0]))
     return loss, per_sample, _run(pred, terms, 1.0, [loss, per_sample], with_grad)
 
 
@@ -114,7 +114,8 @@ def _dense(x: Tensor | None) -> Tensor | None:
 
 
 def _sizes(x: Tensor) -> list[int]:
-    return [len(x), x.shape[1:].numel()]
+    samples = x.shape[0]
+    return [samples, x.numel() // samples]
 
 
 def _dtypes(*images: Tensor | None) -> list[int]:
