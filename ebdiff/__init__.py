@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from . import nn as nn
     from . import ops as ops
     from . import optim as optim
+    from . import timesteps as timesteps
     from .errors import EbdiffError as EbdiffError
-    from .nn.group_norm import RaggedGroupNorm as RaggedGroupNorm
     from .nn.replace import accelerate as accelerate
     from .nn.replace import restore as restore
     from .nn.router import TimestepRouter as TimestepRouter
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from .pruning.mask import ChannelMask as ChannelMask
     from .pruning.mask import distance as distance
     from .pruning.plan import ChannelPlan as ChannelPlan
-    from .pruning.plan import ChannelSpace as ChannelSpace
     from .pruning.save import load as load
     from .pruning.save import save as save
     from .pruning.shrink import masked as masked
@@ -32,12 +31,13 @@ if TYPE_CHECKING:
     from .tickets.early_bird import EarlyBird as EarlyBird
     from .tickets.history import MaskHistory as MaskHistory
     from .tickets.ticket import Ticket as Ticket
+    from .timesteps.profile import NoiseProfile as NoiseProfile
     from .timesteps.region import Partition as Partition
     from .timesteps.region import Region as Region
     from .timesteps.sampler import Stratified as Stratified
-    from .timesteps.sampler import Timesteps as Timesteps
     from .timesteps.sampler import Uniform as Uniform
     from .timesteps.sampler import Within as Within
+    from .timesteps.speed import SpeeD as SpeeD
     from .training.loop import StepReport as StepReport
     from .training.loop import train as train
 
@@ -45,13 +45,11 @@ __version__ = "0.1.0"
 
 _HOME = {
     "EbdiffError": "errors",
-    "RaggedGroupNorm": "nn.group_norm",
     "accelerate": "nn.replace",
     "restore": "nn.replace",
     "TimestepRouter": "nn.router",
     "ChannelMask": "pruning.mask",
     "ChannelPlan": "pruning.plan",
-    "ChannelSpace": "pruning.plan",
     "distance": "pruning.mask",
     "importance": "pruning.importance",
     "load": "pruning.save",
@@ -66,12 +64,14 @@ _HOME = {
     "EarlyBird": "tickets.early_bird",
     "MaskHistory": "tickets.history",
     "Ticket": "tickets.ticket",
+    "NoiseProfile": "timesteps.profile",
     "Partition": "timesteps.region",
     "Region": "timesteps.region",
     "Stratified": "timesteps.sampler",
-    "Timesteps": "timesteps.sampler",
     "Uniform": "timesteps.sampler",
     "Within": "timesteps.sampler",
+    "SpeeD": "timesteps.speed",
+    "timesteps": "timesteps",
     "StepReport": "training.loop",
     "train": "training.loop",
 }

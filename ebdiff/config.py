@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -50,7 +50,11 @@ class Schedule(Section):
 
 
 class Train(Section):
-    """What all training runs share: the search, every region and the dense control."""
+    """What all training runs share: the search, every region and the dense control.
+
+    `sampler`: how timesteps are drawn and weighted, one of `ebdiff.timesteps.SAMPLERS`; `stratified`: spread them
+    evenly over each batch.
+    """
 
     batch_size: int = Field(default=128, ge=1)
     lr: float = Field(default=2e-4, gt=0)
@@ -61,7 +65,8 @@ class Train(Section):
     ema_decay: float = Field(default=0.9999, ge=0, lt=1)
     precision: Literal["no", "bf16"] = "no"
     flip: bool = True
-    sampler: Literal["uniform", "stratified"] = "uniform"
+    sampler: str = "speed"
+    stratified: bool = True
     checkpoint_every: int = Field(default=1000, ge=1)
     log_every: int = Field(default=50, ge=1)
 
@@ -96,13 +101,14 @@ class Search(Section):
 class Regions(Section):
     """Which timesteps each ticket serves: bounds that tile the schedule, or a list of [lo, hi) pairs.
 
-    `overlap`: so many more timesteps upward in training. `steps`: training steps of each region after the search.
+    `overlap`: so many more timesteps upward in training. `steps`: training steps of each region after the search; or
+    one number for all, whose cost at equal shares is spent in proportion to what the sampler draws from each region.
     `branch_at`: first train one network, of the channels that any region keeps, for so many steps on all timesteps.
     """
 
     bounds: list[int] | list[tuple[int, int]] = [0, 240, 440, 1000]
     overlap: int = Field(default=20, ge=0)
-    steps: list[int] = Field(min_length=1)
+    steps: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] | Annotated[int, Field(ge=1)]
     branch_at: int = Field(default=0, ge=0)
 
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import plots
 from .files import read_json, read_tensors, write_bytes, write_json
 from .report_text import markdown, value, verdict
+from .timesteps.sampler import Sampler, Within
 from .training.accounting import Cost
 from .training.judge import judged
 from .training.regions import region_folder
 from .training.stages import needed
 from .training.stretch import cost_of
 from .training.world import World
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["gather", "write"]
 
@@ -47,7 +51,8 @@ def gather(world: World) -> dict[str, Any]:
     joint = needed(world.out / "joint", "ebdiff run")["cost"] if world.config.regions.branch_at else None
     tickets = []
     for number, (ticket, facts) in enumerate(zip(search["tickets"], regions, strict=True)):
-        tickets.append({**ticket, "number": number, "trained": facts["trained"], "cost": facts["cost"]})
+        mass = world.sampler.mass(world.partition[number])
+        tickets.append({**ticket, "number": number, "trained": facts["trained"], "cost": facts["cost"], "mass": mass})
     return {
         "config": world.config.model_dump(mode="json"),
         "data": {"name": world.data.name, "train": len(world.data.train), "test": len(world.data.test)},
@@ -100,9 +105,10 @@ def _mark(world: World, arm: str, mark: float) -> dict[str, Any]:
 
 def draw(world: World, facts: Mapping[str, Any]) -> dict[str, str]:
     """Draw the pictures; returns {what: file name}."""
-    names = {what: f"{what}.png" for what in ("curves", "samples", "mask-distance", "loss-per-timestep")}
+    names = {what: f"{what}.png" for what in ("curves", "samples", "mask-distance", "loss-per-timestep", "timesteps")}
     plots.lines(_curves(facts), world.out / names["curves"])
     plots.lines([_losses(world, facts)], world.out / names["loss-per-timestep"])
+    plots.lines(_timesteps(world), world.out / names["timesteps"])
     maps = facts["search"]["heatmaps"]
     top = max((max(map(max, m["distances"])) for m in maps if m["distances"]), default=0.0) or 1.0
     titles = [f"region {world.partition[k]}, ratio {m['ratio']:g}" for k, m in enumerate(maps)]
@@ -132,6 +138,30 @@ def _curves(facts: Mapping[str, Any]) -> list[plots.Panel]:
         if any(series.values()):
             panels.append(plots.Panel(measure, "device-seconds, the search included", measure, series))
     return panels
+
+
+def _timesteps(world: World) -> list[plots.Panel]:
+    """How often each timestep is drawn, and its weight: on the whole schedule, and in each region's training."""
+    T = world.partition.T
+    samplers = {"all timesteps": world.sampler}
+    for number, region in enumerate(world.partition):
+        samplers[f"region {region}"] = Within(world.trained_region(number), world.sampler)
+    panels = []
+    for title, of in (("drawn, times uniform", _density), ("weight", _weight)):
+        series = {}
+        for name, sampler in samplers.items():
+            drawn, values = sampler.pmf() > 0, of(sampler)
+            series[name] = [(t, float(values[t])) for t in range(T) if drawn[t]]
+        panels.append(plots.Panel(title, "timestep", title, series, world.partition.bounds[1:-1]))
+    return panels
+
+
+def _density(sampler: Sampler) -> Tensor:
+    return sampler.T * sampler.pmf()
+
+
+def _weight(sampler: Sampler) -> Tensor:
+    return sampler.weights()
 
 
 def _losses(world: World, facts: Mapping[str, Any]) -> plots.Panel:

@@ -102,11 +102,25 @@ def markdown(facts: Facts, pictures: Mapping[str, str]) -> str:
     parts += [
         "## Tickets",
         table(
-            ["region", "trained on", "asked", "channels removed", "MACs kept", "parameters kept", "drawn", "s/step"],
+            [
+                "region",
+                "trained on",
+                "asked",
+                "channels removed",
+                "MACs kept",
+                "parameters kept",
+                "drawn",
+                "s/step",
+                "steps",
+                "of all timesteps drawn",
+            ],
             [_ticket(facts, ticket) for ticket in facts["tickets"]],
         ),
         f"![mask distances]({pictures['mask-distance']})",
         _between(facts),
+        "## Timesteps",
+        f"![how often timesteps are drawn, and their weights]({pictures['timesteps']})",
+        _timesteps(facts),
         "## Held-out loss per timestep bin",
         f"![loss per timestep bin]({pictures['loss-per-timestep']})",
         "Squared error of the predicted noise on held-out images; dotted lines are the regions' borders.",
@@ -221,7 +235,21 @@ def _ticket(facts: Facts, ticket: Facts) -> list[str]:
         *(f"{achieved[key]:.1%}" for key in ("channels", "macs", "parameters")),
         f"{'settled' if ticket['settled'] else 'NOT settled'}, step {ticket['step']}",
         f"{_per_step(ticket['cost'])} (dense {_per_step(facts['cost']['dense'])})",
+        str(ticket["cost"]["steps"]),
+        f"{ticket['mass']:.1%}",
     ]
+
+
+def _timesteps(facts: Facts) -> str:
+    train, steps = facts["config"]["train"], facts["config"]["regions"]["steps"]
+    drawn = "spread evenly over each batch" if train["stratified"] else "each by itself"
+    split = "as configured"
+    if not isinstance(steps, list):
+        split = f"what {steps} at equal shares cost, spent in proportion to what the sampler draws from each region"
+    return (
+        f"Both arms draw timesteps by the sampler `{train['sampler']}`, {drawn}; weights have mean 1 in each run. "
+        f"Steps of the regions: {split}."
+    )
 
 
 def _between(facts: Facts) -> str:

@@ -288,6 +288,6 @@ def test_a_shrunken_model_accelerates_as_well_as_the_dense_one() -> None:
     args, _ = inputs(model)
     small = ebdiff.shrink(model, random_mask(ebdiff.trace(model, *args), seed=3))
     expected = output(small, args)
-    assert any(isinstance(m, ebdiff.RaggedGroupNorm) for m in small.modules())
+    assert any(isinstance(m, ebdiff.nn.RaggedGroupNorm) for m in small.modules())
     assert ebdiff.accelerate(small, verbose=False).norms == ebdiff.accelerate(model, verbose=False).norms
     torch.testing.assert_close(output(small, args), expected)

@@ -13,8 +13,8 @@ from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 import ebdiff
-from ebdiff import EbdiffError, RaggedGroupNorm
-from ebdiff.nn.group_norm import GroupNormSiLU, MaskedGroupNorm
+from ebdiff import EbdiffError
+from ebdiff.nn.group_norm import GroupNormSiLU, MaskedGroupNorm, RaggedGroupNorm
 from ebdiff.ops.group_norm import group_norm_silu
 
 SHAPES = [(3, 7), (2, 7, 5), (2, 7, 5, 3), (1, 7, 2, 3, 4), (2, 7, 1, 1)]

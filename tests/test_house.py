@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": set(),
     "config": set(),
     "training": {"pruning", "tickets", "timesteps", "nn", "optim", "evaluation", "data", "config"},
-    "report": {"training", "report_text", "plots"},
+    "report": {"training", "timesteps", "report_text", "plots"},
     "report_text": set(),
     "plots": set(),
     "progress": set(),
@@ -51,10 +51,10 @@ MAY_IMPORT_EVERYTHING = {"", "cli", "info"}  # "": the front door; info is a com
 
 # fmt: off
 PUBLIC = [
-    "ChannelMask", "ChannelPlan", "ChannelSpace", "EarlyBird", "EbdiffError", "MaskHistory", "Partition",
-    "RaggedGroupNorm", "Region", "StepReport", "Stratified", "Ticket", "TimestepRouter", "Timesteps", "Uniform",
-    "Within", "accelerate", "distance", "importance", "load", "masked", "nn", "ops", "optim", "restore", "save",
-    "shrink", "shrink_", "trace", "train",
+    "ChannelMask", "ChannelPlan", "EarlyBird", "EbdiffError", "MaskHistory", "NoiseProfile", "Partition", "Region",
+    "SpeeD", "StepReport", "Stratified", "Ticket", "TimestepRouter", "Uniform", "Within", "accelerate", "distance",
+    "importance", "load", "masked", "nn", "ops", "optim", "restore", "save", "shrink", "shrink_", "timesteps", "trace",
+    "train",
 ]
 # fmt: on
 

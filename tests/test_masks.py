@@ -11,10 +11,10 @@ from toys import hidden, joined, mlp
 from unets import unet
 
 import ebdiff
-from ebdiff import ChannelMask, ChannelPlan, ChannelSpace, distance, importance
+from ebdiff import ChannelMask, ChannelPlan, distance, importance
 from ebdiff.errors import EbdiffError
 from ebdiff.pruning.mask import distances
-from ebdiff.pruning.plan import Member, Norm
+from ebdiff.pruning.plan import ChannelSpace, Member, Norm
 
 RATIO = st.floats(0, 0.99)
 SIZES = st.lists(st.integers(2, 40), min_size=1, max_size=3)

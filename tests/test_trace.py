@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from unets import inputs, scatter, unet
 
 import ebdiff
+from ebdiff.pruning.plan import ChannelSpace
 
 CIFAR: dict[str, Any] = {
     "sample_size": 32,
@@ -130,7 +131,7 @@ def test_groups_agree_with_torch_pruning_but_for_attention() -> None:
             if isinstance(d.target.module, nn.Conv2d | nn.Linear)
         )
 
-    def of_space(space: ebdiff.ChannelSpace, channel: int) -> Slices:
+    def of_space(space: ChannelSpace, channel: int) -> Slices:
         return frozenset(
             (member.parameter.removesuffix(".weight"), member.dim, int(position))
             for member in space.members

@@ -15,7 +15,7 @@ from ..nn.router import TimestepRouter
 from ..pruning.save import load
 from ..timesteps.region import Partition, Region
 from .judge import ARMS, judge, judging
-from .regions import joint, region, region_folder, side_by_side
+from .regions import joint, region, region_folder, side_by_side, steps_of
 from .search import control, search
 from .stages import Tick, Work, needed, write_folder
 from .stretch import cost_per_step, network_at
@@ -106,21 +106,14 @@ def work(world: World) -> list[Work]:
     With ratios "auto" the regions' MACs are the budget's mean, since their split is known only after the search.
     """
     s, r = world.config.search, world.config.regions
-    auto = isinstance(s.ratios, str)
-    masks = [world.example_mask(macs=s.macs) if auto else world.example_mask(ratio=x) for x in _ratios(world)]
-    each, dense = [world.plan.macs(mask) for mask in masks], world.plan.macs()
+    each, dense = [world.plan.macs(mask) for mask in world.example_masks()], world.plan.macs()
     works = [Work("search", cost_per_step(world, dense) * s.steps, s.steps, f"dense, {dense / 1e6:.1f} MMACs an image")]
     if r.branch_at:
         macs = min(dense, max(each))
         works.append(Work("joint", cost_per_step(world, macs) * r.branch_at, r.branch_at, "at least the widest region"))
-    for number, (macs, steps) in enumerate(zip(each, r.steps, strict=True)):
+    for number, (macs, steps) in enumerate(zip(each, steps_of(world), strict=True)):
         note = f"{world.partition[number]} trained on {world.trained_region(number)}, {macs / dense:.1%} of the MACs"
         works.append(Work(f"region {number}", cost_per_step(world, macs) * steps, steps, note))
     total = sum(part.macs for part in works)
     works.append(Work("dense control", total, round(total / cost_per_step(world, dense)), "equal MACs"))
     return [*works, *judging(world, each)]
-
-
-def _ratios(world: World) -> Sequence[float | None]:
-    ratios = world.config.search.ratios
-    return [None] * len(world.partition) if isinstance(ratios, str) else ratios

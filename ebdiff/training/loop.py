@@ -11,15 +11,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..data import to_model
 from ..errors import EbdiffError
 from ..optim import steps_ema
 from ..pruning.modules import refuse_wrapped
-from ..seeds import generator, seed_for
-from ..timesteps.region import Partition, Region
-from ..timesteps.sampler import Sampler, Within
+from ..seeds import seed_for
+from ..timesteps.region import Partition
+from ..timesteps.sampler import Sampler
+from .batches import Batch, Batches
 from .checkpoint import Checkpoints
-from .seeds import DataOrder
 from .state import TrainConfig, TrainState
 
 __all__ = ["StepReport", "TrainConfig", "TrainState", "train"]
@@ -44,20 +43,6 @@ class StepReport:
     lr: float
     images: int
     region: int | None = None
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """What one optimizer step sees, over all micro-batches and processes: [n, C, H, W], [n], [n]."""
-
-    clean: Tensor
-    noise: Tensor
-    t: Tensor
-    weight: Tensor
-
-    def part(self, start: int, count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        stop = start + count
-        return tuple(x[start:stop].to(device) for x in (self.clean, self.noise, self.t, self.weight))  # type: ignore[return-value]
 
 
 def train(
@@ -121,11 +106,10 @@ def _steps(
     accelerator: Accelerator,
 ) -> Iterator[StepReport]:
     total = config.batch_size * config.accumulate
-    order, network, prepared = DataOrder(len(images), config.seed), None, None
+    batches, network, prepared = Batches(images, sampler, config, regions), None, None
     while state.step < until:
         step = state.step
-        region, within = _draw_region(regions, sampler, config.seed, step) if regions is not None else (None, None)
-        batch = _draw(images, order, sampler, config, step, total, within)
+        batch = batches(step)
         present = [(id(p), p.shape) for p in state.model.parameters()]
         if present != prepared:  # the first step, or shrunken since
             network = accelerator.prepare_model(state.model) if accelerator.num_processes > 1 else state.model
@@ -145,7 +129,7 @@ def _steps(
         if checkpoints is not None and due and accelerator.is_main_process:
             checkpoints.save(state.step, state.tensors(), state.facts())
         lr = float(state.optimizer.param_groups[0]["lr"])
-        yield StepReport(state.step, float(loss), float(norm), lr, state.step * total, region)
+        yield StepReport(state.step, float(loss), float(norm), lr, state.step * total, batch.region)
         state.model.zero_grad(set_to_none=True)
 
 
@@ -191,35 +175,8 @@ def _check_training(state: TrainState, config: TrainConfig, accelerator: Acceler
         raise EbdiffError("ema", expected="the model's shapes", got="others", remedy="build it from this model")
 
 
-def _draw_region(regions: Partition, sampler: Sampler, seed: int, step: int) -> tuple[int, Region]:
-    masses = torch.tensor([sampler.mass(region) for region in regions], dtype=torch.float64)
-    number = int(torch.multinomial(masses, 1, generator=generator(seed, "region", step)))
-    return number, regions[number]
-
-
-def _draw(
-    images: Tensor,
-    order: DataOrder,
-    sampler: Sampler,
-    config: TrainConfig,
-    step: int,
-    total: int,
-    region: Region | None = None,
-) -> _Batch:
-    clean = to_model(images[order(step * total, total)])
-    if config.flip:
-        flipped = torch.rand(total, generator=generator(config.seed, "flip", step)) < 0.5
-        clean = torch.where(flipped[:, None, None, None], clean.flip(-1), clean)
-    noise = torch.randn(clean.shape, generator=generator(config.seed, "noise", step))
-    drawn_by = sampler if region is None else Within(region, sampler)
-    t, weight = drawn_by.sample(total, generator=generator(config.seed, "timesteps", step))
-    if region is not None:  # Within gives every region mean weight 1; here the regions share one objective
-        weight = sampler.weights()[t]
-    return _Batch(clean, noise, t, weight)
-
-
 def _backward(
-    network: nn.Module, batch: _Batch, scheduler: Any, config: TrainConfig, step: int, accelerator: Accelerator
+    network: nn.Module, batch: Batch, scheduler: Any, config: TrainConfig, step: int, accelerator: Accelerator
 ) -> Tensor:
     """Accumulate the gradients of one step; returns the mean loss over all micro-batches and processes."""
     share = config.batch_size // accelerator.num_processes

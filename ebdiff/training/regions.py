@@ -16,6 +16,7 @@ from ..pruning.mask import ChannelMask
 from ..pruning.plan import ChannelPlan
 from ..pruning.shrink import shrink_
 from ..tickets.ticket import Ticket
+from ..timesteps.budget import region_budget
 from ..timesteps.sampler import Within
 from .checkpoint import Checkpoints, Saved
 from .log import read_log
@@ -24,7 +25,7 @@ from .stages import Tick, done, needed
 from .stretch import Stretch, cost_per_step, dense_state, restore
 from .world import World, trace_network
 
-__all__ = ["joint", "region", "region_folder", "side_by_side", "ticket_of"]
+__all__ = ["joint", "region", "region_folder", "side_by_side", "steps_of", "ticket_of"]
 
 FIND = "ebdiff find"
 
@@ -48,7 +49,7 @@ def ticket_of(world: World, number: int) -> Ticket:
 def region(world: World, number: int) -> Stretch:
     """The training of region `number`: the search's weights, Adam moments and EMA, shrunken by its ticket."""
     ticket, where, trained = ticket_of(world, number), world.partition[number], world.trained_region(number)
-    steps = world.config.regions.steps[number]
+    steps = steps_of(world)[number]
 
     return Stretch(
         name=f"region {number}",
@@ -61,6 +62,19 @@ def region(world: World, number: int) -> Stretch:
         marks={share: max(1, round(share * steps)) for share in world.config.evaluate.marks if share > 0},
         facts={"region": where.to_json(), "trained": trained.to_json(), "T": world.partition.T},
     )
+
+
+def steps_of(world: World) -> list[int]:
+    """Training steps of each region: as configured, or what the budget allows each (see `region_budget`).
+
+    Costs are MACs of the regions' tickets. Before the search they are those of a mask of the same ratio, which has the
+    same widths; with ratios "auto" they are taken to be equal then.
+    """
+    steps, numbers = world.config.regions.steps, range(len(world.partition))
+    if isinstance(steps, list):
+        return steps
+    masks = [ticket_of(world, k).mask for k in numbers] if done(world.out / "search") else world.example_masks()
+    return region_budget(world.partition, world.sampler, steps, [world.plan.macs(mask) for mask in masks])
 
 
 def joint(world: World) -> Stretch:
@@ -179,7 +193,7 @@ def _progress(world: World, number: int, reported: dict[int, int]) -> Iterator[T
     """What a region's process did since it was asked last, from the records it writes."""
     folder = region_folder(world.out, number)
     mask, first = ticket_of(world, number).mask, world.config.search.steps + world.config.regions.branch_at
-    total = world.config.regions.steps[number]
+    total = steps_of(world)[number]
     records = read_log(folder)
     steps = total if done(folder) else min(total, records[-1]["step"] - first) if records else 0
     if steps > reported[number]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,8 +22,10 @@ from ..evaluation import FeatureExtractor, extractor_for
 from ..pruning.mask import ChannelMask
 from ..pruning.plan import ChannelPlan
 from ..pruning.trace import trace
+from ..timesteps.named import sampler_named
+from ..timesteps.profile import NoiseProfile
 from ..timesteps.region import Partition, Region
-from ..timesteps.sampler import Sampler, Stratified, Uniform
+from ..timesteps.sampler import Sampler, Stratified
 
 __all__ = ["World"]
 
@@ -52,11 +53,9 @@ class World:
                 of regions, unknown model arguments, images that do not fit the model, no extractor for the images.
         """
         search, count = self.config.search, len(self.partition)
-        lists: dict[str, Sequence[float]] = {"regions.steps": self.config.regions.steps}
-        if search.ratios != "auto":
-            lists["search.ratios"] = search.ratios
+        lists = {"regions.steps": self.config.regions.steps, "search.ratios": search.ratios}
         for key, values in lists.items():
-            if len(values) != count:
+            if isinstance(values, list) and len(values) != count:
                 raise EbdiffError(
                     f"configuration key {key}",
                     expected=f"one value for each of {self.partition}",
@@ -70,7 +69,7 @@ class World:
                 got="balanced, whose groups would be dealt out twice",
                 remedy="use ragged norms, or branch_at=0",
             )
-        _ = self.plan, self.device
+        _ = self.plan, self.device, self.sampler
         shape = tuple(self.data.train.shape[1:]) if images else self.image_shape
         if shape != self.image_shape:
             raise EbdiffError(
@@ -114,8 +113,8 @@ class World:
     @cached_property
     def sampler(self) -> Sampler:
         """Timesteps of the whole schedule, as training draws them."""
-        uniform = Uniform(self.partition.T)
-        return Stratified(uniform) if self.config.train.sampler == "stratified" else uniform
+        sampler = sampler_named(self.config.train.sampler, NoiseProfile.from_scheduler(self.scheduler))
+        return Stratified(sampler) if self.config.train.stratified else sampler
 
     @cached_property
     def scheduler(self) -> Any:
@@ -207,11 +206,19 @@ class World:
         """The prunable axes of the dense network, traced without memory or compute."""
         return trace_network(self.network(), self.image_shape)
 
-    def example_mask(self, ratio: float | None = None, macs: float | None = None) -> ChannelMask:
-        """A mask as wide as a ticket of this ratio or MACs share will be: widths do not depend on the scores."""
+    def example_masks(self) -> list[ChannelMask]:
+        """For each region a mask as wide as its ticket will be: widths do not depend on the scores.
+
+        With ratios "auto" each has the mean share of MACs, since their split is known only after the search.
+        """
         s = self.config.search
+        count = len(self.partition)
+        wanted = [{"macs": s.macs}] * count if isinstance(s.ratios, str) else [{"ratio": r} for r in s.ratios]
         scores = {space.name: torch.linspace(1, 0.5, space.size) for space in self.plan}
-        return ChannelMask.draw(scores, plan=self.plan, ratio=ratio, macs=macs, norm=s.norm, multiple_of=s.multiple_of)
+        return [
+            ChannelMask.draw(scores, plan=self.plan, norm=s.norm, multiple_of=s.multiple_of, **share)
+            for share in wanted
+        ]
 
 
 def trace_network(network: nn.Module, image_shape: tuple[int, int, int]) -> ChannelPlan:

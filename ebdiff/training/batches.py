@@ -1,0 +1,81 @@
+"""What each optimizer step sees: images, noise, timesteps and weights, a function of (seed, step) alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..data import to_model
+from ..seeds import generator
+from ..timesteps.region import Partition
+from ..timesteps.sampler import Sampler, Within
+from .seeds import DataOrder
+from .state import TrainConfig
+
+__all__ = ["Batch", "Batches"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One optimizer step, over all micro-batches and processes.
+
+    Args:
+        clean, noise: float32 [n, C, H, W].
+        t: int64 [n].
+        weight: float32 [n].
+        region: the number of the region that all timesteps come from, where regions were given.
+    """
+
+    clean: Tensor
+    noise: Tensor
+    t: Tensor
+    weight: Tensor
+    region: int | None = None
+
+    def part(self, start: int, count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """clean, noise, t and weight of the samples from `start` on."""
+        chosen = slice(start, start + count)
+        return tuple(x[chosen].to(device) for x in (self.clean, self.noise, self.t, self.weight))  # type: ignore[return-value]
+
+
+class Batches:
+    """Draws the batch of any step.
+
+    Args:
+        images: uint8 [N, C, H, W], on the CPU.
+        sampler: of timesteps and weights.
+        config: batch size, accumulation, flips and seed.
+        regions: let each step's timesteps come from one of these regions, drawn with the mass that `sampler` gives it.
+    """
+
+    def __init__(self, images: Tensor, sampler: Sampler, config: TrainConfig, regions: Partition | None = None) -> None:
+        self.images, self.sampler, self.config, self.regions = images, sampler, config, regions
+        self.order = DataOrder(len(images), config.seed)
+        self._inside: tuple[Sampler, dict[int, Within], Tensor] | None = None
+
+    def __call__(self, step: int) -> Batch:
+        """The batch of that step."""
+        total, seed = self.config.batch_size * self.config.accumulate, self.config.seed
+        clean = to_model(self.images[self.order(step * total, total)])
+        if self.config.flip:
+            flipped = torch.rand(total, generator=generator(seed, "flip", step)) < 0.5
+            clean = torch.where(flipped[:, None, None, None], clean.flip(-1), clean)
+        noise = torch.randn(clean.shape, generator=generator(seed, "noise", step))
+        sampler, region = self.sampler.at(step), None
+        if self.regions is not None:
+            sampler, region = self._of_region(self.regions, sampler, step)
+        t, weight = sampler.sample(total, step=step, seed=seed)
+        if region is not None:  # Within gives every region mean weight 1; here the regions share one objective
+            weight = self.sampler.at(step).tables(t.device).weights[t]
+        return Batch(clean, noise, t, weight, region)
+
+    def _of_region(self, regions: Partition, sampler: Sampler, step: int) -> tuple[Sampler, int]:
+        if self._inside is None or self._inside[0] is not sampler:
+            masses = torch.tensor([sampler.mass(region) for region in regions], dtype=torch.float64)
+            within = {i: Within(region, sampler) for i, region in enumerate(regions) if masses[i] > 0}
+            self._inside = sampler, within, masses
+        _, within, masses = self._inside
+        number = int(torch.multinomial(masses, 1, generator=generator(self.config.seed, "region", step)))
+        return within[number], number

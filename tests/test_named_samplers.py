@@ -1,0 +1,64 @@
+"""The samplers that a configuration can name, and the steps that a budget gives the regions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from tiny import tiny
+
+from ebdiff.errors import EbdiffError
+from ebdiff.timesteps.named import SAMPLERS, sampler_named
+from ebdiff.timesteps.profile import NoiseProfile
+from ebdiff.training.regions import steps_of
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_each_draws_the_whole_schedule_with_mean_weight_1(name: str, kind: str) -> None:
+    profile = NoiseProfile.from_scheduler(DDPMScheduler(num_train_timesteps=200, prediction_type=kind))
+    sampler = sampler_named(name, profile)
+    assert sampler.T == 200
+    assert float(sampler.pmf().sum()) == pytest.approx(1)
+    assert float((sampler.pmf() * sampler.weights()).sum()) == pytest.approx(1)
+    t, weight = sampler.sample(64, step=3)
+    assert t.dtype == torch.int64
+    assert torch.equal(weight, sampler.weights()[t])
+
+
+def test_a_published_weight_is_that_of_the_same_objective_for_every_prediction() -> None:
+    """Min-SNR on epsilon is min(S, 5) / S, on x0 min(S, 5): the same up to the mean, which is 1 in both."""
+    shares = {}
+    for kind in ("epsilon", "sample"):
+        profile = NoiseProfile.from_scheduler(DDPMScheduler(prediction_type=kind))
+        weights = sampler_named("min-snr", profile).weights().double() * (profile.snr if kind == "epsilon" else 1)
+        shares[kind] = weights / weights.sum()
+    torch.testing.assert_close(shares["sample"], shares["epsilon"], rtol=1e-5, atol=0)
+
+
+def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(EbdiffError, match=r"no such sampler: expected one of uniform, speed.*got sped"):
+        sampler_named("sped", NoiseProfile.flow())
+
+
+def test_a_run_with_an_unknown_sampler_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(EbdiffError, match="no such sampler"):
+        tiny(tmp_path / "run", "train.sampler=sped").check()
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_number_of_steps_is_spent_by_mass_and_costs_what_equal_shares_would(tmp_path: Path) -> None:
+    """Regions of mass m and MACs c get n in the proportion of m, and sum n c = N mean c, up to whole steps."""
+    world = tiny(tmp_path, "regions.steps=3000")
+    steps = torch.tensor(steps_of(world), dtype=torch.float64)
+    mass = torch.tensor([world.sampler.mass(region) for region in world.partition])
+    costs = torch.tensor([world.plan.macs(mask) for mask in world.example_masks()], dtype=torch.float64)
+    torch.testing.assert_close(steps / steps.sum(), mass / mass.sum(), rtol=2e-3, atol=0, check_dtype=False)
+    assert float((steps * costs).sum()) == pytest.approx(3000 * float(costs.mean()), rel=2e-3)
+    assert float(steps.sum()) > 3000  # more of them go to small networks
+
+
+def test_steps_that_are_configured_are_taken_as_they_are(tmp_path: Path) -> None:
+    assert steps_of(tiny(tmp_path)) == [5, 4, 6]
