@@ -84,3 +84,13 @@ class Case:
         y = function(inputs["x"], {k: v for k, v in inputs.items() if k != "x"})
         wanted = [tensor for tensor in inputs.values() if tensor.requires_grad]
         return [y.detach(), *torch.autograd.grad(y, wanted, self.dy.to(y.dtype))]
+
+
+def check(case: Case) -> None:
+    """No error is larger than 1.2 times torch's own, but for one rounding of the result."""
+    truth, theirs, ours = case.results(case.torchs, torch.float64), case.results(case.torchs), case.results(case.ours)
+    for name, true, torchs, mine in zip(["y", "x", *case.small], truth, theirs, ours, strict=True):
+        assert mine.dtype == torchs.dtype
+        error, allowed = (float((result.double() - true).abs().max()) for result in (mine, torchs))
+        rounding = torch.finfo(mine.dtype).eps * float(true.abs().max())
+        assert error <= 1.2 * allowed + rounding, name

@@ -7,7 +7,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from norm_cases import LAYOUTS, SMALL, Case
+from norm_cases import LAYOUTS, SMALL, Case, check
 from op_cases import FLOATS, by_threads, needs_native, same_bytes, twin
 
 from ebdiff.ops import group_norm as module
@@ -22,16 +22,6 @@ def taken() -> Iterator[None]:
     unexpected = {why: n for why, n in module.fallbacks.items() if why not in ("torch.func", "no compiled part")}
     assert not unexpected
     assert native.module() is None or "no compiled part" not in module.fallbacks
-
-
-def check(case: Case) -> None:
-    """No error is larger than 1.2 times torch's own, but for one rounding of the result."""
-    truth, theirs, ours = case.results(case.torchs, torch.float64), case.results(case.torchs), case.results(case.ours)
-    for name, true, torchs, mine in zip(["y", "x", *case.small], truth, theirs, ours, strict=True):
-        assert mine.dtype == torchs.dtype
-        error, allowed = (float((result.double() - true).abs().max()) for result in (mine, torchs))
-        rounding = torch.finfo(mine.dtype).eps * float(true.abs().max())
-        assert error <= 1.2 * allowed + rounding, name
 
 
 HARD = {
