@@ -236,12 +236,25 @@ def evaluate(
 @app.command()
 def info(
     folder: Annotated[Path | None, typer.Argument(help="A ticket, a saved network or a run.")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="linear, scaled_linear, squaredcos_cap_v2, sigmoid, flow, edm, vp, sub_vp or ve.")
+    ] = None,
+    timesteps: Annotated[int, typer.Option(min=2, help="The schedule's.")] = 1000,
+    beta_start: Annotated[float, typer.Option(help="The schedule's.")] = 1e-4,
+    beta_end: Annotated[float, typer.Option(help="The schedule's.")] = 0.02,
+    shift: Annotated[float, typer.Option(help="Of flow matching.")] = 1.0,
+    k: Annotated[float, typer.Option("-k", help="SpeeD's suppression.")] = 5.0,
+    r: Annotated[float, typer.Option("-r", help="SpeeD's magnitude: alpha-bar is 1/r at tau.")] = 140.5,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Changes nothing: info only reads.")] = False,
 ) -> None:
-    """Versions, what is installed and what is missing, with the command that adds it; or what a folder holds."""
+    """What is installed and how to add what is missing; or what a folder holds; or what SpeeD makes of a schedule."""
     from . import info as about
 
-    for line in about.describe(folder) if folder else about.installation():
+    if schedule is not None:
+        lines = about.schedule(schedule, timesteps=timesteps, betas=(beta_start, beta_end), shift=shift, k=k, r=r)
+    else:
+        lines = about.describe(folder) if folder else about.installation()
+    for line in lines:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 

@@ -1,4 +1,4 @@
-"""What is installed and what is missing, with the command that adds it; and what a folder holds. Only reads."""
+"""What is installed and what is missing, with the command that adds it; what a folder holds; what SpeeD would gain."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import EbdiffError
 
-__all__ = ["describe", "installation"]
+if TYPE_CHECKING:
+    from .timesteps.profile import NoiseProfile
+
+__all__ = ["describe", "installation", "schedule"]
 
 NEEDED = ("torch", "diffusers", "accelerate", "safetensors", "torchmetrics", "matplotlib", "tensorboard")
 OPTIONAL = {
@@ -21,6 +25,8 @@ OPTIONAL = {
 # Served by ebdiff._C where it is built, else by the plain torch beside them in ebdiff.ops.
 COMPILED_OPS = ("apply_mask_", "compact", "scatter_back_", "masked_adamw_", "channel_sums", "mask_distance")
 TRITON_OP = "group_norm_silu"
+BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
+CONTINUOUS = ("flow", "edm", "vp", "sub_vp", "ve")
 
 
 def installation() -> list[str]:
@@ -75,6 +81,64 @@ def describe(folder: Path) -> list[str]:
         got="another folder" if folder.is_dir() else "no folder",
         remedy="check the path",
     )
+
+
+def schedule(
+    name: str,
+    *,
+    timesteps: int = 1000,
+    betas: tuple[float, float] = (1e-4, 0.02),
+    shift: float = 1.0,
+    k: float = 5.0,
+    r: float = 140.5,
+) -> list[str]:
+    """What SpeeD makes of a schedule: tau, the share of each area, and what sampling alone can gain at most.
+
+    Args:
+        name: a beta schedule of diffusers, or "flow", "edm", "vp", "sub_vp", "ve".
+        timesteps: how many; cells, in continuous time.
+        betas: the first and the last, of a beta schedule.
+        shift: of flow matching.
+        k, r: see `SpeeD`.
+
+    Raises:
+        EbdiffError: for a schedule that is not known, or settings out of range.
+    """
+    from .timesteps.sampler import Uniform
+    from .timesteps.speed import SpeeD
+
+    profile = _profile(name, timesteps, betas, shift)
+    speed, uniform = SpeeD(profile, k, r=r), Uniform(profile)
+    unit = "cells" if profile.is_continuous else "timesteps"
+    where = "alpha-bar never falls to" if speed.areas.convergence is None else "the first where alpha-bar is at most"
+    lines = [f"{name}, {timesteps} {unit}: tau = {speed.tau}, {where} 1/{r:g}"]
+    for area, region in speed.areas._asdict().items():
+        if region is not None:
+            timely, drawn = (f"{sampler.mass(region):.1%}" for sampler in (uniform, speed))
+            lines.append(f"  {area}: {region}, {timely} of the {unit}, {drawn} of what SpeeD draws")
+    often = float(speed.pmf()[0]) * timesteps
+    return [
+        *lines,
+        f"  sampling alone: useful {unit} come {often:.2f} times as often as with uniform sampling (k = {k:g}), "
+        f"and never more than T/tau = {speed.bound:.2f} times",
+    ]
+
+
+def _profile(name: str, timesteps: int, betas: tuple[float, float], shift: float) -> NoiseProfile:
+    from .timesteps.profile import NoiseProfile
+
+    if name == "flow":
+        return NoiseProfile.flow(shift, cells=timesteps)
+    if name in CONTINUOUS:
+        made: NoiseProfile = getattr(NoiseProfile, name)(cells=timesteps)
+        return made
+    if name in BETAS:
+        from diffusers import DDPMScheduler
+
+        return NoiseProfile.from_scheduler(
+            DDPMScheduler(timesteps, beta_schedule=name, beta_start=betas[0], beta_end=betas[1])
+        )
+    raise EbdiffError("--schedule", expected=", ".join((*BETAS, *CONTINUOUS)), got=name, remedy="choose one")
 
 
 def _compiled() -> list[str]:

@@ -1,4 +1,4 @@
-"""Any sampler behind the interface of guided-diffusion, improved-diffusion and DiT: sample(n, device) -> (t, weights)."""
+"""Any sampler as guided-diffusion, improved-diffusion and DiT call theirs: `sample(n, device) -> (t, weights)`."""
 
 from __future__ import annotations
 
