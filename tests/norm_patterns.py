@@ -120,6 +120,22 @@ class Decorated(Toy):
         return self.act(self.norm(x)) + super().rows()[0]
 
 
+def recursive(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @wraps(method)
+    def run(*args: Any) -> Tensor:
+        return method(*args) if args else never
+
+    if method is None:
+        never = torch.zeros(())
+    return run
+
+
+class DecoratedWithAnEmptyCell(Toy):
+    @recursive
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.norm(x))
+
+
 class Inherited(Nested):
     pass
 
@@ -159,7 +175,7 @@ FUSED = {
     Nested: ["norm"], Functional: ["norm"], InSteps: ["norm"], ScaleAndShift: ["norm"], ScaleInFront: ["norm"],
     TimeBias: ["norm"], TimeBiasOfANormThatStays: ["norm"],
     InALoop: ["norm"], BothBranches: ["norm", "other"], OtherMethod: ["norm"],
-    Decorated: ["norm"], Inherited: ["norm"],
+    Decorated: ["norm"], DecoratedWithAnEmptyCell: ["norm"], Inherited: ["norm"],
 }  # fmt: skip
 
 

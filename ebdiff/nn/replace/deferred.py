@@ -8,28 +8,22 @@ from __future__ import annotations
 
 from functools import wraps
 from importlib.util import find_spec
-from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.modules import module as globally
 
 from ...errors import EbdiffError
 from ...ops import native
 from ...ops.group_norm import group_norm_silu
-from ..group_norm import Settings, settings_of
-from .written_out import is_silu_written_out, is_widened_norm
+from ..group_norm import Settings
+from .known import is_bare, is_silu, is_widened, norm_settings
 
 __all__ = [
     "ACCELERATED",
     "activated",
     "find_kernels",
-    "is_bare",
-    "is_silu",
-    "learn",
-    "norm_settings",
     "normalised",
     "run_in_order",
     "scaled",
@@ -40,9 +34,6 @@ __all__ = [
 # In vars of a module whose methods may defer. Without it they compute as they were written, whoever holds them still.
 ACCELERATED = "_ebdiff_accelerated"
 _TENSORS = (Tensor, nn.Parameter, FakeTensor)
-# Found by `learn`: norms that compute in float32 and return the dtype of their input; whatever else is SiLU.
-widened: set[type] = set()
-written_out: set[Any] = set()
 # Found by `find_kernels`: the types of devices on which a kernel runs the operator. Elsewhere the original is faster.
 served: set[str] = set()
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -69,7 +60,7 @@ class Deferred:
         self.x: Tensor = x.x if isinstance(x, Sum) else x
         self.time_bias: Tensor | None = x.row if isinstance(x, Sum) else None
         self.steps: list[tuple[bool, Tensor | float]] = []  # (True to multiply, row)
-        self.seen = x.seen if isinstance(x, Sum) else [_seen(x)]
+        self.seen = [*x.seen] if isinstance(x, Sum) else [_seen(x)]
 
     def takes(self, multiply: bool, row: Any) -> bool:
         """Multiply by 1 + row, or add it, if the operator can, in the dtype that the original would return."""
@@ -172,53 +163,11 @@ def _wide(row: Tensor) -> Tensor:
     return row.to(torch.promote_types(row.dtype, torch.float32))
 
 
-# Which modules --------------------------------------------------------------------------------------------------------
-
-
-def norm_settings(module: Any) -> Settings | None:
-    """Those of a group normalisation without SiLU, or of a subclass that does the same, if in float32."""
-    kind = type(module)
-    if kind is not nn.GroupNorm and isinstance(module, nn.GroupNorm):
-        plain = kind.forward is nn.GroupNorm.forward or kind in widened
-        plain = plain and not hasattr(module, "parametrizations")
-        return Settings(module.weight, module.bias, module.num_groups, None, module.eps) if plain else None
-    return settings_of(module)
-
-
-def is_silu(act: Any) -> bool:
-    """Is it SiLU, as a module or as a function?"""
-    kind = type(act)
-    known = act is nn.functional.silu or kind is nn.SiLU or kind in written_out
-    return known or (kind is FunctionType and act in written_out)
-
-
 def find_kernels() -> set[str]:
     """Look for them, so that no call has to."""
     served.update(["cpu"] if native.module() is not None else [])
     served.update(["cuda"] if find_spec("triton") is not None else [])
     return served
-
-
-def learn(module: Any) -> None:
-    """Look whether a module or function is written as one that these two take, so that no call has to."""
-    if isinstance(module, nn.GroupNorm) and type(module) not in widened and is_widened_norm(type(module)):
-        widened.add(type(module))
-    elif isinstance(module, nn.Module | FunctionType) and is_silu_written_out(module):
-        written_out.add(type(module) if isinstance(module, nn.Module) else module)
-
-
-def is_bare(module: Any) -> bool:
-    """Would calling it run its forward alone? Looks for the hooks that nn.Module looks for, and accelerate's."""
-    return "forward" not in vars(module) and not (
-        module._backward_hooks
-        or module._backward_pre_hooks
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or globally._global_backward_pre_hooks
-        or globally._global_backward_hooks
-        or globally._global_forward_hooks
-        or globally._global_forward_pre_hooks
-    )
 
 
 # What the rewritten code calls ----------------------------------------------------------------------------------------
@@ -235,17 +184,12 @@ def normalised(owner: nn.Module, norm: Any, x: Any) -> Any:
     """norm(x) in a method of `owner`, where nothing but scale, shift and an activation follows."""
     tensor = x.x if isinstance(x, Sum) else x
     settings = norm_settings(norm) if ACCELERATED in vars(owner) and isinstance(tensor, Tensor) else None
-    if settings is None or not (is_bare(norm) and _fits(tensor, settings)) or _comes_back_narrow(norm, tensor):
-        return norm(x.x + x.row if isinstance(x, Sum) else x)
-    return Deferred(norm, settings, x)
+    if settings is not None and is_bare(norm) and _fits(tensor, norm, settings):
+        return Deferred(norm, settings, x)
+    return norm(x.x + x.row if isinstance(x, Sum) else x)
 
 
-def _comes_back_narrow(norm: nn.Module, x: Tensor) -> bool:
-    """Does it return x's dtype where the operator would return float32?"""
-    return type(norm) in widened and _wants_float32(x)
-
-
-def _fits(x: Tensor, settings: Settings) -> bool:
+def _fits(x: Tensor, norm: nn.Module, settings: Settings) -> bool:
     affine = settings.weight
     return (
         type(x) in _TENSORS
@@ -255,6 +199,7 @@ def _fits(x: Tensor, settings: Settings) -> bool:
         and x.layout is torch.strided
         and (affine is None or type(affine) in _TENSORS)
         and (affine is None or (affine.dtype in (x.dtype, torch.float32) and affine.shape[0] == x.shape[1]))
+        and not (is_widened(norm) and _wants_float32(x))  # it returns x's dtype there
     )
 
 

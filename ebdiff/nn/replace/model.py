@@ -9,7 +9,8 @@ from torch import nn
 
 from ...errors import EbdiffError
 from .classes import give, plain_class, take_back
-from .deferred import ACCELERATED, find_kernels, is_bare, learn, norm_settings
+from .deferred import ACCELERATED, find_kernels
+from .known import is_bare, learn, norm_settings
 from .layout import contiguous_again, to_channels_last
 from .optimizer import exchange, put_back
 from .report import Report
@@ -85,18 +86,26 @@ def fuse(model: nn.Module) -> tuple[dict[str, tuple[str, ...]], dict[str, str], 
     modulated = 0
     for name, rewriting in found.items():
         module = model.get_submodule(name)
-        stays = {**rewriting.left, **_apart(model, name, rewriting), **_hooked(module, rewriting)}
-        if rewriting.fused:
-            why = give(module, rewriting.kind)
-            stays |= {} if why is None else dict.fromkeys(rewriting.fused, why)
+        stays = _give(model, name, rewriting)
         whole = tuple(path for path in rewriting.fused if path not in stays)
         if whole:
             fused[name] = whole
-            done |= {id(module.get_submodule(path)) for path in whole}
-            modulated += len(rewriting.modulated & set(whole))
+        done |= {id(module.get_submodule(path)) for path in whole}
+        modulated += len(rewriting.modulated.intersection(whole))
         for path, why in stays.items():
             left.setdefault(id(module.get_submodule(path)), why)
     return fused, {name: _why(model, name, left.get(key)) for key, name in names.items() if key not in done}, modulated
+
+
+def _give(model: nn.Module, name: str, found: Rewriting) -> dict[str, str]:
+    """Give a module its class; {norm that it calls: why it still runs as it was}."""
+    if not found.fused:
+        return found.left
+    module = model.get_submodule(name)
+    refused = give(module, found.kind)
+    if refused is not None:
+        return found.left | dict.fromkeys(found.fused, refused)
+    return {**found.left, **_apart(model, name, found), **_hooked(module, found)}
 
 
 def _own_forward(module: nn.Module) -> str | None:
@@ -112,7 +121,7 @@ def _apart(model: nn.Module, name: str, found: Rewriting) -> dict[str, str]:
     """The pairs of a Sequential that its parent takes apart, and by which method."""
     parent, _, child = name.rpartition(".")
     module = model.get_submodule(name)
-    if not child or not isinstance(module, nn.Sequential) or not found.fused:
+    if not child or not isinstance(module, nn.Sequential):
         return {}
     places = {path: list(module._modules).index(path) + 1 for path in found.fused if path in module._modules}
     cut = cuts(model.get_submodule(parent), child)

@@ -20,8 +20,9 @@ from typing import Any
 from torch import nn
 
 from .classes import fused_class, plain_class
-from .deferred import activated, is_silu, learn, norm_settings, normalised, run_in_order, scaled, shifted, summed
+from .deferred import activated, normalised, run_in_order, scaled, shifted, summed
 from .flow import Flow, Site, one_plus
+from .known import is_silu, learn, norm_settings
 from .scope import Scope
 from .source import NotRewritable, codes_within, innermost, read, remake
 from .writes import may_write

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from .classes import plain_class
-from .source import read
+from .source import closure_of, read
 
 __all__ = ["Scope"]
 
@@ -37,7 +37,7 @@ class Scope:
         code = function.__code__
         self.tree, self.owner = read(function), owner
         self._local = {*code.co_varnames, *code.co_cellvars}
-        self._outer: tuple[Mapping[str, Any], ...] = (_filled(function), function.__globals__, vars(builtins))
+        self._outer: tuple[Mapping[str, Any], ...] = (closure_of(function), function.__globals__, vars(builtins))
         first = code.co_varnames[0] if owner is not None and code.co_argcount else None
         self.self_name = None if any(_assigns(node, first) for node in ast.walk(self.tree)) else first
 
@@ -68,15 +68,6 @@ def _attribute(base: Any, name: str) -> Any:
         method = getattr_static(plain_class(type(base)), name, None) if found is None else None
         return MethodType(method, base) if isinstance(method, FunctionType) else found
     return getattr(base, name, None) if isinstance(base, ModuleType) else None
-
-
-def _filled(function: FunctionType) -> dict[str, Any]:
-    """The variables of the functions around it."""
-    filled = {}
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        with suppress(ValueError):  # one that is still empty
-            filled[name] = cell.cell_contents
-    return filled
 
 
 def _assigns(node: ast.AST, name: str | None) -> bool:

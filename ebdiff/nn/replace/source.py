@@ -5,12 +5,13 @@ import __future__
 
 import ast
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import cache, lru_cache
 from linecache import getlines
 from types import CellType, CodeType, FunctionType
 from typing import Any
 
-__all__ = ["NotRewritable", "codes_within", "innermost", "read", "remake"]
+__all__ = ["NotRewritable", "closure_of", "codes_within", "innermost", "read", "remake"]
 
 
 class NotRewritable(Exception):
@@ -102,13 +103,23 @@ def _redecorated(method: FunctionType, old: FunctionType, new: FunctionType) -> 
     return wrapper
 
 
-def _cell_of(wrapper: FunctionType, inner: Any) -> int:
+def _cell_of(wrapper: Any, inner: Any) -> int:
     """Which cell of a wrapper's closure holds the function that it wraps."""
-    cells = getattr(wrapper, "__closure__", None) or ()
-    places = [i for i, cell in enumerate(cells) if cell.cell_contents is inner]
-    if len(places) != 1 or not isinstance(inner, FunctionType):
+    held = closure_of(wrapper) if isinstance(wrapper, FunctionType) else {}
+    names = [name for name, value in held.items() if value is inner]
+    if len(names) != 1 or not isinstance(inner, FunctionType):
         raise NotRewritable("its decorator hides it")
-    return places[0]
+    place: int = wrapper.__code__.co_freevars.index(names[0])
+    return place
+
+
+def closure_of(function: FunctionType) -> dict[str, Any]:
+    """The variables of the functions around it that have a value by now."""
+    filled = {}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with suppress(ValueError):  # an empty one
+            filled[name] = cell.cell_contents
+    return filled
 
 
 def _like(function: FunctionType, code: CodeType, cells: tuple[CellType, ...]) -> FunctionType:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .classes import plain_class
-from .deferred import is_bare
+from .known import is_bare
 from .scope import Scope
 from .source import NotRewritable
 
