@@ -19,7 +19,7 @@ from ebdiff.timesteps.learned import Learned
 from ebdiff.timesteps.profile import NoiseProfile
 from ebdiff.timesteps.region import Region
 from ebdiff.timesteps.reweighted import Weighted
-from ebdiff.timesteps.sampler import Sampler, Stratified, Uniform, Within
+from ebdiff.timesteps.sampler import Sampler, Stratified, Uniform, Within, Wrapped
 
 FOUR = NoiseProfile.from_alphas_cumprod(torch.tensor([0.9, 0.5, 0.1, 0.0], dtype=torch.float64))
 LINEAR = NoiseProfile.from_alphas_cumprod((1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0))
@@ -272,6 +272,20 @@ def test_a_resumed_sampler_goes_on_bit_for_bit(make) -> None:
     assert torch.equal(one.pmf(), other.pmf())
 
 
+def test_what_was_loaded_stays_as_it_is() -> None:
+    one, other = (taught(LossSecondMoment(20), torch.ones(20), steps=20) for _ in range(2))
+    saved = one.state_dict()
+    other.load_state_dict(saved)
+    taught(other, torch.full((20,), 3.0), steps=1)
+    assert torch.equal(saved["losses"], one.state_dict()["losses"])
+
+
+def test_losses_of_a_graph_are_not_kept_alive() -> None:
+    sampler = LossSecondMoment(4)
+    sampler.update(torch.arange(4), torch.ones(4, requires_grad=True) * 2)
+    assert not sampler.state.tensors["losses"].requires_grad
+
+
 def test_a_state_dict_is_a_copy_and_another_samplers_is_refused() -> None:
     sampler = Adaptive(LINEAR)
     saved = sampler.state_dict()
@@ -290,6 +304,27 @@ def test_a_region_of_it_trains_what_the_priors_region_would() -> None:
         inside.pmf() * inside.weights(), priors_own.pmf() * priors_own.weights(), rtol=1e-5, atol=1e-12
     )
     assert bool((inside.sample(1000, generator=g()).t.sub(250).abs() <= 150).all())
+
+
+class Fresh(Wrapped):
+    """Weights in a region that are not those of the whole."""
+
+    def weights_in(self, region: Region) -> Tensor:
+        return torch.where(torch.arange(self.T) < region.lo + 10, 2.0, 0.5)
+
+
+def test_a_region_has_the_priors_weights_for_that_region() -> None:
+    inside = Within(Region(100, 120), Adaptive(LINEAR, Fresh(LINEAR))).weights()
+    assert float(inside[100]) == pytest.approx(1.6)
+    assert float(inside[119]) == pytest.approx(0.4)
+
+
+def test_a_prior_that_learns_is_followed() -> None:
+    prior = LossSecondMoment(LINEAR, history=1)
+    sampler = Adaptive(LINEAR, prior)
+    before = sampler.sample(64, generator=g()).t
+    prior.update(torch.arange(1000), torch.linspace(9, 0.1, 1000))
+    assert not torch.equal(sampler.sample(64, generator=g()).t, before)
 
 
 def test_a_prior_with_a_plan_shares_what_is_learned() -> None:
@@ -320,7 +355,7 @@ def test_a_prior_with_a_plan_shares_what_is_learned() -> None:
         (lambda: Adaptive(FOUR, every=0), "every"),
         (lambda: Adaptive(FOUR, Uniform(5)), "another schedule"),
         (lambda: Adaptive(FOUR).update(torch.zeros(3), torch.zeros(4)), "one length"),
-        (lambda: Adaptive(FOUR).update(torch.zeros(3), torch.tensor(0.0)), "one length"),
+        (lambda: Adaptive(FOUR).update(torch.tensor(0), torch.tensor(0.0)), "one length"),
     ],
 )
 def test_settings_out_of_range_are_refused_by_name(call, word: str) -> None:

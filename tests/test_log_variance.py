@@ -25,16 +25,16 @@ def times(n: int = 16) -> Tensor:
 
 
 def test_u_by_hand() -> None:
-    """Two features of c_noise 1/2 (sigma = e²), and the weight (3, 4), which is (0.6, 0.8) of length 1."""
+    """Two features of c_noise 1/2, where sigma = e² alpha, and the weight (3, 4), which is (0.6, 0.8) of length 1."""
     u = LogVariance(EDM, channels=2)
-    u.frequencies.copy_(torch.tensor([math.pi, 2 * math.pi]))
-    u.phases.copy_(torch.tensor([0.25 * math.pi, 0.5 * math.pi]))
+    u.frequencies.copy_(torch.tensor([1.0, 3.0]))
+    u.phases.copy_(torch.tensor([0.2, 0.5]))
     with torch.no_grad():
         u.weight.copy_(torch.tensor([3.0, 4.0]))
-    by_hand = math.sqrt(2) * (0.6 * math.cos(0.75 * math.pi) + 0.8 * math.cos(1.5 * math.pi))
+    by_hand = math.sqrt(2) * (0.6 * math.cos(0.7) + 0.8 * math.cos(2.0))
     assert float(u(torch.tensor([0.5])).detach()) == pytest.approx(by_hand, abs=1e-5)
-    sigma = NoiseProfile.from_sigmas(torch.tensor([1.0, math.e**2], dtype=torch.float64))
-    discrete = LogVariance(sigma, channels=2)
+    alphas = torch.tensor([0.5, 1 / (1 + math.e**4)], dtype=torch.float64)
+    discrete = LogVariance(NoiseProfile.from_alphas_cumprod(alphas), channels=2)
     discrete.load_state_dict(u.state_dict())
     assert float(discrete(torch.tensor([1])).detach()) == pytest.approx(by_hand, abs=1e-5)
 
