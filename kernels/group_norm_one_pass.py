@@ -63,24 +63,26 @@ def forward_kernel(
     there, used = masks(live, mine, r, HW)
     at = places(c, r, C, HW, LAST)
     if HOLD:
-        x = centred(X, at, there, used, TIME, time, nothing)
-        total = x
+        x = tl.load(X + at, mask=there, other=0.0)
+        total = centred(x, used, TIME, time, nothing)
     else:
         total = tl.full([CB, RB], 0.0, tl.float32)
         for r0 in range(0, HW, RB):
             there, used = masks(live, mine, r0 + r, HW)
-            total += centred(X, places(c, r0 + r, C, HW, LAST), there, used, TIME, time, nothing)
+            x = tl.load(X + places(c, r0 + r, C, HW, LAST), mask=there, other=0.0)
+            total += centred(x, used, TIME, time, nothing)
     mean = over_groups(tl.sum(total, 1), member) / size
     centre = spread(mean, member)
     if HOLD:
-        d = tl.where(used, x - centre[:, None], 0.0)
+        d = centred(x, used, TIME, time, centre)
         total, squares = d, d * d
     else:
         total = tl.full([CB, RB], 0.0, tl.float32)
         squares = total
         for r0 in range(0, HW, RB):
             there, used = masks(live, mine, r0 + r, HW)
-            d = centred(X, places(c, r0 + r, C, HW, LAST), there, used, TIME, time, centre)
+            x = tl.load(X + places(c, r0 + r, C, HW, LAST), mask=there, other=0.0)
+            d = centred(x, used, TIME, time, centre)
             total += d
             squares += d * d
     left = over_groups(tl.sum(total, 1), member) / size  # what rounding has left of the mean
@@ -99,7 +101,7 @@ def forward_kernel(
         for r0 in range(0, HW, RB):
             there, used = masks(live, mine, r0 + r, HW)
             at = places(c, r0 + r, C, HW, LAST)
-            d = centred(X, at, there, used, TIME, time, centre) - rest[:, None]
+            d = centred(tl.load(X + at, mask=there, other=0.0), used, TIME, time, centre) - rest[:, None]
             y = activate(d, a, b, used, KEEP, SILU)
             tl.store(Y + at, y.to(Y.dtype.element_ty), mask=there)
 
@@ -125,7 +127,7 @@ def backward_kernel(
     at = places(c, r, C, HW, LAST)
     size = tl.maximum(over_groups(tl.full([CB], 1.0, tl.float32), member) * HW, 1.0)
     if HOLD:
-        d = centred(X, at, there, used, TIME, time, mean)
+        d = centred(tl.load(X + at, mask=there, other=0.0), used, TIME, time, mean)
         if CB * RB <= 4096:  # it weighs in small groups, and larger tiles leave no registers for it
             left = over_groups(tl.sum(d, 1), member) / size
             d = tl.where(used, d - spread(left, member)[:, None], 0.0)
@@ -137,7 +139,7 @@ def backward_kernel(
         for r0 in range(0, HW, RB):
             there, used = masks(live, mine, r0 + r, HW)
             at = places(c, r0 + r, C, HW, LAST)
-            d = centred(X, at, there, used, TIME, time, mean)
+            d = centred(tl.load(X + at, mask=there, other=0.0), used, TIME, time, mean)
             dz = gradient_of_z(DY, at, there, used, d, a, b, KEEP, SILU)
             total_dz += dz
             total_dz_d += dz * d
@@ -159,7 +161,7 @@ def backward_kernel(
             for r0 in range(0, HW, RB):
                 there, used = masks(live, mine, r0 + r, HW)
                 at = places(c, r0 + r, C, HW, LAST)
-                d = centred(X, at, there, used, TIME, time, mean)
+                d = centred(tl.load(X + at, mask=there, other=0.0), used, TIME, time, mean)
                 dz = gradient_of_z(DY, at, there, used, d, a, b, KEEP, SILU)
                 dx = gradient_of_x(dz, d, a, level, slope, used)
                 tl.store(DX + at, dx.to(DX.dtype.element_ty), mask=there)

@@ -39,12 +39,10 @@ def forward(x: Tensor, y: Tensor, mean: Tensor, rstd: Tensor, norm: Norm, last: 
     tile = {"CB": plan.cb, "RB": plan.rb, "num_warps": plan.forward}
     part = x.new_empty((3, shape.n, plan.chunks, shape.c), dtype=torch.float32)
     programs = (shape.n * plan.chunks * plan.blocks,)
-    two.moments_kernel[programs](
-        x, *part, norm.time_bias, _rows(norm)[2], plan.chunks, *sizes, LAST=last, **_units(shape), **tile
-    )
+    two.moments_kernel[programs](x, *part, plan.chunks, *sizes, LAST=last, **_units(shape), **tile)
     two.combine_kernel[(shape.n * groups,)](
-        *part, mean, rstd, norm.keep, tables.offsets, groups, shape.c, shape.hw, plan.chunks,
-        EPS=norm.eps, RB=plan.rb, CB=plan.small[0], KB=plan.small[1], num_warps=4,
+        *part, mean, rstd, norm.time_bias, norm.keep, _rows(norm)[2], tables.offsets, groups, shape.c, shape.hw,
+        plan.chunks, EPS=norm.eps, RB=plan.rb, CB=plan.small[0], KB=plan.small[1], num_warps=4,
     )  # fmt: skip
     two.apply_kernel[programs](
         x, y, mean, rstd, *norm[:6], *_rows(norm), tables.group_of, groups, plan.chunks, *sizes, **how, **tile

@@ -2,7 +2,7 @@
 
 A tile is indexed [c, r] whatever lies contiguous in memory; Triton's compiler lays the threads along that. Sizes that
 loads have to know multiples of come divided by a constexpr unit, as Triton itself only notices multiples of 16.
-d is x + time_bias - mean, in this order: what a large mean costs is one rounding of x + time_bias, as in torch.
+d is x + time_bias - mean, computed as x - mean + time_bias, so that a large mean costs no digits.
 """
 
 import triton
@@ -51,12 +51,12 @@ def coefficients(
 
 
 @triton.jit
-def centred(X, at, there, used, TIME, time, mean):
-    """d on a tile, 0 where nothing is used."""
-    x = tl.load(X + at, mask=there, other=0.0).to(tl.float32)
+def centred(x, used, TIME, time, mean):
+    """d of a tile, 0 where nothing is used."""
+    d = x.to(tl.float32) - mean[:, None]
     if TIME is not None:
-        x += time[:, None]
-    return tl.where(used, x - mean[:, None], 0.0)
+        d += time[:, None]
+    return tl.where(used, d, 0.0)
 
 
 @triton.jit

@@ -39,14 +39,13 @@ def tile(C, HW, chunks, LAST: tl.constexpr, CB: tl.constexpr, RB: tl.constexpr):
 
 @triton.jit
 def moments_kernel(
-    X, PART_MEAN, PART_LEFT, PART_SQUARES, TIME, TIME_ROW, chunks, c_units, hw_units,
+    X, PART_MEAN, PART_LEFT, PART_SQUARES, chunks, c_units, hw_units,
     LAST: tl.constexpr, C_UNIT: tl.constexpr, HW_UNIT: tl.constexpr, CB: tl.constexpr, RB: tl.constexpr,
 ):  # fmt: skip
     """[N, chunks, C]: a channel's mean over a chunk, the sum of d, which rounding has left, and of d * d. Reads T."""
     C, HW = c_units * C_UNIT, hw_units * HW_UNIT
     n, chunk, c, live, at, there = tile(C, HW, chunks, LAST, CB, RB)
-    time = per_channel(TIME, n * TIME_ROW + c, live, 0.0)
-    x = centred(X, at, there, there, TIME, time, tl.full([CB], 0.0, tl.float32))
+    x = tl.load(X + at, mask=there, other=0.0).to(tl.float32)
     mean = tl.sum(x, 1) / tl.minimum(HW - chunk * RB, RB)
     d = tl.where(there, x - mean[:, None], 0.0)
     row = (n * chunks + chunk) * C
@@ -57,21 +56,22 @@ def moments_kernel(
 
 @triton.jit
 def moments_about(
-    centre, PART_MEAN, PART_LEFT, PART_SQUARES, KEEP, n, first, end, C, HW, chunks,
+    centre, PART_MEAN, PART_LEFT, PART_SQUARES, TIME, KEEP, TIME_ROW, n, first, end, C, HW, chunks,
     RB: tl.constexpr, CB: tl.constexpr, KB: tl.constexpr,
 ):  # fmt: skip
-    """Mean and mean square of x - centre over a group of a sample (Chan, Golub & LeVeque 1979)."""
+    """Mean and mean square of x + time - centre over a group of a sample (Chan, Golub & LeVeque 1979)."""
     total, squares = tl.full([KB, CB], 0.0, tl.float32), tl.full([KB, CB], 0.0, tl.float32)
     count = total
     for c0 in range(first, end, CB):
         c = c0 + tl.arange(0, CB)
         mine = kept(KEEP, c, c < end)
+        time = per_channel(TIME, n * TIME_ROW + c, c < end, 0.0)
         for k0 in range(0, chunks, KB):
             k = k0 + tl.arange(0, KB)
             used = (k < chunks)[:, None] & mine[None, :]
             at = (n * chunks + k[:, None]) * C + c[None, :]
             size = tl.where(used, tl.minimum(HW - k * RB, RB).to(tl.float32)[:, None], 0.0)
-            d = tl.load(PART_MEAN + at, mask=used, other=0.0) - centre
+            d = tl.load(PART_MEAN + at, mask=used, other=0.0) - centre + time[None, :]
             left = tl.load(PART_LEFT + at, mask=used, other=0.0)
             total += d * size + left
             squares += tl.load(PART_SQUARES + at, mask=used, other=0.0) + d * (d * size + 2.0 * left)
@@ -82,16 +82,18 @@ def moments_about(
 
 @triton.jit
 def combine_kernel(
-    PART_MEAN, PART_LEFT, PART_SQUARES, MEAN, RSTD, KEEP, OFFSETS, G, C, HW, chunks,
+    PART_MEAN, PART_LEFT, PART_SQUARES, MEAN, RSTD, TIME, KEEP, TIME_ROW, OFFSETS, G, C, HW, chunks,
     EPS: tl.constexpr, RB: tl.constexpr, CB: tl.constexpr, KB: tl.constexpr,
 ):  # fmt: skip
     """Mean and rstd of a group of a sample from its chunks' moments, in two steps, centred."""
     pid = tl.program_id(0)
     n, g = (pid // G).to(tl.int64), pid % G
     first, end = tl.load(OFFSETS + g), tl.load(OFFSETS + g + 1)
-    mean, _ = moments_about(0.0, PART_MEAN, PART_LEFT, PART_SQUARES, KEEP, n, first, end, C, HW, chunks, RB, CB, KB)
+    mean, _ = moments_about(
+        0.0, PART_MEAN, PART_LEFT, PART_SQUARES, TIME, KEEP, TIME_ROW, n, first, end, C, HW, chunks, RB, CB, KB
+    )
     left, square = moments_about(
-        mean, PART_MEAN, PART_LEFT, PART_SQUARES, KEEP, n, first, end, C, HW, chunks, RB, CB, KB
+        mean, PART_MEAN, PART_LEFT, PART_SQUARES, TIME, KEEP, TIME_ROW, n, first, end, C, HW, chunks, RB, CB, KB
     )
     tl.store(MEAN + pid, mean + left)
     tl.store(RSTD + pid, 1.0 / tl.sqrt(tl.maximum(square - left * left, 0.0) + EPS))
@@ -111,7 +113,7 @@ def apply_kernel(
         n, c, live, MEAN, RSTD, WEIGHT, BIAS, SCALE, SHIFT, TIME, SCALE_ROW, SHIFT_ROW, TIME_ROW, GROUP_OF, G
     )
     used = there & kept(KEEP, c, live)[:, None]
-    y = activate(centred(X, at, there, used, TIME, time, mean), a, b, used, KEEP, SILU)
+    y = activate(centred(tl.load(X + at, mask=there, other=0.0), used, TIME, time, mean), a, b, used, KEEP, SILU)
     tl.store(Y + at, y.to(Y.dtype.element_ty), mask=there)
 
 
@@ -129,7 +131,7 @@ def sums_kernel(
         n, c, live, MEAN, RSTD, WEIGHT, BIAS, SCALE, SHIFT, TIME, SCALE_ROW, SHIFT_ROW, TIME_ROW, GROUP_OF, G
     )
     used = there & kept(KEEP, c, live)[:, None]
-    d = centred(X, at, there, used, TIME, time, mean)
+    d = centred(tl.load(X + at, mask=there, other=0.0), used, TIME, time, mean)
     dz = gradient_of_z(DY, at, there, used, d, a, b, KEEP, SILU)
     row = (n * chunks + chunk) * C
     tl.store(PART_DZ + row + c, tl.sum(dz, 1), mask=live)
@@ -205,7 +207,7 @@ def apply_backward_kernel(
     used = there & kept(KEEP, c, live)[:, None]
     level = tl.load(LEVEL + group, mask=live, other=0.0)
     slope = tl.load(SLOPE + group, mask=live, other=0.0)
-    d = centred(X, at, there, used, TIME, time, mean)
+    d = centred(tl.load(X + at, mask=there, other=0.0), used, TIME, time, mean)
     dz = gradient_of_z(DY, at, there, used, d, a, b, KEEP, SILU)
     dx = gradient_of_x(dz, d, a, level, slope, used)
     tl.store(DX + at, dx.to(DX.dtype.element_ty), mask=there)
