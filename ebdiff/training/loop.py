@@ -19,6 +19,7 @@ from ..timesteps.region import Partition
 from ..timesteps.sampler import Sampler
 from .batches import Batch, Batches
 from .checkpoint import Checkpoints
+from .objective import Objective
 from .state import TrainConfig, TrainState
 
 __all__ = ["StepReport", "TrainConfig", "TrainState", "train"]
@@ -106,7 +107,8 @@ def _steps(
     accelerator: Accelerator,
 ) -> Iterator[StepReport]:
     total = config.batch_size * config.accumulate
-    batches, network, prepared = Batches(images, sampler, config, regions), None, None
+    batches, objective = Batches(images, sampler, config, regions), Objective(scheduler)
+    network, prepared = None, None
     while state.step < until:
         step = state.step
         batch = batches(step)
@@ -117,7 +119,7 @@ def _steps(
         assert network is not None
         network.train()
         state.model.zero_grad(set_to_none=True)
-        loss = _backward(network, batch, scheduler, config, step, accelerator)
+        loss = _backward(network, batch, objective, config, step, accelerator)
         parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip or float("inf"))
         _check_finite(float(loss), float(norm), step + 1, config, checkpoints)
@@ -176,36 +178,29 @@ def _check_training(state: TrainState, config: TrainConfig, accelerator: Acceler
 
 
 def _backward(
-    network: nn.Module, batch: Batch, scheduler: Any, config: TrainConfig, step: int, accelerator: Accelerator
+    network: nn.Module, batch: Batch, objective: Objective, config: TrainConfig, step: int, accelerator: Accelerator
 ) -> Tensor:
     """Accumulate the gradients of one step; returns the mean loss over all micro-batches and processes."""
     share = config.batch_size // accelerator.num_processes
     losses = []
     for micro in range(config.accumulate):
         start = micro * config.batch_size + accelerator.process_index * share
-        parts = batch.part(start, share, accelerator.device)
+        clean, noise, t, weight = batch.part(start, share, accelerator.device)
         last = micro == config.accumulate - 1
         dropout = seed_for(config.seed, "dropout", step, micro, accelerator.process_index)
         with _seeded(dropout, accelerator.device), nullcontext() if last else accelerator.no_sync(network):
-            loss = _loss(network, *parts, scheduler=scheduler, precision=config.precision)
+            predicted = _predicted(network, objective.noisy(clean, noise, t), t, config.precision)
+            loss = objective.loss(predicted, clean, noise, t, weight)
             (loss / config.accumulate).backward()
         losses.append(loss.detach())
     return accelerator.reduce(torch.stack(losses).mean(), "mean")  # type: ignore[no-any-return]
 
 
-def _loss(
-    network: nn.Module, clean: Tensor, noise: Tensor, t: Tensor, weight: Tensor, *, scheduler: Any, precision: str
-) -> Tensor:
-    noisy = scheduler.add_noise(clean, noise, t)
-    with torch.autocast(clean.device.type, torch.bfloat16, enabled=precision == "bf16"):
+def _predicted(network: nn.Module, noisy: Tensor, t: Tensor, precision: str) -> Tensor:
+    with torch.autocast(noisy.device.type, torch.bfloat16, enabled=precision == "bf16"):
         output = network(noisy, t)
     predicted = getattr(output, "sample", output)
-    predicted = predicted[0] if isinstance(predicted, tuple) else predicted
-    kind = scheduler.config.prediction_type
-    target = {"epsilon": noise, "sample": clean}.get(kind)
-    target = scheduler.get_velocity(clean, noise, t) if target is None else target
-    error: Tensor = (predicted - target).square().flatten(1).mean(1)
-    return (weight * error).mean()
+    return predicted[0] if isinstance(predicted, tuple) else predicted  # type: ignore[no-any-return]
 
 
 @contextmanager

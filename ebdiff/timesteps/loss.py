@@ -1,0 +1,8 @@
+"""The training objective of a schedule: noising, and the weighted loss of a prediction, in one pass each.
+
+The operators are `ebdiff.ops`'s; see there.
+"""
+
+from ..ops.timestep_loss import noised, weighted_timestep_loss
+
+__all__ = ["noised", "weighted_timestep_loss"]
