@@ -27,12 +27,11 @@ def noised(x0: Tensor, noise: Tensor | None, seed: Tensor | None, table: Tensor,
     Raises:
         NotTaken: float64, lazily negated memory, samples of 2^31 elements.
     """
-    _check(x0, noise)
+    _check([x0, noise], [seed, table, row])
     x_t, places = torch.empty_like(x0), _places(x0)
     out = x_t if _lies(x_t, places) else _room(x_t, places)
     with torch.cuda.device_of(x0):
-        vectors = (tensor if tensor is None else tensor.contiguous() for tensor in (seed, table, row))
-        _triton().noised(_laid(x0, places), _laid(noise, places), *vectors, out)
+        _triton().noised(_laid(x0, places), _laid(noise, places), *map(_dense, (seed, table, row)), out)
     return x_t if out is x_t else x_t.copy_(out)
 
 
@@ -65,7 +64,7 @@ def scale_(grad: Tensor, dloss: Tensor) -> Tensor:
     Raises:
         NotTaken: as for `noised`, and gaps between elements.
     """
-    _check(grad, dloss)
+    _check([grad], [dloss])
     if not _lies(grad, _places(grad)):
         raise NotTaken("gaps between elements")
     with torch.cuda.device_of(grad):
@@ -82,7 +81,7 @@ def add_losses_(totals: Tensor, buckets: Tensor, cell: Tensor, per_sample: Tenso
     if not totals.is_contiguous():
         raise NotTaken("gaps between elements")
     with torch.cuda.device_of(totals):
-        _triton().add_losses_(totals, buckets.contiguous(), cell.contiguous(), per_sample.contiguous())
+        _triton().add_losses_(totals, *map(_dense, (buckets, cell, per_sample)))
     return totals
 
 
@@ -93,12 +92,11 @@ def _triton() -> Any:
 def _launch(name: str, pred: Tensor, terms: Terms, with_grad: bool, *others: Tensor) -> Tensor | None:
     """The gradient, where it is asked for. Images that do not lie as the first of them are copied."""
     needed = _needed(terms)
-    _check(pred, *needed[:-1])
+    _check([pred, needed.target, needed.x0, needed.noise], needed[:-1])
     # Noise from a seed is numbered in the order of x0's memory.
     places = _places(pred if needed.seed is None or terms.x0 is None else terms.x0)
     images = {name: _laid(getattr(needed, name), places) for name in ("target", "x0", "noise", "mask")}
-    vectors = {name: getattr(needed, name) for name in ("seed", "table", "row", "weight", "cell", "huber_c")}
-    vectors = {name: tensor if tensor is None else tensor.contiguous() for name, tensor in vectors.items()}
+    vectors = {name: _dense(getattr(needed, name)) for name in ("seed", "table", "row", "weight", "cell", "huber_c")}
     grad = torch.empty_like(pred) if with_grad else None
     out = grad if grad is None or _lies(grad, places) else _room(grad, places)
     with torch.cuda.device_of(pred):
@@ -120,13 +118,13 @@ def _needed(terms: Terms) -> Terms:
     return terms if kind == "v_prediction" else terms._replace(table=None, row=None)
 
 
-def _check(x: Tensor, *others: Tensor | None) -> None:
-    found = [x, *(tensor for tensor in others if tensor is not None)]
+def _check(images: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> None:
+    found = [tensor for tensor in images if tensor is not None]
     if any(tensor.dtype == torch.float64 for tensor in found):
         raise NotTaken("float64 on a GPU")
-    if is_lazy(found):
+    if is_lazy([*found, *(tensor for tensor in others if tensor is not None)]):
         raise NotTaken("lazily negated memory")
-    if x.shape[1:].numel() >= _MOST:
+    if found[0].shape[1:].numel() >= _MOST:
         raise NotTaken("samples of 2^31 elements")
 
 
@@ -140,6 +138,10 @@ def _places(x: Tensor) -> Sequence[int]:
 
 def _lies(x: Tensor, places: Sequence[int]) -> bool:
     return all(size == 1 or a == b for size, a, b in zip(x.shape, x.stride(), places, strict=True))
+
+
+def _dense(x: Tensor | None) -> Tensor | None:
+    return x if x is None else x.contiguous()
 
 
 def _room(x: Tensor, places: Sequence[int]) -> Tensor:
