@@ -155,7 +155,7 @@ def test_clts_goes_from_uniform_to_a_gaussian() -> None:
         torch.testing.assert_close(curriculum.at(step).pmf(), expected, rtol=1e-4, atol=1e-8)
         assert float(curriculum.at(step).pmf().sum()) == pytest.approx(1, abs=1e-12)
     assert curriculum.at(0) is curriculum
-    assert curriculum.at(200).at(10_000) is not curriculum
+    assert curriculum.at(200) is curriculum.at(10_000) is not curriculum
     assert torch.equal(curriculum.at(50).at(0).pmf(), curriculum.pmf())
 
 

@@ -10,6 +10,7 @@ Weights are 1: wrap in `Weighted` for another objective, in `Stratified` or `Wit
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import abstractmethod
 
@@ -190,7 +191,7 @@ class CLTS(Sampler):
     `sample(..., step=)` draws at that step's share; without a step it is that of `step`.
 
     Args:
-        mu, std: of the Gaussian, in timesteps.
+        mu, std: of the Gaussian, in timesteps, that is in cells.
         steps: optimizer steps until the Gaussian is all there is.
 
     Raises:
@@ -202,21 +203,25 @@ class CLTS(Sampler):
         positive(std=std, steps=steps)
         if step < 0:
             raise EbdiffError("no such step", expected="at least 0", got=str(step), remedy="count from 0")
-        self.profile, self.mu, self.std, self.steps, self.step = profile, mu, std, steps, step
+        self.steps, self.step = steps, min(step, steps)
+        self._last: CLTS | None = None
         self.T, self.edges = profile.T, profile.edges
         ends = torch.arange(self.T + 1, dtype=torch.float64) - (0.5 if self.edges is None else 0)
-        focus = _scaled(_normal(ends, mu, std), "CLTS")
-        share = min(step / steps, 1.0)
-        self._pmf = (1 - share) / self.T + share * focus
+        self.focus = _scaled(_normal(ends, mu, std), "CLTS")
 
     def pmf(self) -> Tensor:
-        return self._pmf
+        share = self.step / self.steps
+        return (1 - share) / self.T + share * self.focus
 
     def at(self, step: int) -> CLTS:
-        """The sampler of that step."""
-        if min(step, self.steps) == min(self.step, self.steps):
+        """The sampler of that step; the same object for the next call with that step."""
+        step = min(step, self.steps)
+        if step == self.step:
             return self
-        return CLTS(self.profile, self.mu, self.std, self.steps, step=step)
+        if self._last is None or self._last.step != step:
+            self._last = copy.copy(self)
+            self._last.__dict__.update(step=step, _last=None, _tables={})
+        return self._last
 
 
 def _normal(x: Tensor, mean: float, std: float) -> Tensor:
