@@ -10,7 +10,7 @@ from norm_cases import LAYOUTS, Case
 from op_cases import FLOATS, keep_of, only, strided, twins, values
 from torch import Tensor
 
-from ebdiff.ops import native
+from ebdiff.ops import native, timestep_loss_ops
 from ebdiff.ops.channel_mask import Axes, apply_mask_, channel_sums, compact, mask_distance, masked_adamw_, scatter_back
 
 SHAPES = [
@@ -48,7 +48,7 @@ def results(tensors: Sequence[Tensor]) -> list[Tensor]:
             x.abs_()
         numbers = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "step": 3}
         masked_adamw_(p, tensors, m, v, e, axes, **numbers, ema_decay=0.9)  # type: ignore[arg-type]
-        found += [*p, *m, *v, *e, *norms(tensors[0].dtype)]
+        found += [*p, *m, *v, *e, *norms(tensors[0].dtype), *losses(tensors[0].dtype)]
     if tensors[0].dtype == torch.uint8:
         found += [mask_distance(tensors[0].contiguous())]
     return found
@@ -60,6 +60,18 @@ def norms(dtype: torch.dtype) -> list[Tensor]:
     for layout in ("contiguous", "channels last"):
         case.x = LAYOUTS[layout](case.x)
         found += case.results(case.ours)
+    return found
+
+
+def losses(dtype: torch.dtype) -> list[Tensor]:
+    """noised and weighted_timestep_loss with its gradient, on samples that end within a vector."""
+    x0, pred, mask = (values((3, 5, 9, 31), dtype, seed=i) for i in range(3))
+    table, row, seed = values((2, 7), seed=3), torch.tensor([0, 6, 2]), torch.tensor([-4, 1 << 40])
+    weight, c = values((3,), seed=4), values((3,), seed=5).abs()
+    found = [timestep_loss_ops.noised(x0, None, seed, table, row)]
+    for huber_c, counts in ((None, None), (c, None), (None, mask), (c, mask)):
+        arguments = pred, None, x0, None, seed, table, row, weight, None, huber_c, counts, 1, True
+        found += timestep_loss_ops.forward(*arguments)
     return found
 
 

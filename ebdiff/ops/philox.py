@@ -63,8 +63,11 @@ class PhiloxNoise:
 
 
 def place_of_sample(x: Tensor) -> Sequence[int]:
-    """The strides that torch.empty_like gives a sample of x, [B, *]: no gaps, the order of x's memory."""
-    return torch.empty_like(torch.empty_strided(x.shape[1:], x.stride()[1:], device="meta")).stride()
+    """Strides of a sample of x, [B, *], that leave no gaps: in the order of x's memory, dimensions of stride 0 last."""
+    strides, reach = [1] * (x.dim() - 1), 1
+    for i in reversed(sorted(range(len(strides)), key=lambda i: -x.stride(i + 1))):
+        strides[i], reach = reach, reach * x.shape[i + 1]
+    return strides
 
 
 def normals(seed: Tensor, samples: int, count: int, dtype: torch.dtype) -> Tensor:
