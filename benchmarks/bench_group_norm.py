@@ -6,6 +6,9 @@ equal groups, and with the unequal ones of a ticket, for which torch has no oper
 The floor counts tensors of x's size: forward reads x and writes y (2), backward reads x and dy and writes dx (3).
 `share_of_copy` is that floor by the time, over what copy_ of as many elements reaches; tensors of a few MB stay in the
 caches, and so does the copy's.
+
+On a GPU, in bfloat16, max-autotune too, and ours, eager and torch.compile replayed from CUDA graphs; none of these has
+run on one yet. `saved_mb`: what autograd keeps between forward and backward, weights counted.
 """
 
 from __future__ import annotations
@@ -86,14 +89,15 @@ CASES = {
 }
 
 
-def ways(case: Case, layout: str, device: torch.device) -> dict[str, Function]:
+def ways(case: Case, layout: str, dtype: torch.dtype, device: torch.device) -> dict[str, Function]:
     """Everything a user would pick, for one shape, dtype and layout."""
     found: dict[str, Function] = {"ebdiff": case.ours, "eager": case.plain}
     found["torch.compile"] = torch.compile(case.plain, dynamic=False)
     if not case.even:
         found["eager, 8 equal groups"] = case.as_if_even
     if device.type == "cuda":
-        found["max-autotune"] = torch.compile(case.plain, dynamic=False, mode="max-autotune-no-cudagraphs")
+        if dtype == torch.bfloat16:  # in every dtype it would compile for longer than the suite has
+            found["max-autotune"] = torch.compile(case.plain, dynamic=False, mode="max-autotune-no-cudagraphs")
         if find_spec("liger_kernel") and case.even and layout == "NCHW":
             found["Liger + SiLU"] = case.liger
     return found
@@ -101,6 +105,35 @@ def ways(case: Case, layout: str, device: torch.device) -> dict[str, Function]:
 
 def with_backward(function: Function, inputs: Sequence[Tensor], dy: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(function(*inputs), inputs, dy))
+
+
+def saved_bytes(function: Function, inputs: Sequence[Tensor]) -> int:
+    """Of the tensors that autograd keeps for the backward pass; memory that two of them share counts once."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = function(*inputs)
+    del y  # only now may what was kept be given back
+    return sum(kept.values())
+
+
+def replayed(call: Callable[[], Any]) -> Callable[[], None]:
+    """The call, captured in a CUDA graph after a warm-up on a stream of its own."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 
 def candidates_of(case: Case, layout: str, dtype: torch.dtype, device: torch.device) -> dict[str, Candidate]:
@@ -111,7 +144,7 @@ def candidates_of(case: Case, layout: str, dtype: torch.dtype, device: torch.dev
     inputs = [tensor.clone().requires_grad_() for tensor in (x, *affine)]
     size = x.numel() * x.itemsize
     found = {}
-    for name, function in ways(case, layout, device).items():
+    for name, function in ways(case, layout, dtype, device).items():
         forward = torch.no_grad()(partial(function, *inputs))
         both = partial(with_backward, function, inputs, dy)
         if name != "eager, 8 equal groups":
@@ -119,6 +152,10 @@ def candidates_of(case: Case, layout: str, dtype: torch.dtype, device: torch.dev
         label = f"{str(dtype)[6:]}, {layout}"
         found[f"{label}, forward: {name}"] = Candidate(forward, 2 * size, f"{label}, forward: ebdiff")
         found[f"{label}, both: {name}"] = Candidate(both, 5 * size, f"{label}, both: ebdiff")
+        if device.type == "cuda" and dtype == torch.bfloat16 and name in ("ebdiff", "eager", "torch.compile"):
+            for what, call, floor in (("forward", forward, 2 * size), ("both", both, 5 * size)):
+                ours = f"{label}, {what}: ebdiff, graph"
+                found[f"{label}, {what}: {name}, graph"] = Candidate(replayed(call), floor, ours)
     return found
 
 
@@ -131,6 +168,12 @@ def test_group_norm_silu(benchmark: Any, device: torch.device, report: Any, shap
     torch._dynamo.reset()  # 8 variants of a function are compiled, then no more: just what one shape needs
     for dtype, layout in product((torch.float32, torch.bfloat16), LAYOUTS):
         candidates |= candidates_of(case, layout, dtype, device)
+    x, affine = torch.randn(case.shape, device=device), torch.randn(2, case.shape[1], device=device)
+    inputs = [tensor.requires_grad_() for tensor in (x, *affine.unbind())]
+    saved = {
+        name: saved_bytes(function, inputs) / 1e6
+        for name, function in ways(case, "NCHW", torch.float32, device).items()
+    }
     rows = side_by_side(benchmark, device, candidates, ROUNDS, warm=True)
     facts = {"what": "GroupNorm + SiLU", "shape": list(case.shape), "groups": list(case.sizes), "rounds": ROUNDS}
-    report(rows, {**facts, "served_by_the_reference": dict(fallbacks)})
+    report(rows, {**facts, "saved_mb": saved, "served_by_the_reference": dict(fallbacks)})

@@ -37,7 +37,7 @@ tests=$(limited tests 200 "$python" -m pytest -m gpu)
 [ "$tests" != 5 ] || tests=0 # pytest's 5: no test is marked gpu yet
 benchmarks=null
 if [ "$cuda" = true ]; then
-    benchmarks=$(limited benchmarks 240 "$python" -m pytest benchmarks/ --benchmark-only --device cuda --results "$out")
+    benchmarks=$(limited benchmarks 215 "$python" -m pytest benchmarks/ --benchmark-only --device cuda --results "$out")
 else
     echo "no CUDA device: nothing measured" >&2
 fi
