@@ -1,0 +1,37 @@
+"""The examples run as their users run them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from diffusers import DDPMPipeline
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(name: str, *arguments: str) -> str:
+    command = [sys.executable, str(EXAMPLES / name), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_the_diffusers_script_trains_and_saves_a_pipeline(tmp_path: Path) -> None:
+    run("train_unconditional.py", "--steps", "3", "--batch-size", "4", "--out", str(tmp_path / "out"))
+    pipeline = DDPMPipeline.from_pretrained(tmp_path / "out")
+    assert pipeline.unet.config.sample_size == 16
+
+
+def test_the_three_lines_are_all_there_is_of_it() -> None:
+    script = (EXAMPLES / "train_unconditional.py").read_text(encoding="utf-8")
+    marked = [line for line in script.splitlines() if "# SpeeD" in line]
+    assert len(marked) == 3
+    assert [line for line in script.splitlines() if "sampler" in line and line not in marked] == []
+
+
+@pytest.mark.parametrize("steps", ["2"])
+def test_the_schedule_sampler_of_dit_code(steps: str) -> None:
+    assert f"step {steps}: loss" in run("dit_schedule_sampler.py", "--steps", steps, "--batch-size", "4")
