@@ -72,6 +72,7 @@ def test_only_the_last_losses_count_however_they_come() -> None:
             lists[at].append(loss)
     root = numbers(*(math.sqrt(sum(loss**2 for loss in kept) / 3) for kept in lists))
     torch.testing.assert_close(sampler.pmf(), 0.999 * root / root.sum() + 0.001 / 5, rtol=1e-14, atol=0)
+    assert float(sampler.state.tensors["losses"][5].abs().sum()) == 0
 
 
 def test_losses_that_are_all_zero_change_nothing() -> None:
@@ -254,6 +255,22 @@ def test_nothing_waits_for_the_device(make) -> None:
         t, weight = around.sample(16, step=step, device="meta")
         sampler.update(t, weight)
     assert t.device.type == weight.device.type == "meta"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("make", [lambda: LossSecondMoment(LINEAR, history=2), lambda: Adaptive(LINEAR, every=2)])
+def test_on_a_gpu_it_learns_the_same_and_waits_for_nothing(make) -> None:
+    here, there = make(), make()
+    for step in range(60):
+        t, losses = torch.randint(1000, (256,), generator=g(step)), torch.rand(256, generator=g(step))
+        here.update(t, losses)
+        t, losses = t.cuda(), losses.cuda()
+        torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")  # tables are copied once
+        there.update(t, losses)
+        there.sample(64, step=step, device="cuda")
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(here.pmf(), there.pmf(), rtol=1e-12, atol=0)
+    assert not torch.equal(here.pmf(), make().pmf())
 
 
 @pytest.mark.parametrize("make", [lambda: LossSecondMoment(20), lambda: Adaptive(LINEAR, every=7)])

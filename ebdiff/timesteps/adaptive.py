@@ -47,7 +47,7 @@ class LossSecondMoment(Learned):
         _share(floor=floor)
         positive(history=history)
         prior, profile = Uniform(schedule), schedule if isinstance(schedule, NoiseProfile) else None
-        # A row more than timesteps: there goes what is not kept.
+        # A row more than timesteps: what is not kept goes there, as 0.
         losses = torch.zeros(prior.T + 1, history, dtype=torch.float64)
         super().__init__(prior, profile, losses=losses, counts=torch.zeros(prior.T + 1, dtype=torch.int64))
         self.floor = floor
@@ -70,7 +70,7 @@ class LossSecondMoment(Learned):
         place = torch.arange(len(cell), device=cell.device) - first
         history = kept.shape[1]
         row = torch.where(place >= last - first - history, cell, self.T)
-        kept[row, (counts[cell] + place) % history] = losses[order]
+        kept[row, (counts[cell] + place) % history] = torch.where(row < self.T, losses[order], 0.0)
         counts[cell] = counts[cell] + last - first  # the same number wherever a run writes it
         return True
 

@@ -145,9 +145,9 @@ class Learned(Wrapped):
         device = self.state.device
         key = (self.sampler, self.sampler.version, device)
         if self._held is None or self._held[0] != key:
+            edges = None if self.edges is None else self.edges.to(device, non_blocking=True)
             prior, weight = self.sampler.pmf(), self.sampler.weights().double()
-            edges = None if self.edges is None else self.edges.to(device)
-            self._held = key, (prior.to(device), weight.to(device), edges)
+            self._held = key, (prior.to(device, non_blocking=True), weight.to(device, non_blocking=True), edges)
         return self._held[1]
 
 
