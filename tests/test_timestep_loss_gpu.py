@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from timestep_loss_cases import CASES, Case, check, compare, exact
+from timestep_loss_cases import CASES, Case, Looked, check, compare, exact
 from torch import Tensor
 
 from ebdiff.ops import timestep_loss_cuda
@@ -39,20 +39,6 @@ def only_kernels() -> Iterator[None]:
     assert operator.fallbacks == before
 
 
-class Linear:
-    """A noise profile: alpha = 1 - t / 8, sigma = t / 8 for t in [0, 8)."""
-
-    def __init__(self) -> None:
-        sigma = torch.arange(8, device="cuda") / 8
-        self.table = torch.stack([1 - sigma, sigma])
-
-    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        return self.table, t
-
-    def cells(self, t: Tensor) -> Tensor:
-        return t
-
-
 class Step:
     """What a training step does with the operators, on memory that stays where it is."""
 
@@ -64,7 +50,7 @@ class Step:
         self.noise = operator.PhiloxNoise(torch.tensor([1, 2], device="cuda"))
         self.t = torch.arange(len(pred), device="cuda") % 8
         self.weight = torch.rand(8, device="cuda")
-        self.profile = Linear()
+        self.profile = Looked(torch.rand(2, 8, device="cuda"))
         self.statistics = operator.LossStatistics(torch.arange(8, device="cuda") // 2)
 
     def __call__(self) -> list[Tensor]:

@@ -12,13 +12,16 @@ from torch import Tensor
 
 pytest.importorskip("triton", minversion="3.6")
 
-from timestep_loss_cases import CASES, Case, check, compare, everything, exact
+from timestep_loss_cases import CASES, Case, Looked, check, compare, everything, exact
 from triton_offline import interpreting
 
 from ebdiff.ops import timestep_loss_cuda
+from ebdiff.ops import timestep_loss_ops as operators
 from ebdiff.ops import timestep_loss_reference as reference
 from ebdiff.ops.native_cpu import NotTaken
 from ebdiff.ops.timestep_loss_reference import Terms
+
+operator = importlib.import_module("ebdiff.ops.timestep_loss")
 
 
 class Kernels(NamedTuple):
@@ -251,7 +254,7 @@ def test_losses_of_no_cell_count_nowhere(interpreted: Kernels) -> None:
     assert totals.tolist() == [[5.0, 0.0], [25.0, 0.0], [1.0, 0.0]]
 
 
-# Memory, and what is not taken ----------------------------------------------------------------------------------------
+# Memory, operators, and what is not taken -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -288,6 +291,41 @@ def test_every_number_is_written_and_no_other_memory(
         assert not whole[128:-128].isnan().any()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "functions"),
+    [
+        (torch.float32, ["noised", "forward", "add_losses_", "scale_"]),
+        (torch.float16, ["noised", "forward", "add_losses_", "backward"]),
+    ],
+)
+def test_the_operators_reach_them(
+    interpreted: Kernels, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, functions: list[str]
+) -> None:
+    called: list[str] = []
+
+    def note(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments: called.append(name) or function(*arguments)
+
+    for name in timestep_loss_cuda.__all__:
+        monkeypatch.setattr(timestep_loss_cuda, name, note(name, getattr(timestep_loss_cuda, name)))
+    monkeypatch.setattr(operators.FAMILY, "kernels", lambda x: timestep_loss_cuda)
+    pred, terms = CASES["v from a seed, channels last"].arguments(dtype)
+    x0, t, profile = terms.x0, terms.row, Looked(terms.table)
+    statistics = operator.LossStatistics(torch.arange(20) // 7)
+    before = operator.fallbacks.copy()
+    x_t, noise = operator.noised(x0, t, profile, operator.PhiloxNoise(terms.seed))
+    loss, _ = operator.weighted_timestep_loss(
+        pred.requires_grad_(), (x0, noise), t, terms.weight, "v_prediction", profile=profile, statistics=statistics
+    )
+    loss.backward(torch.tensor(0.25))
+    assert called == functions
+    assert operator.fallbacks == before
+    expected = reference.backward(torch.tensor(0.25), pred.detach(), terms._replace(cell=t))
+    torch.testing.assert_close(pred.grad, expected)
+    assert x_t.shape == pred.shape
+    assert statistics.count.sum() == len(pred)
+
+
 def test_what_is_not_taken(interpreted: Kernels) -> None:
     pred, terms = CASES["epsilon"].arguments()
     with pytest.raises(NotTaken, match="float64"):
@@ -300,52 +338,3 @@ def test_what_is_not_taken(interpreted: Kernels) -> None:
         timestep_loss_cuda.scale_(pred[..., ::2], torch.tensor(2.0))
     with pytest.raises(NotTaken, match="gaps"):
         timestep_loss_cuda.add_losses_(torch.zeros(3, 4)[:, ::2], *terms[5:6] * 2, torch.zeros(3))
-
-
-# The plan, and the counters -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("samples", [1, 3, 128, 4096])
-@pytest.mark.parametrize("size", [1, 127, 3072, 16384, 3 * 256 * 256, (1 << 31) - (1 << 15) - 1])
-def test_plans_cover_every_element_within_32_bits(samples: int, size: int) -> None:
-    from ebdiff.kernels import timestep_loss_plan as plans
-
-    plan = plans.plan_of(samples, size)
-    reach = plan.chunks * plan.steps * plan.block
-    assert size <= reach < 1 << 31
-    assert reach - size < plan.steps * plan.block
-    assert plan.small[0] * plan.small[1] <= 1024
-
-
-def test_samples_of_cifar_are_one_program_each() -> None:
-    from ebdiff.kernels import timestep_loss_plan as plans
-
-    assert plans.plan_of(128, 3 * 32 * 32)[:3] == (1, 1, 4096)
-
-
-def test_launches_that_run_at_once_count_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two streams, and two captures on each; what is captured when there are none left is zeroed in the graph."""
-    from ebdiff.kernels import timestep_loss_counter as counters
-
-    place = [(1, False)]
-    monkeypatch.setattr(counters, "_known", {})
-    monkeypatch.setattr(counters, "_MANY", 5)
-    monkeypatch.setattr(counters, "_now", lambda device: place[0])
-    device, found = torch.device("cpu"), []
-    for place[0] in [(1, False), (2, False), (1, True), (1, True), (2, True), (2, True)]:
-        found.append(counters.counter(device))
-    assert len({counter.data_ptr() for counter in found}) == 6
-    assert not any(counter.any() for counter in found)
-    assert [counter.numel() for counter in found] == [32] * 5 + [1]
-    place[0] = 2, False
-    assert counters.counter(device) is found[1]
-
-
-def test_a_capture_before_anything_else_zeroes_its_counter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy from the CPU may not be captured."""
-    from ebdiff.kernels import timestep_loss_counter as counters
-
-    monkeypatch.setattr(counters, "_known", {})
-    monkeypatch.setattr(counters, "_now", lambda device: (1, True))
-    assert counters.counter(torch.device("cpu")).numel() == 1
-    assert not counters._known
