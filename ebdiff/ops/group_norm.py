@@ -5,7 +5,7 @@ Groups may be of any size and channels masked out; a time embedding is added bef
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -66,7 +66,7 @@ def group_norm_silu(
     if not is_direct(*tensors) or torch.is_autocast_enabled(x.device.type):
         result = _op(*arguments)
     elif torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        result = _GroupNormSiLU.apply(*arguments)  # type: ignore[no-untyped-call]
+        result = _GroupNormSiLU.apply(_forward_impl, *arguments)  # type: ignore[no-untyped-call]
     else:
         result = _forward_impl(*arguments)[0]
     return result
@@ -76,9 +76,7 @@ class _GroupNormSiLU(torch.autograd.Function):
     """Keeps x and the statistics; computes everything else again."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *arguments: Any) -> Tensor:
-        y: Tensor
-        forward = _forward_impl if is_direct(x, *arguments[:6]) else _forward_op
+    def forward(ctx: Any, forward: Callable[..., tuple[Tensor, ...]], x: Tensor, *arguments: Any) -> Tensor:
         y, mean, rstd = forward(x, *arguments)
         ctx.save_for_backward(x, mean, rstd, *arguments[:6])
         ctx.rest = arguments[6:]
@@ -89,13 +87,13 @@ class _GroupNormSiLU(torch.autograd.Function):
         (dy,) = gradients
         x, mean, rstd, *tensors = ctx.saved_tensors
         norm = _norm((*tensors, *ctx.rest))
-        needs = ctx.needs_input_grad[:6]
+        needs = ctx.needs_input_grad[1:7]
         # For a second derivative, or many gradients at once: differentiate the specification.
         if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dy):
-            return *_differentiable(dy, x, norm, needs), None, None, None, None
+            return None, *_differentiable(dy, x, norm, needs), None, None, None, None
         backward = _backward_impl if is_direct(dy, x, *tensors) else _backward_op
         found = iter(backward(dy, x, mean, rstd, *norm, needs))
-        return *(next(found) if need else None for need in needs), None, None, None, None
+        return None, *(next(found) if need else None for need in needs), None, None, None, None
 
 
 def _differentiable(dy: Tensor, x: Tensor, norm: Norm, needs: Sequence[bool]) -> reference.Gradients:
@@ -160,7 +158,7 @@ def _autograd(x: Tensor, *arguments: Any) -> Tensor:
         check_norm(x, norm)
         fallbacks["torch.func"] += 1
         return reference.group_norm_silu(x, norm)
-    result: Tensor = _GroupNormSiLU.apply(x, *arguments)  # type: ignore[no-untyped-call]
+    result: Tensor = _GroupNormSiLU.apply(_forward_op, x, *arguments)  # type: ignore[no-untyped-call]
     return result
 
 

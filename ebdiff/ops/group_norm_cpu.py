@@ -14,14 +14,18 @@ from .native_cpu import FLOATS, addresses
 
 __all__ = ["backward", "forward"]
 
+_WIDE = {dtype: torch.promote_types(dtype, torch.float32) for dtype in FLOATS}  # what is computed in
+
 
 def forward(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
     """As `group_norm_reference.forward`."""
     y = torch.empty_like(x)
     last, to = _order(y)
-    mean, rstd = (x.new_empty(len(x), len(norm.offsets) - 1, dtype=_wide(x)) for _ in range(2))
-    small, tensors = _small(x, norm), [_dense(x, last), to, mean, rstd]
-    _c().group_norm_forward(*_numbers(x, norm, last), _optional(small), addresses(tensors), torch.get_num_threads())
+    shape, wide = (x.shape[0], len(norm.offsets) - 1), _WIDE[x.dtype]
+    mean, rstd = x.new_empty(shape, dtype=wide), x.new_empty(shape, dtype=wide)
+    tensors = (*_small(norm, wide), _dense(x, last), to, mean, rstd)
+    at = _addresses(tensors)
+    _c().group_norm_forward(*_numbers(x, norm, last), at[:6], at[6:], torch.get_num_threads())
     return y if to is y else y.copy_(to), mean, rstd
 
 
@@ -30,11 +34,12 @@ def backward(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, norm: Norm, need
     inputs = (x, *norm.tensors)
     found = [torch.empty_like(t) if need and t is not None else None for t, need in zip(inputs, needs, strict=True)]
     last, to = _order(x if found[0] is None else found[0])
-    small, tensors = _small(x, norm), [_dense(dy, last), _dense(x, last), mean.contiguous(), rstd.contiguous()]
+    wide = _WIDE[x.dtype]
     gradients = [None if found[0] is None else to]
-    gradients += [None if t is None else t if _fits(t, x) else t.new_empty(t.shape, dtype=_wide(x)) for t in found[1:]]
-    places = _optional(small), addresses(tensors), _optional(gradients)
-    _c().group_norm_backward(*_numbers(x, norm, last), *places, torch.get_num_threads())
+    gradients += [None if t is None else t if _fits(t, wide) else t.new_empty(t.shape, dtype=wide) for t in found[1:]]
+    read = (*_small(norm, wide), _dense(dy, last), _dense(x, last), mean.contiguous(), rstd.contiguous())
+    at = _addresses((*read, *gradients))
+    _c().group_norm_backward(*_numbers(x, norm, last), at[:6], at[6:10], at[10:], torch.get_num_threads())
     for gradient, written in zip(found, gradients, strict=True):
         if gradient is not None and written is not None and gradient is not written:
             gradient.copy_(written)
@@ -47,11 +52,10 @@ def _numbers(x: Tensor, norm: Norm, last: bool) -> tuple[Any, ...]:
     return FLOATS[x.dtype], last, sizes, norm.offsets, norm.eps, norm.silu
 
 
-def _small(x: Tensor, norm: Norm) -> list[Tensor | None]:
+def _small(norm: Norm, wide: torch.dtype) -> list[Tensor | None]:
     """weight, bias, scale, shift and time_bias, in what is computed in; keep."""
-    wide = _wide(x)
-    small = [t if t is None or t.dtype == wide else t.to(wide) for t in norm.tensors]
-    return [t if t is None else t.contiguous() for t in (*small, norm.keep)]
+    small = [t if t is None or _fits(t, wide) else t.to(wide).contiguous() for t in norm.tensors]
+    return [*small, None if norm.keep is None else norm.keep.contiguous()]
 
 
 def _order(like: Tensor) -> tuple[bool, Tensor]:
@@ -68,18 +72,14 @@ def _dense(x: Tensor, last: bool) -> Tensor:
     return x.movedim(1, -1).contiguous() if last else x.contiguous()
 
 
-def _fits(gradient: Tensor, x: Tensor) -> bool:
-    return gradient.dtype == _wide(x) and gradient.is_contiguous()
+def _fits(small: Tensor, wide: torch.dtype) -> bool:
+    return small.dtype == wide and small.is_contiguous()
 
 
-def _optional(tensors: Sequence[Tensor | None]) -> list[int]:
-    """Addresses, 0 for None."""
+def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    """0 for None."""
     found = iter(addresses([tensor for tensor in tensors if tensor is not None]))
     return [0 if tensor is None else next(found) for tensor in tensors]
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _c() -> Any:
