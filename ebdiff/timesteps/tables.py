@@ -58,11 +58,13 @@ class Tables(NamedTuple):
         weights: float32[T].
         within: in continuous time only, float64[T, 4]: the line from u to t inside each cell, as its value at u = 0 and
             its slope, and the least and the largest float32 in the cell.
+        guide: on the CPU, where to begin looking in `cdf`; None where that does not help.
     """
 
     cdf: Tensor
     weights: Tensor
     within: Tensor | None
+    guide: Tensor | None
 
     @classmethod
     def of(cls, pmf: Tensor, weights: Tensor, edges: Tensor | None, device: torch.device) -> Tables:
@@ -83,17 +85,33 @@ class Tables(NamedTuple):
         within = None if edges is None else _within(cdf, edges).to(device)
         # Infinite where all mass has been counted, also in entries of probability 0 after that: so no rounding, of the
         # sum or of u, can leave the support.
-        return cls(torch.where(counts >= counts[-1], torch.inf, cdf).to(device), weights.to(device), within)
+        cdf = torch.where(counts >= counts[-1], torch.inf, cdf)
+        return cls(cdf.to(device), weights.to(device), within, _guide(cdf) if device.type == "cpu" else None)
 
     def draw(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """The t (int64[n], or float32[n] in continuous time) and the weight float32[n] of numbers u in [0, 1]."""
-        cell = torch.searchsorted(self.cdf, u, right=True)
+        if self.guide is None:
+            cell = torch.searchsorted(self.cdf, u, right=True)
+        else:
+            cell = self.guide.index_select(0, (u * (len(self.guide) - 1)).long())
+            cell += self.cdf.index_select(0, cell) <= u
         weight = self.weights.index_select(0, cell)
         if self.within is None:
             return cell, weight
         base, scale, least, most = self.within.index_select(0, cell).unbind(1)
         # Both bounds are float32, so that rounding t to float32 cannot leave the half-open cell.
         return torch.addcmul(base, u, scale).clamp_(least, most).float(), weight
+
+
+def _guide(cdf: Tensor) -> Tensor | None:
+    """int64[M + 1]: the first entry of `cdf` greater than j / M, if from each the search is over after one more entry.
+
+    A draw on the CPU then is two look-ups (Chen and Asau 1974). torch.searchsorted takes twice as long, and shares more
+    than 200 numbers out among threads: where the cores are busy, waiting for them takes milliseconds.
+    """
+    places = 1 << (8 * len(cdf) - 1).bit_length()  # a power of two: multiplying with it does not round
+    guide = torch.searchsorted(cdf, torch.arange(places + 1, dtype=torch.float64) / places, right=True)
+    return guide if int(guide.diff().max()) <= 1 else None
 
 
 def _within(cdf: Tensor, edges: Tensor) -> Tensor:
