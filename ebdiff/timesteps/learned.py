@@ -35,7 +35,7 @@ class State:
     def to(self, device: torch.device) -> None:
         """Follow the losses: a copy once, when the first ones come."""
         if self.device != device:
-            self.tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors.items()}
+            self.tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
 
 
 class Learned(Wrapped):
@@ -93,7 +93,10 @@ class Learned(Wrapped):
         self.state.version += self.learn(cell.to(torch.int64), losses.to(torch.float64))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What has been learned, on the CPU. Waits for the device."""
+        """What has been learned, on the CPU. Waits for the device.
+
+        Losses that ranks have not exchanged yet are each rank's own; `Adaptive` has none after `every` updates.
+        """
         tensors = {name: tensor.to("cpu", copy=True) for name, tensor in self.state.tensors.items()}
         return tensors | {"updates": torch.tensor(self.state.updates)}
 
@@ -103,7 +106,8 @@ class Learned(Wrapped):
         Raises:
             EbdiffError: for other names or shapes; then nothing has changed.
         """
-        expected = {name: list(tensor.shape) for name, tensor in self.state_dict().items()}
+        tensors = self.state.tensors
+        expected = {name: list(tensor.shape) for name, tensor in tensors.items()} | {"updates": []}
         got = {name: list(tensor.shape) for name, tensor in state.items()}
         if expected != got:
             raise EbdiffError(
@@ -112,7 +116,6 @@ class Learned(Wrapped):
                 got=str(got),
                 remedy="make the sampler with the settings of the run that saved it",
             )
-        tensors = self.state.tensors
         self.state.tensors = {name: state[name].detach().to(was, copy=True) for name, was in tensors.items()}
         self.state.updates = int(state["updates"])
         self.state.version += 1
