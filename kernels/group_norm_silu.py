@@ -11,17 +11,19 @@ sm_90: the backward pass of 16384 elements, channels last, with every optional a
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ..ops.group_norm_reference import Gradients, Norm
 from . import group_norm_one_pass as one
 from . import group_norm_two_pass as two
 from .group_norm_plan import OnePass, Shape, TwoPass, plan_of, power_of_two
 
 __all__ = ["backward", "forward"]
+
+Norm: TypeAlias = Any  # of ops.group_norm_reference; the kernels know nothing of the operators
+Gradients: TypeAlias = tuple[Tensor | None, ...]  # of x, weight, bias, scale, shift, time_bias
 
 
 def forward(x: Tensor, y: Tensor, mean: Tensor, rstd: Tensor, norm: Norm, last: bool) -> None:
