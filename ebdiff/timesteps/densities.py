@@ -20,6 +20,7 @@ from torch import Tensor
 from ..errors import EbdiffError
 from .profile import NoiseProfile
 from .sampler import Sampler
+from .tables import Tables
 from .weighting import positive
 
 __all__ = ["CLTS", "Beta", "CosMap", "LogNormalSigma", "LogitNormal", "Mode"]
@@ -222,6 +223,9 @@ class CLTS(Sampler):
             self._last = copy.copy(self)
             self._last.__dict__.update(step=step, _last=None, _tables={})
         return self._last
+
+    def _read(self, device: torch.device) -> Tables:
+        return Tables.of(self.pmf(), self.weights(), self.edges, device, lasting=self.step == self.steps)
 
 
 def _normal(x: Tensor, mean: float, std: float) -> Tensor:

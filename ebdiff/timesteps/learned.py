@@ -141,7 +141,7 @@ class Learned(Wrapped):
     def _read(self, device: torch.device) -> Tables:
         prior, weight, edges = self._objective()
         pmf = self.proposal(prior, weight)
-        return Tables.of(pmf, _corrected(prior, weight, pmf), edges, device)
+        return Tables.of(pmf, _corrected(prior, weight, pmf), edges, device, lasting=False)
 
     def _objective(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """The prior's density, its weights and the cells' borders, where the state is; copied there once."""

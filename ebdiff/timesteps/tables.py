@@ -67,10 +67,17 @@ class Tables(NamedTuple):
     guide: Tensor | None
 
     @classmethod
-    def of(cls, pmf: Tensor, weights: Tensor, edges: Tensor | None, device: torch.device) -> Tables:
+    def of(
+        cls, pmf: Tensor, weights: Tensor, edges: Tensor | None, device: torch.device, *, lasting: bool = True
+    ) -> Tables:
         """The tables of a distribution over cells, with its weights and, in continuous time, the cells' borders.
 
         All three on one device, which nothing waits for unless it is the CPU.
+
+        Args:
+            pmf, weights, edges: see `Sampler`.
+            device: where draws are made.
+            lasting: whether more than some ten batches will be drawn: then making the guide pays.
 
         Raises:
             EbdiffError: on the CPU, for weights that are negative or not finite, and cells that hold no float32.
@@ -85,8 +92,8 @@ class Tables(NamedTuple):
         within = None if edges is None else _within(cdf, edges).to(device)
         # Infinite where all mass has been counted, also in entries of probability 0 after that: so no rounding, of the
         # sum or of u, can leave the support.
-        cdf = torch.where(counts >= counts[-1], torch.inf, cdf)
-        return cls(cdf.to(device), weights.to(device), within, _guide(cdf) if device.type == "cpu" else None)
+        cdf = torch.where(counts >= counts[-1], torch.inf, cdf).to(device)
+        return cls(cdf, weights.to(device), within, _guide(cdf) if lasting and device.type == "cpu" else None)
 
     def draw(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """The t (int64[n], or float32[n] in continuous time) and the weight float32[n] of numbers u in [0, 1]."""
