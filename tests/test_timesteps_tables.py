@@ -35,6 +35,14 @@ def test_a_guide_finds_what_searching_finds(pmf, u):
     assert all(pmf[cell] > 0 for cell in expected.tolist())
 
 
+def test_numbers_beside_a_border_are_on_their_own_side():
+    for T in range(2, 100):
+        borders = [k / T for k in range(1, T)]
+        below = torch.tensor([math.nextafter(border, 0) for border in borders], dtype=torch.float64)
+        made = tables([1.0] * T)
+        assert torch.equal(made.draw(below)[0], torch.searchsorted(made.cdf, below, right=True))
+
+
 @pytest.mark.parametrize(
     ("pmf", "guided"), [([1.0] * 1000, True), ([5.0] * 700 + [1.0] * 300, True), ([1e-9] * 3 + [1.0], False)]
 )
