@@ -25,7 +25,7 @@ from ebdiff.timesteps.region import Region
 from ebdiff.timesteps.sampler import Sampler, Stratified, Uniform, Within
 from ebdiff.timesteps.speed import SpeeD
 
-BATCH, DRAWS, ROUNDS = 256, 50, 31
+BATCH, DRAWS, ROUNDS = 256, 20, 21
 IMAGES = (BATCH, 3, 32, 32)
 OURS = "SpeeD, stratified"
 
