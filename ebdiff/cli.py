@@ -40,6 +40,9 @@ Out = Annotated[Path | None, typer.Option(help="The run's folder; runs/<preset> 
 Seed = Annotated[int | None, typer.Option(help="Overrides the configuration's.")]
 Dry = Annotated[bool, typer.Option("--dry-run", help="Print what would be done; touch nothing.")]
 Parallel = Annotated[int, typer.Option(min=1, help="So many regions side by side, as local processes.")]
+Drawn = Annotated[
+    str | None, typer.Option("--sampler", help="Of timesteps: speed (the default), uniform, min-snr, ...")
+]
 BranchAt = Annotated[int | None, typer.Option(min=0, help="First train one joint ticket for so many steps.")]
 Arm = Annotated[str, typer.Option(help="tickets (the router) or dense (the control).")]
 Model = Annotated[Path | None, typer.Option(help="Any saved network instead: a router, a ticket's or a dense one.")]
@@ -52,12 +55,13 @@ def _world(
     sets: Sets = None,
     out: Out = None,
     seed: Seed = None,
+    sampler: Drawn = None,
     branch_at: BranchAt = None,
 ) -> World:
     """The run that the options mean. A folder that holds one already gives the configuration, if no other is named."""
     from .config import FILE, resolve
 
-    short = {"regions.branch_at": branch_at}
+    short = {"train.sampler": sampler, "regions.branch_at": branch_at}
     changes = [f"{key}={value}" for key, value in short.items() if value is not None]
     kept = out / FILE if out is not None else None
     if config is None and preset is None and kept is not None and kept.exists():

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -108,8 +108,15 @@ class Regions(Section):
 
     bounds: list[int] | list[tuple[int, int]] = [0, 240, 440, 1000]
     overlap: int = Field(default=20, ge=0)
-    steps: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] | Annotated[int, Field(ge=1)]
+    steps: list[int] | int
     branch_at: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _trained(self) -> Regions:
+        steps = self.steps if isinstance(self.steps, list) else [self.steps]
+        if not steps or min(steps) < 1:
+            raise ValueError(f"steps: a whole number of at least 1 for each region, or one for all, got {self.steps}")
+        return self
 
 
 class Sample(Section):

@@ -62,6 +62,22 @@ def test_branch_at_plans_a_joint_ticket_first(
     assert not list(tmp_path.iterdir())
 
 
+def test_the_sampler_is_chosen_by_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Steps of the regions follow the mass that it draws from them: uniform draws more of the noisiest."""
+    monkeypatch.chdir(tmp_path)
+    plain, shown = ("run", "--preset", "smoke", "--dry-run"), {}
+    for sampler in ("speed", "uniform"):
+        assert ebdiff(monkeypatch, *plain, "--sampler", sampler) == 0
+        shown[sampler] = capsys.readouterr().out
+    assert shown["speed"] != shown["uniform"]
+    assert ebdiff(monkeypatch, *plain) == 0
+    assert capsys.readouterr().out == shown["speed"]
+    assert ebdiff(monkeypatch, *plain, "--sampler", "sped") == 2
+    assert "one of uniform, speed" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["run", "find", "train"])
 @pytest.mark.parametrize("preset", ["smoke", "demo", "cifar10"])
 def test_a_dry_run_touches_nothing(
