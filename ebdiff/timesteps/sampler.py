@@ -130,7 +130,7 @@ class Sampler(ABC):
         sampler = self.at(step)
         u = sampler.uniforms(n * parts, seeds.generator(seed, "timesteps", step), _CPU)
         start = (micro * world + rank) * n
-        return sampler._drawn(u[start : start + n], device)
+        return sampler._drawn(u if parts == 1 else u[start : start + n], device)
 
     def _drawn(self, u: Tensor, device: torch.device | str | None) -> Timesteps:
         place = u.device if device is None else torch.device(device)
@@ -173,6 +173,7 @@ class Wrapped(Sampler):
     """A sampler like another: what a subclass does not say is as `sampler` says."""
 
     _last: Self | None = None  # see `_with`
+    _lasting: bool = True
 
     def __init__(self, sampler: Sampler | NoiseProfile | int) -> None:
         self.sampler = _sampler(sampler)
@@ -198,12 +199,15 @@ class Wrapped(Sampler):
     def version(self) -> int:
         return self.sampler.version
 
+    def _read(self, device: torch.device) -> Tables:
+        return Tables.of(self.pmf(), self.weights(), self.edges, device, lasting=self._lasting)
+
     def _with(self, **changed: object) -> Self:
         """A copy with other attributes; the same copy, and its tables, where the last call was for the same ones."""
         for name, value in changed.items():
             if self._last is None or not _same(self._last.__dict__[name], value):
                 other = copy.copy(self)
-                other.__dict__.update(changed, _tables={}, _last=None)
+                other.__dict__.update(changed, _tables={}, _last=None, _lasting=False)
                 self._last = other
         assert self._last is not None
         return self._last
