@@ -11,7 +11,6 @@ namespace ebdiff {
 namespace {
 
 constexpr int64_t kPiece = 16 * kLossRun;   // elements of a sample that are added up together
-constexpr int64_t kTask = 4 * kLossRun;     // elements that are worth a task
 constexpr int64_t kThread = 32 * kLossRun;  // elements that are worth a thread
 constexpr int kBytes[] = {4, 8, 2, 2};      // by Dtype
 
@@ -26,11 +25,10 @@ struct Division {
   // body(sample, piece, first element, end)
   template <class Body>
   void each(int threads, const Body& body) const {
-    if (!units) return;
-    const int64_t together = std::max<int64_t>(1, kTask / std::min(shape.size, kPiece));
-    const int most = int(std::min<int64_t>(threads, 1 + shape.samples * shape.size / kThread));
-    parallel_for((units + together - 1) / together, most, [&](int64_t task) {
-      for (int64_t i = task * together; i < std::min(units, (task + 1) * together); ++i) {
+    // Each thread has its part, the same in every call, which may still be in its cache.
+    const int64_t parts = std::min<int64_t>(threads, 1 + shape.samples * shape.size / kThread);
+    parallel_for(parts, int(parts), [&](int64_t part) {
+      for (int64_t i = units * part / parts; i < units * (part + 1) / parts; ++i) {
         const int64_t start = i % pieces * kPiece;
         body(i / pieces, i % pieces, start, std::min(shape.size, start + kPiece));
       }

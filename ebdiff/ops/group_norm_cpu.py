@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import native
 from .group_norm_reference import Gradients, Norm
-from .native_cpu import FLOATS, addresses
+from .native_cpu import FLOATS, addresses_or_0
 
 __all__ = ["backward", "forward"]
 
@@ -24,7 +24,7 @@ def forward(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
     shape, wide = (x.shape[0], len(norm.offsets) - 1), _WIDE[x.dtype]
     mean, rstd = x.new_empty(shape, dtype=wide), x.new_empty(shape, dtype=wide)
     tensors = (*_small(norm, wide), _dense(x, last), to, mean, rstd)
-    at = _addresses(tensors)
+    at = addresses_or_0(tensors)
     _c().group_norm_forward(*_numbers(x, norm, last), at[:6], at[6:], torch.get_num_threads())
     return y if to is y else y.copy_(to), mean, rstd
 
@@ -38,7 +38,7 @@ def backward(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, norm: Norm, need
     gradients = [None if found[0] is None else to]
     gradients += [None if t is None else t if _fits(t, wide) else t.new_empty(t.shape, dtype=wide) for t in found[1:]]
     read = (*_small(norm, wide), _dense(dy, last), _dense(x, last), mean.contiguous(), rstd.contiguous())
-    at = _addresses((*read, *gradients))
+    at = addresses_or_0((*read, *gradients))
     _c().group_norm_backward(*_numbers(x, norm, last), at[:6], at[6:10], at[10:], torch.get_num_threads())
     for gradient, written in zip(found, gradients, strict=True):
         if gradient is not None and written is not None and gradient is not written:
@@ -74,12 +74,6 @@ def _dense(x: Tensor, last: bool) -> Tensor:
 
 def _fits(small: Tensor, wide: torch.dtype) -> bool:
     return small.dtype == wide and small.is_contiguous()
-
-
-def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
-    """0 for None."""
-    found = iter(addresses([tensor for tensor in tensors if tensor is not None]))
-    return [0 if tensor is None else next(found) for tensor in tensors]
 
 
 def _c() -> Any:

@@ -167,6 +167,12 @@ def addresses(tensors: Sequence[Tensor]) -> list[int]:
     return list(map(Tensor.data_ptr, tensors))
 
 
+def addresses_or_0(tensors: Sequence[Tensor | None]) -> list[int]:
+    """As `addresses`, 0 for None."""
+    found = iter(addresses([tensor for tensor in tensors if tensor is not None]))
+    return [0 if tensor is None else next(found) for tensor in tensors]
+
+
 def _log2(tensors: Sequence[Tensor]) -> list[int]:
     try:
         return [_LOG2[tensor.dtype.itemsize] for tensor in tensors]

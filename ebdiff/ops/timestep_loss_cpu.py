@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import native
-from .native_cpu import FLOATS, NotTaken, addresses
+from .native_cpu import FLOATS, NotTaken, addresses, addresses_or_0
 from .philox import place_of_sample
 from .timestep_loss_reference import Terms
 
@@ -18,23 +17,24 @@ __all__ = ["add_losses_", "backward", "forward", "noised", "scale_"]
 
 def noised(x0: Tensor, noise: Tensor | None, seed: Tensor | None, table: Tensor, row: Tensor) -> Tensor:
     """As the reference's."""
-    refuse_wide(x0, noise)
-    x_t, order = torch.empty_like(x0), _order(x0)
+    dtypes, order, x_t = _dtypes(x0, noise), _order(x0), torch.empty_like(x0)
     to = _room(x_t, order)
-    tensors = [_flat(x0, order), _flat(noise, order), *map(_dense, (seed, table, row)), to]
-    _c().noised([*_sizes(x0), table.shape[1]], _dtypes(x0, noise), _optional(tensors), torch.get_num_threads())
+    images = _flat(x0, order), _flat(noise, order)
+    at = addresses_or_0((*images, *map(_dense, (seed, table, row)), to))
+    _c().noised([*_sizes(x0), table.shape[1]], dtypes, at, torch.get_num_threads())
     return _delivered(to, x_t, order)
 
 
 def forward(pred: Tensor, terms: Terms, with_grad: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """As the reference's."""
-    loss, per_sample = (pred.new_empty(shape, dtype=torch.float32) for shape in ((), pred.shape[0]))
-    return loss, per_sample, _run(pred, terms, 1.0, [loss, per_sample], with_grad)
+    loss = pred.new_empty((), dtype=torch.float32)
+    per_sample = pred.new_empty(pred.shape[0], dtype=torch.float32)
+    return loss, per_sample, _run(pred, terms, 1.0, (loss, per_sample), with_grad)
 
 
 def backward(dloss: Tensor, pred: Tensor, terms: Terms) -> Tensor:
     """As the reference's."""
-    grad = _run(pred, terms, float(dloss), [None, None], True)
+    grad = _run(pred, terms, dloss.item(), (None, None), True)
     assert grad is not None
     return grad
 
@@ -54,34 +54,23 @@ def add_losses_(totals: Tensor, buckets: Tensor, cell: Tensor, per_sample: Tenso
     return totals
 
 
-def _run(pred: Tensor, terms: Terms, dloss: float, results: Sequence[Tensor | None], with_grad: bool) -> Tensor | None:
-    images = (pred, terms.target, terms.x0, terms.noise)
-    refuse_wide(*images)
-    order = _order(pred if terms.seed is None or terms.x0 is None else terms.x0)
+def _run(
+    pred: Tensor, terms: Terms, dloss: float, results: tuple[Tensor | None, Tensor | None], with_grad: bool
+) -> Tensor | None:
+    target, x0, noise, seed, table, row, weight, cell, huber_c, mask, prediction = terms
+    dtypes = _dtypes(pred, target, x0, noise)
+    order = _order(
+        pred if seed is None or x0 is None else x0
+    )  # noise from a seed is numbered in the order of x0's memory
     grad = torch.empty_like(pred) if with_grad else None
     to = None if grad is None else _room(grad, order)
-    numbers = [_dense(n) for n in (terms.seed, terms.table, terms.row)]
-    weight, huber_c, mask = (n if n is None else n.to(torch.float32) for n in (terms.weight, terms.huber_c, terms.mask))
-    numbers += [_dense(weight), _dense(terms.cell), _dense(huber_c), _flat(mask, order)]
-    tensors = [*(_flat(image, order) for image in images), *numbers]
-    columns = 0 if terms.table is None else terms.table.shape[1]
-    _c().timestep_loss(
-        [*_sizes(pred), columns, len(terms.weight)],
-        _dtypes(*images),
-        _optional(tensors),
-        terms.prediction,
-        huber_c is not None and len(huber_c) == 1,
-        dloss,
-        _optional([*results, to]),
-        torch.get_num_threads(),
-    )
+    images = [_flat(image, order) for image in (pred, target, x0, noise)]
+    counts = _dense(_float(weight)), _dense(cell), _dense(_float(huber_c)), _flat(_float(mask), order)
+    at = addresses_or_0((*images, _dense(seed), _dense(table), _dense(row), *counts, *results, to))
+    sizes = [*_sizes(pred), 0 if table is None else table.shape[1], weight.shape[0]]
+    one_c = huber_c is not None and huber_c.shape[0] == 1
+    _c().timestep_loss(sizes, dtypes, at[:11], prediction, one_c, dloss, at[11:], torch.get_num_threads())
     return None if grad is None or to is None else _delivered(to, grad, order)
-
-
-def refuse_wide(*tensors: Tensor | None) -> None:
-    """Refuse float64, which the reference serves."""
-    if any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors):
-        raise NotTaken("float64")
 
 
 def _order(like: Tensor) -> list[int] | None:
@@ -104,7 +93,7 @@ def _room(like: Tensor, order: list[int] | None) -> Tensor:
 
 
 def _delivered(written: Tensor, to: Tensor, order: list[int] | None) -> Tensor:
-    if written.data_ptr() != to.data_ptr():
+    if written is not to and written.data_ptr() != to.data_ptr():
         (to if order is None else to.permute(order)).copy_(written)
     return to
 
@@ -113,19 +102,25 @@ def _dense(x: Tensor | None) -> Tensor | None:
     return x if x is None else x.contiguous()
 
 
-def _sizes(x: Tensor) -> list[int]:
+def _float(x: Tensor | None) -> Tensor | None:
+    return x if x is None or x.dtype == torch.float32 else x.to(torch.float32)
+
+
+def _sizes(x: Tensor) -> tuple[int, int]:
     samples = x.shape[0]
-    return [samples, x.numel() // samples]
+    return samples, x.numel() // samples
 
 
 def _dtypes(*images: Tensor | None) -> list[int]:
-    return [0 if image is None else FLOATS[image.dtype] for image in images]
+    """Their numbers, 0 for None.
 
-
-def _optional(tensors: Sequence[Tensor | None]) -> list[int]:
-    """Addresses, 0 for None."""
-    found = iter(addresses([tensor for tensor in tensors if tensor is not None]))
-    return [0 if tensor is None else next(found) for tensor in tensors]
+    Raises:
+        NotTaken: float64, which the reference serves.
+    """
+    found = [0 if image is None else FLOATS[image.dtype] for image in images]
+    if FLOATS[torch.float64] in found:
+        raise NotTaken("float64")
+    return found
 
 
 def _c() -> Any:
