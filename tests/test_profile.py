@@ -136,3 +136,10 @@ def test_what_is_no_profile_is_refused(make, words):
     with pytest.raises(EbdiffError, match="no noise profile") as error:
         make()
     assert all(word in str(error.value) for word in words)
+
+
+def test_plain_numbers_are_taken_to_all_their_digits():
+    numbers = [0.9, 0.5, 0.1]
+    assert torch.equal(
+        NoiseProfile.from_alphas_cumprod(numbers).alpha, torch.tensor(numbers, dtype=torch.float64).sqrt()
+    )

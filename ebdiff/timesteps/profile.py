@@ -245,7 +245,7 @@ def _at(curve: Curve, t: Tensor) -> Tensor:
 
 
 def _table(values: Tensor | Sequence[float]) -> Tensor:
-    return torch.as_tensor(values).detach().to("cpu", torch.float64)
+    return torch.as_tensor(values, dtype=torch.float64).detach().cpu()  # plain numbers are no float32 on their way
 
 
 def _whole(T: int) -> Tensor:
