@@ -59,9 +59,8 @@ def _run(
 ) -> Tensor | None:
     target, x0, noise, seed, table, row, weight, cell, huber_c, mask, prediction = terms
     dtypes = _dtypes(pred, target, x0, noise)
-    order = _order(
-        pred if seed is None or x0 is None else x0
-    )  # noise from a seed is numbered in the order of x0's memory
+    # Noise from a seed is numbered in the order of x0's memory.
+    order = _order(pred if seed is None or x0 is None else x0)
     grad = torch.empty_like(pred) if with_grad else None
     to = None if grad is None else _room(grad, order)
     images = [_flat(image, order) for image in (pred, target, x0, noise)]
