@@ -18,6 +18,7 @@ _HELD = 16384  # elements that a program holds in registers: with twice as many 
 _CACHED = 96 << 10  # bytes of x that, with as many of dy, stay in the caches while a program reads them again
 _WIDEST = 1024  # channels of a program, which holds several numbers of each
 _PAIRS = 1024  # channels times groups of a program, which compares each with each
+_FEW = 4  # positions: a group of so few elements is as exact as torch's only where a small tile is held
 _TILE = 8192  # elements of two tensors, or of one and its sums, that a program keeps in registers
 
 Slabs: TypeAlias = tuple[tuple[int, int, int, int], ...]
@@ -95,9 +96,16 @@ def plan_of(shape: Shape, offsets: tuple[int, ...]) -> OnePass | TwoPass:
 
 
 def _reads_well(shape: Shape, unit: int, cb: int) -> bool:
-    """Channels last, rows of less than a sector and needlessly narrow loads lose more than a second pass costs."""
+    """Channels last, rows of less than a sector and needlessly narrow loads lose more than a second pass costs.
+
+    Not so where there are a few positions in all.
+    """
     rows, loads = cb * shape.itemsize, unit * shape.itemsize
-    return not shape.last or (rows >= min(32, shape.c * shape.itemsize) and (loads >= 8 or unit == shape.unit))
+    return (
+        not shape.last
+        or shape.hw <= _FEW
+        or (rows >= min(32, shape.c * shape.itemsize) and (loads >= 8 or unit == shape.unit))
+    )
 
 
 def _one_pass(shape: Shape, slabs: Slabs, unit: int, cb: int, *, held: bool) -> OnePass:

@@ -38,13 +38,16 @@ class Case:
         keep: Sequence[int] | None = None,
         only: Sequence[str] = SMALL,
         silu: bool = True,
+        draw: int = 0,
     ) -> None:
         n, c = shape[:2]
-        self.x = (values(shape, torch.float64, 1) * std + mean).to(dtype)
-        self.dy = values(shape, torch.float64, 2).to(dtype)
+        seed = 100 * draw
+        self.x = (values(shape, torch.float64, seed + 1) * std + mean).to(dtype)
+        self.dy = values(shape, torch.float64, seed + 2).to(dtype)
         shapes = {name: (c,) if name in ("weight", "bias") else (n, c) for name in only}
         self.small = {
-            name: values(s, torch.float64, 3 + i).to(small or dtype) for i, (name, s) in enumerate(shapes.items())
+            name: values(s, torch.float64, seed + 3 + i).to(small or dtype)
+            for i, (name, s) in enumerate(shapes.items())
         }
         step = c // groups if isinstance(groups, int) else 0
         self.offsets = list(range(0, c + 1, step)) if isinstance(groups, int) else list(groups)

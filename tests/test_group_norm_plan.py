@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from ebdiff.kernels import group_norm_plan as plans
@@ -40,3 +42,32 @@ def test_which_shapes_are_read_once() -> None:
     offsets = tuple(range(0, 129, 4))
     for last in (False, True):
         assert isinstance(plans.plan_of(plans.Shape(8, 128, 65536, 2, last), offsets), plans.TwoPass)
+
+
+def ragged(c: int, widest: int, chance: random.Random) -> tuple[int, ...]:
+    """Where groups begin that share c channels, of 0 to `widest` each."""
+    offsets = [0]
+    while offsets[-1] < c:
+        offsets.append(min(offsets[-1] + chance.randint(0, widest), c))
+    return tuple(offsets)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["NCHW", "channels last"])
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("hw", [1, 2, 3, 4])
+def test_groups_of_a_few_elements_are_held_in_small_tiles(hw: int, itemsize: int, last: bool) -> None:
+    """Only there does the backward pass weigh what rounding has left of the mean, up to 4096 elements.
+
+    Whatever is removed: a group of up to 4 elements has up to 4 positions. Groups of more than 1024 channels, which no
+    program holds, take two passes, and so do those beside them.
+    """
+    chance = random.Random(0)
+    for c in [1, 8, 24, 87, 1000, 1024, 2056]:
+        tables = [ragged(c, widest, chance) for widest in (1, 2, 8, 9, 100, 1024)]
+        tables += [(0, c) if c <= 1024 else (*range(0, c, 1024), c), (0, 1, *range(9, c, 8), c) if c > 1 else (0, 1)]
+        for n, offsets in [(n, table) for n in (1, 100_000) for table in tables]:
+            plan = plans.plan_of(plans.Shape(n, c, hw, itemsize, last), offsets)
+            assert isinstance(plan, plans.OnePass), offsets
+            assert plan.forward[2]
+            assert plan.backward[2]
+            assert plan.cb * plan.backward[0] <= 4096
