@@ -198,7 +198,11 @@ def test_a_norm_with_a_forward_of_its_own_is_left() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x.float()).type(x.dtype)
 
-    for norm in (Wide(2, 6), Doubled(2, 6), Doubled32(2, 6)):
+    class Called(nn.GroupNorm):
+        def __call__(self, x: Tensor) -> Tensor:
+            return 2 * super().__call__(x)
+
+    for norm in (Wide(2, 6), Doubled(2, 6), Doubled32(2, 6), Called(2, 6)):
         report = ebdiff.accelerate(nn.Sequential(norm, nn.SiLU()), verbose=False)
         assert report.left == {"0": f"{type(norm).__name__} has a forward of its own"}
 

@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-__all__ = ["Flow", "Site", "one_plus"]
+from .syntax import NESTED, leaky_names, names_in, names_written, one_plus, short
+
+__all__ = ["Flow", "Site"]
 
 
 @dataclass(eq=False)
@@ -23,6 +25,7 @@ class Site:
     is_norm: bool
     escaped: str | None = None
     reached: set[ast.AST] = field(default_factory=set)  # activations of a norm; norms of an addition
+    operands: set[str] = field(default_factory=set)  # names that hold what is added, also behind it
 
     def escape(self, why: str) -> None:
         """It is used in a way that a fused operator does not know."""
@@ -35,7 +38,6 @@ NONE: Sites = frozenset()
 Names: TypeAlias = dict[str, tuple[Sites, Sites]]
 
 _LEAVES = ast.Return | ast.Raise
-_NESTED = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda
 _COMPREHENSIONS = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
 _READS_ALL_NAMES = {"locals", "vars", "eval", "exec", "dir"}
 
@@ -58,20 +60,25 @@ class Flow:
     ) -> None:
         self.is_norm, self.is_activation, self.may_write = is_norm, is_activation, may_write
         self.waiting: list[Sites] = []  # left operands, while the right one is computed
+        self.loops: list[list[Names]] = []  # of each loop around: what names hold where it is left or begins again
+        self.guarded: list[Names] = []  # of each try and with around: what names may hold when an exception ends it
         self.sites: dict[ast.AST, Site] = {}
         self.passed: dict[ast.AST, set[Site]] = {}  # scale, shift and activation -> the norms that pass
-        self.leaky = _leaky_names(function)
+        self.leaky = leaky_names(function)
         self._block(function.body, {})
-        self._settle()
+        added = any(site.operands for site in self.sites.values() if site.reached)
+        self._settle(names_written(function, may_write) if added else set())
 
     def fused(self) -> set[Site]:
         """The norms that go to activations only, and the additions that go to such norms only."""
         return {site for site in self.sites.values() if site.escaped is None and site.reached}
 
-    def _settle(self) -> None:
+    def _settle(self, written: set[str]) -> None:
         for site in self.sites.values():
             if not site.reached:
                 site.escape("no SiLU follows")
+            if site.operands & written:
+                site.escape("backward needs what is added, and it may be changed in place")
         for site in self.sites.values():
             if not site.is_norm and any(self.sites[norm].escaped for norm in site.reached):
                 site.escape("goes to a norm that stays as it is")
@@ -96,6 +103,7 @@ class Flow:
             self._with(node, names)
         elif isinstance(node, ast.Break | ast.Continue):
             self._escape_all(names, "a loop ends first")
+            self.loops[-1].append(dict(names))
             return False
         elif isinstance(node, ast.Expr | ast.Assert | _LEAVES | ast.Delete):
             for part in ast.iter_child_nodes(node):
@@ -107,7 +115,7 @@ class Flow:
             self._escape_all(names, "something is changed in place before SiLU")
         elif isinstance(node, ast.Try):
             self._try(node, names)
-        elif isinstance(node, _NESTED):
+        elif isinstance(node, NESTED):
             self._value(node, names)
         elif not isinstance(node, ast.Pass | ast.Import | ast.ImportFrom | ast.Global | ast.Nonlocal):
             self._escape_all(names, f"a statement that is not followed: {type(node).__name__}")
@@ -119,9 +127,13 @@ class Flow:
     def _assign(self, targets: list[ast.expr], value: ast.expr, names: Names) -> None:
         if len(targets) == 1 and isinstance(targets[0], ast.Name):
             held = self._value(value, names)
+            if value in self.sites:
+                self.sites[value].operands.discard(targets[0].id)
             if targets[0].id in self.leaky:
                 self._escape(held, "a nested function may read it")
             names[targets[0].id] = (held, NONE)
+            for left in self.guarded:
+                _join(left, {targets[0].id: (NONE, held)})
             return
         self._use(value, names, "unpacked or stored")
         for target in targets:
@@ -154,8 +166,10 @@ class Flow:
                         own.pop(part.id, None)
             else:
                 self._use(node.test, own)
+            self.loops.append([own])
             self._block(node.body, own)
-            _join(names, own)
+            for left in self.loops.pop():
+                _join(names, left)
             if names == before:
                 break
         self._branches([node.orelse, []], names)
@@ -166,17 +180,28 @@ class Flow:
         for item in node.items:
             self._use(item.context_expr, names)
         self._escape_all(names, why)
+        self.guarded.append({})
         self._block(node.body, names)
         self._escape_all(names, why)
+        left = self.guarded.pop()
+        if not all(self._lets_through(item.context_expr) for item in node.items):
+            _join(names, left)
+
+    def _lets_through(self, manager: ast.expr) -> bool:
+        """Exceptions: torch's managers do, contextlib.suppress does not."""
+        return isinstance(manager, ast.Call) and not self.may_write(manager)
 
     def _try(self, node: ast.Try, names: Names) -> None:
         why = "SiLU is on the other side of a try statement"
         self._escape_all(names, why)
+        self.guarded.append({})
         for body in (node.body, *(handler.body for handler in node.handlers), node.orelse, node.finalbody):
             own = dict(names)
             self._block(body, own)
             self._escape_all(own, why)
             _join(names, own)
+            _join(names, self.guarded[-1])
+        self.guarded.pop()
 
     # Expressions ------------------------------------------------------------------------------------------------------
 
@@ -197,7 +222,7 @@ class Flow:
             found = self._value(node.body, names) | self._value(node.orelse, other)
             _join(names, other)
             return found
-        if isinstance(node, _COMPREHENSIONS | _NESTED):
+        if isinstance(node, _COMPREHENSIONS | NESTED):
             for part in ast.walk(node):
                 if isinstance(part, ast.Name):
                     self._escape(names.get(part.id, (NONE, NONE))[0], "used in a nested scope")
@@ -226,7 +251,7 @@ class Flow:
         elif self.is_norm(node.func):
             self._site(node, True).escape("called with more than one argument")
         for part in ast.iter_child_nodes(node):
-            self._use(part, names, f"goes to {_short(node.func)}(...), not to SiLU")
+            self._use(part, names, f"goes to {short(node.func)}(...), not to SiLU")
         self._run(node, names)
         if isinstance(node.func, ast.Name) and node.func.id in _READS_ALL_NAMES:
             self._escape_all(names, f"{node.func.id}() may read it")
@@ -236,7 +261,7 @@ class Flow:
         """While this call runs, values wait that are computed later, from tensors that it must leave alone."""
         waits = any(site.escaped is None for sites in self._waiting(names) for site in sites)
         if waits and self.may_write(node):
-            self._escape_all(names, f"{_short(node.func)}(...) may change its input in place before SiLU")
+            self._escape_all(names, f"{short(node.func)}(...) may change its input in place before SiLU")
 
     def _pair(self, left: ast.expr, right: ast.expr, names: Names) -> tuple[Sites, Sites]:
         first = self._value(left, names)
@@ -273,7 +298,9 @@ class Flow:
     # Sites ------------------------------------------------------------------------------------------------------------
 
     def _site(self, node: ast.Call | ast.BinOp, is_norm: bool) -> Site:
-        return self.sites.setdefault(node, Site(node, is_norm))
+        if node not in self.sites:
+            self.sites[node] = Site(node, is_norm, operands=set() if is_norm else names_in(node))
+        return self.sites[node]
 
     def _pass(self, node: ast.AST, sites: Sites) -> Sites:
         """Norms go on; sums do not."""
@@ -298,27 +325,3 @@ def _join(names: Names, other: Names) -> None:
     for name, (fresh, used) in other.items():
         held = names.get(name, (NONE, NONE))
         names[name] = (held[0] | fresh, held[1] | used)
-
-
-def one_plus(node: ast.expr) -> ast.expr | None:
-    """s, if this is 1 + s or s + 1."""
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        for one, other in ((node.left, node.right), (node.right, node.left)):
-            if isinstance(one, ast.Constant) and type(one.value) in (int, float) and one.value == 1:
-                return other
-    return None
-
-
-def _leaky_names(function: ast.FunctionDef) -> set[str]:
-    """Names that functions inside of this one, or outside, may read."""
-    inner = [node for node in ast.walk(function) if isinstance(node, _NESTED) and node is not function]
-    names = {part.id for node in inner for part in ast.walk(node) if isinstance(part, ast.Name)}
-    for node in ast.walk(function):
-        if isinstance(node, ast.Global | ast.Nonlocal):
-            names.update(node.names)
-    return names
-
-
-def _short(node: ast.AST) -> str:
-    text = ast.unparse(node)
-    return text if len(text) < 40 else text[:37] + "..."

@@ -23,7 +23,7 @@ def norm_settings(module: Any) -> Settings | None:
     kind = type(module)
     if kind is not nn.GroupNorm and isinstance(module, nn.GroupNorm):
         plain = kind.forward is nn.GroupNorm.forward or kind in _widened
-        plain = plain and not hasattr(module, "parametrizations")
+        plain = plain and kind.__call__ is nn.Module.__call__ and not hasattr(module, "parametrizations")
         return Settings(module.weight, module.bias, module.num_groups, None, module.eps) if plain else None
     return settings_of(module)
 

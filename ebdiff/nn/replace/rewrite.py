@@ -21,10 +21,11 @@ from torch import nn
 
 from .classes import fused_class, plain_class
 from .deferred import activated, normalised, run_in_order, scaled, shifted, summed
-from .flow import Flow, Site, one_plus
+from .flow import Flow, Site
 from .known import is_silu, learn, norm_settings
 from .scope import Scope
 from .source import NotRewritable, codes_within, innermost, read, remake
+from .syntax import one_plus
 from .writes import may_write
 
 __all__ = ["Rewriting", "cuts", "rewriting_of"]
