@@ -14,7 +14,7 @@ MAKEFLAGS += --no-builtin-rules
 
 # What the compiled part is made of: after a change it is built again (only what changed, in a few seconds).
 COMPILED := setup.py $(wildcard build_tools/*.py csrc/*.* csrc/*/*.*)
-SANITIZED := $(wildcard tests/test_channel_mask*.py tests/test_masked_adamw.py tests/test_sl*.py tests/test_optim*.py tests/test_group_norm.py tests/test_group_norm_silu*.py)
+SANITIZED := $(wildcard tests/test_channel_mask*.py tests/test_masked_adamw.py tests/test_sl*.py tests/test_optim*.py tests/test_group_norm.py tests/test_group_norm_silu*.py tests/test_timestep_loss.py tests/test_timestep_loss_laws.py tests/test_timestep_loss_philox.py)
 
 .PHONY: demo test lint bench sanitize clean
 
