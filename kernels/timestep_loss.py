@@ -8,7 +8,7 @@ architectures.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, TypeAlias
 
 from torch import Tensor
 from triton import cdiv, next_power_of_2
@@ -17,22 +17,9 @@ from . import timestep_loss_passes as passes
 from .timestep_loss_counter import counter
 from .timestep_loss_plan import PROGRAMS, plan_of, unit_of
 
-__all__ = ["Inputs", "add_losses_", "backward", "forward", "noised", "scale_"]
+__all__ = ["add_losses_", "backward", "forward", "noised", "scale_"]
 
-
-class Inputs(NamedTuple):
-    """Of a loss: the target, or x0 and noise or a seed; alpha and sigma; what samples and elements count; or None."""
-
-    target: Tensor | None
-    x0: Tensor | None
-    noise: Tensor | None
-    seed: Tensor | None
-    table: Tensor | None
-    row: Tensor | None
-    weight: Tensor
-    cell: Tensor | None
-    huber_c: Tensor | None
-    mask: Tensor | None
+Terms: TypeAlias = Any  # of ops.timestep_loss_reference; the kernels know nothing of the operators
 
 
 def noised(x0: Tensor, noise: Tensor | None, seed: Tensor | None, table: Tensor, row: Tensor, out: Tensor) -> None:
@@ -45,27 +32,25 @@ def noised(x0: Tensor, noise: Tensor | None, seed: Tensor | None, table: Tensor,
     )  # fmt: skip
 
 
-def forward(
-    pred: Tensor, inputs: Inputs, kind: int, grad: Tensor | None, per_sample: Tensor, loss: Tensor
-) -> None:  # fmt: skip
+def forward(pred: Tensor, terms: Terms, grad: Tensor | None, per_sample: Tensor, loss: Tensor) -> None:
     """Write the loss, [], that of each sample, [B], and the gradient of the loss, where there is memory for it."""
     part = per_sample.new_empty((len(pred), plan_of(*_sizes(pred)).chunks))
-    _launch(pred, inputs, kind, None, grad, part, per_sample, loss, counter(pred.device))
+    _launch(pred, terms, None, grad, part, per_sample, loss, counter(pred.device))
 
 
-def backward(pred: Tensor, inputs: Inputs, kind: int, grad: Tensor, dloss: Tensor) -> None:
+def backward(pred: Tensor, terms: Terms, grad: Tensor, dloss: Tensor) -> None:
     """Write the gradient of pred for dloss, float32 []."""
-    _launch(pred, inputs, kind, dloss, grad, None, None, None, None)
+    _launch(pred, terms, dloss, grad, None, None, None, None)
 
 
-def _launch(pred: Tensor, inputs: Inputs, kind: int, dloss: Tensor | None, *outputs: Tensor | None) -> None:
+def _launch(pred: Tensor, terms: Terms, dloss: Tensor | None, *outputs: Tensor | None) -> None:
     samples, size = _sizes(pred)
     plan, unit = plan_of(samples, size), unit_of(size)
-    columns = 1 if inputs.table is None else inputs.table.shape[1]
-    huber_row = 0 if inputs.huber_c is None or len(inputs.huber_c) == 1 else 1
+    columns = 1 if terms.table is None else terms.table.shape[1]
+    huber_row = 0 if terms.huber_c is None or len(terms.huber_c) == 1 else 1
     passes.loss_kernel[(samples * plan.chunks,)](
-        pred, *inputs, dloss, *outputs, columns, len(inputs.weight), huber_row, samples, plan.chunks, size // unit,
-        KIND=kind, UNIT=unit, STEPS=plan.steps, BLOCK=plan.block, SB=plan.small[0], CB=plan.small[1],
+        pred, *terms[:-1], dloss, *outputs, columns, len(terms.weight), huber_row, samples, plan.chunks, size // unit,
+        KIND=terms.prediction, UNIT=unit, STEPS=plan.steps, BLOCK=plan.block, SB=plan.small[0], CB=plan.small[1],
         num_warps=plan.warps,
     )  # fmt: skip
 

@@ -89,20 +89,21 @@ def _triton() -> Any:
     return import_module("..kernels.timestep_loss", __package__)
 
 
-def _launch(name: str, pred: Tensor, terms: Terms, with_grad: bool, *others: Tensor) -> Tensor | None:
+def _launch(what: str, pred: Tensor, terms: Terms, with_grad: bool, *others: Tensor) -> Tensor | None:
     """The gradient, where it is asked for. Images that do not lie as the first of them are copied."""
     needed = _needed(terms)
     _check([pred, needed.target, needed.x0, needed.noise], needed[:-1])
     # Noise from a seed is numbered in the order of x0's memory.
     places = _places(pred if needed.seed is None or terms.x0 is None else terms.x0)
-    images = {name: _laid(getattr(needed, name), places) for name in ("target", "x0", "noise", "mask")}
-    vectors = {name: _dense(getattr(needed, name)) for name in ("seed", "table", "row", "weight", "cell", "huber_c")}
+    tensors: dict[str, Any] = needed._asdict()
+    for name in ("target", "x0", "noise", "mask"):
+        tensors[name] = _laid(tensors[name], places)
+    for name in ("seed", "table", "row", "weight", "cell", "huber_c"):
+        tensors[name] = _dense(tensors[name])
     grad = torch.empty_like(pred) if with_grad else None
     out = grad if grad is None or _lies(grad, places) else _room(grad, places)
     with torch.cuda.device_of(pred):
-        kernels = _triton()
-        inputs = kernels.Inputs(**images, **vectors)
-        getattr(kernels, name)(_laid(pred, places), inputs, terms.prediction, out, *others)
+        getattr(_triton(), what)(_laid(pred, places), Terms(**tensors), out, *others)
     return grad if grad is None or out is None or out is grad else grad.copy_(out)
 
 
