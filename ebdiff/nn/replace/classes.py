@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from types import FunctionType
 from typing import Any
@@ -67,8 +69,31 @@ def _state(module: Any) -> Any:
     return plain.__getstate__(module)
 
 
+@contextmanager
+def _plainly(self: Any) -> Iterator[Any]:
+    """It has its plain class for a while."""
+    kind, plain = type(self), plain_class(type(self))
+    object.__setattr__(self, "__class__", plain)
+    try:
+        yield self
+    finally:
+        object.__setattr__(self, "__class__", kind)
+
+
+def _reduces_itself(kind: Any) -> bool:
+    return kind.__reduce__ is not object.__reduce__ or kind.__reduce_ex__ is not object.__reduce_ex__
+
+
 def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
-    twin = object.__new__(type(self))
+    kind = type(self)
+    if _reduces_itself(plain_class(kind)):
+        with _plainly(self):
+            twin = copy.deepcopy(self, memo)
+            same = type(twin) is type(self)
+        if same and ACCELERATED in vars(self):
+            give(twin, kind)
+        return twin
+    twin = object.__new__(kind)
     memo[id(self)] = twin
     twin.__setstate__(copy.deepcopy(_state(self), memo))
     return twin
@@ -76,6 +101,9 @@ def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
 
 def _reduce(self: Any, protocol: Any) -> Any:
     """Pickled as the plain class, which can be found by its name."""
+    if _reduces_itself(plain_class(type(self))):
+        with _plainly(self):
+            return self.__reduce_ex__(protocol)
     made, state = object.__new__, _state(self)
     if isinstance(state, dict):
         state = {key: value for key, value in state.items() if key != ACCELERATED}

@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 from torch import nn
+from torch.fx import GraphModule
 
 from ...errors import EbdiffError
 from .classes import give, plain_class, take_back
@@ -35,7 +36,7 @@ def accelerate(
 
     Returns:
         What was replaced, what was left, and why. Outputs and gradients agree with the original's to the error of the
-        dtype; `ebdiff.restore` undoes it. A second call changes nothing more.
+        dtype; `ebdiff.restore` undoes it. A second call takes in what has changed since: else, nothing.
     """
     if not isinstance(model, nn.Module):
         raise EbdiffError("accelerate", expected="a torch.nn.Module", got=type(model).__name__, remedy="pass the model")
@@ -99,9 +100,10 @@ def fuse(model: nn.Module) -> tuple[dict[str, tuple[str, ...]], dict[str, str], 
 
 def _give(model: nn.Module, name: str, found: Rewriting) -> dict[str, str]:
     """Give a module its class; {norm that it calls: why it still runs as it was}."""
-    if not found.fused:
-        return found.left
     module = model.get_submodule(name)
+    if not found.fused:
+        take_back(module)  # what an earlier call has given, if its class has other methods since
+        return found.left
     refused = give(module, found.kind)
     if refused is not None:
         return found.left | dict.fromkeys(found.fused, refused)
@@ -112,6 +114,8 @@ def _own_forward(module: nn.Module) -> str | None:
     """Why the methods of its class are not simply what runs; what was put around fused ones does not count."""
     if ACCELERATED in vars(module):
         return None
+    if isinstance(module, GraphModule):
+        return f"{type(module).__name__} writes its methods itself (torch.fx)"
     if "forward" in vars(module):
         return f"the forward of this {type(module).__name__} was replaced on the instance"
     return f"{type(module).__name__} has parametrizations" if hasattr(module, "parametrizations") else None
