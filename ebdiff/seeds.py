@@ -11,7 +11,7 @@ __all__ = ["generator", "seed_for"]
 
 def seed_for(seed: int, purpose: str, *counters: int) -> int:
     """63 bits that depend on every argument."""
-    digest = hashlib.sha256(repr((int(seed), purpose, *counters)).encode()).digest()
+    digest = hashlib.sha256(repr((int(seed), purpose, *map(int, counters))).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 

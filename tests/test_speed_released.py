@@ -6,7 +6,9 @@ import pytest
 import torch
 from test_speed import LINEAR, PROFILES
 
+from ebdiff.timesteps.adaptive import Adaptive
 from ebdiff.timesteps.region import Region
+from ebdiff.timesteps.reweighted import Weighted
 from ebdiff.timesteps.sampler import Stratified, Within
 from ebdiff.timesteps.speed import SpeeD
 
@@ -67,10 +69,21 @@ def test_a_small_batch_has_fewer_duals():
     assert float((t >= 700).double().mean()) == pytest.approx(5 / 8 * 0.0789, abs=0.004)
 
 
-def test_inside_a_region_only_the_density_is_left():
-    inside = Within(Region(0, 500), RELEASED)
-    t, _ = inside.sample(30_000, generator=torch.Generator().manual_seed(1))
-    expected = 30_000 * inside.pmf()[:500]
-    counts = torch.bincount(t, minlength=500).double()
-    assert float(((counts - expected) ** 2 / expected).sum()) < 603.5  # 499 degrees of freedom, p = 0.001
+@pytest.mark.parametrize("n", [1, 7, 30_000])
+@pytest.mark.parametrize(
+    "inside",
+    [Within(Region(0, 500), RELEASED), Within(Region(0, 500), Weighted(RELEASED, RELEASED.slope)),
+     Within(Region(0, 500), Adaptive(RELEASED.profile, RELEASED)), Adaptive(RELEASED.profile, RELEASED)],
+)  # fmt: skip
+def test_where_another_density_is_drawn_only_that_is_left(inside, n):
+    """The split of a batch belongs to the whole schedule: elsewhere a batch of any size follows the density."""
+    t = torch.cat([inside.sample(n, step=step, seed=n).t for step in range(max(1, 6_000 // n))])
+    expected = len(t) * inside.pmf().view(20, 50).sum(1)
+    counts, live = torch.bincount(t // 50, minlength=20).double(), expected > 0
+    assert not counts[~live].any()
+    # Chi-square of at most 19 degrees of freedom, p = 0.0001.
+    assert float(((counts - expected) ** 2 / expected)[live].sum()) < 50.8
+
+
+def test_strata_keep_the_density():
     torch.testing.assert_close(Stratified(RELEASED).pmf(), RELEASED.pmf())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -85,11 +86,18 @@ def test_micro_batches_of_a_stratified_step_are_stratified_together():
         ({"step": 0, "generator": torch.Generator()}, "a generator"),
         ({"rank": 1, "world": 2}, "no step"),
         ({"accumulate": 2}, "no step"),
+        ({"rank": 1}, "no step"),
     ],
 )
 def test_parts_that_do_not_exist_are_refused(wrong, words):
     with pytest.raises(EbdiffError, match=words):
         Uniform(10).sample(4, **wrong)
+
+
+def test_a_step_is_its_number_whatever_holds_it():
+    expected = SAMPLERS["stratified"].sample(8, step=3).t
+    for step in (np.int64(3), torch.tensor(3), np.int32(3)):
+        assert torch.equal(SAMPLERS["stratified"].sample(8, step=step).t, expected)
 
 
 class Learning(Sampler):

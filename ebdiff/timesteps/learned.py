@@ -124,6 +124,9 @@ class Learned(Wrapped):
     def version(self) -> int:
         return self.sampler.version + self.state.version
 
+    def uniforms(self, n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+        return self.sampler.spread(n, generator, device)
+
     def pmf(self) -> Tensor:
         prior, weight, _ = self._objective()
         return self.proposal(prior, weight).cpu()

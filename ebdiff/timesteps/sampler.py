@@ -55,6 +55,10 @@ class Sampler(ABC):
         """float64[n]: the numbers in [0, 1] that are pushed through the inverse CDF, in no order."""
         return torch.rand(n, dtype=torch.float64, generator=generator, device=device)
 
+    def spread(self, n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+        """`uniforms` for another sampler's inverse CDF: the same, unless they only suit this one's."""
+        return self.uniforms(n, generator, device)
+
     def at(self, step: int) -> Sampler:
         """The sampler of that step of training: itself, unless it changes by a plan."""
         return self
@@ -116,7 +120,7 @@ class Sampler(ABC):
             raise EbdiffError("nothing to draw", expected="at least one timestep", got=str(n), remedy="ask for more")
         parts = world * accumulate
         if step is None:
-            if parts != 1:
+            if parts != 1 or rank or micro:
                 raise EbdiffError("no step", expected="step=", got="none", remedy="ranks share one draw by its number")
             return self._drawn(self.uniforms(n, generator, _CPU if generator is None else generator.device), device)
         if generator is not None or not (0 <= rank < world and 0 <= micro < accumulate):
@@ -191,6 +195,9 @@ class Wrapped(Sampler):
     def uniforms(self, n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
         return self.sampler.uniforms(n, generator, device)
 
+    def spread(self, n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+        return self.sampler.spread(n, generator, device)
+
     def at(self, step: int) -> Sampler:
         inner = self.sampler.at(step)
         return self if inner is self.sampler else self._with(sampler=inner)
@@ -246,6 +253,9 @@ class Stratified(Wrapped):
         order = torch.randperm(n, generator=generator, device=device)
         return torch.cat([low, 1 - low[: n - drawn]]).index_select(0, order)
 
+    def spread(self, n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+        return self.uniforms(n, generator, device)
+
 
 class Within(Wrapped):
     """`sampler` on condition that t lies in `region`, in closed form: nothing is rejected, clamped or left outside.
@@ -280,6 +290,9 @@ class Within(Wrapped):
     def pmf(self) -> Tensor:
         """P(t | R) = P(t) / P(R) inside the region R, 0 outside."""
         return conditional(self.sampler.pmf(), self.region.lo, self.region.hi)
+
+    def uniforms(self, n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+        return self.sampler.spread(n, generator, device)
 
     def weights(self) -> Tensor:
         """The sampler's weights inside the region, 0 outside."""

@@ -129,6 +129,9 @@ class SpeeD(Sampler):
         bounds = self._bounds.to(device)
         return torch.lerp(bounds[t], bounds[t + 1], super().uniforms(n, generator, device))
 
+    def spread(self, n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+        return super().uniforms(n, generator, device)
+
     @cached_property
     def _first(self) -> Tables:
         """P, of which the released variant draws the first half of a batch."""
