@@ -163,6 +163,11 @@ def test_shifted_flow_is_what_training_scripts_draw():
     torch.testing.assert_close(NoiseProfile.from_scheduler(dynamic).edges, NoiseProfile.flow(1.0).edges)
 
 
+def test_a_flow_from_the_noise_to_the_data_is_refused():
+    with pytest.raises(EbdiffError, match="noisy end"):
+        NoiseProfile.from_scheduler(diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True))
+
+
 def test_edm_s_timesteps_are_the_network_s():
     scheduler = diffusers.EDMEulerScheduler()
     profile = NoiseProfile.from_scheduler(scheduler)

@@ -69,6 +69,10 @@ def profile_of(scheduler: Any) -> NoiseProfile:
     if "ScoreSdeVeScheduler" in names:
         least = float(_setting(config, "sampling_eps", 1e-5))
         return NoiseProfile.ve(float(config["sigma_min"]), float(config["sigma_max"]), least=least, cells=cells)
+    if _setting(config, "invert_sigmas", False):
+        raise _no_process(
+            scheduler, "with invert_sigmas its t = 0 is the noisy end, and its velocity points to the data"
+        )
     if any(name.startswith(("FlowMatch", "FlowMap", "Piflow", "LTXEulerAncestralRF")) for name in names):
         return NoiseProfile.flow(_shift(scheduler, config), cells=cells)
     raise _no_process(scheduler, "it has neither alphas_cumprod nor a process that is known here")
