@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from test_timesteps import Table
@@ -35,6 +36,11 @@ def test_full_correction_is_the_uniform_objective():
     torch.testing.assert_close(product[3:9], torch.full((6,), 1 / 6).double(), rtol=1e-6, atol=0)
 
 
+def test_weights_in_a_list_or_an_array():
+    for weights in ([0.1, 0.3], np.array([0.1, 0.3]), torch.tensor([0.1, 0.3], dtype=torch.float64)):
+        assert torch.equal(Weighted(2, weights).table, torch.tensor([0.1, 0.3], dtype=torch.float64))
+
+
 def test_timesteps_that_are_never_drawn_get_no_weight():
     inner = Table([1, 0, 1])
     for sampler in (Corrected(inner, 1.0), Weighted(inner, torch.tensor([1.0, 5.0, 1.0]))):
@@ -60,6 +66,7 @@ def test_a_straight_line():
     ("make", "words"),
     [
         (lambda: Weighted(3, torch.ones(2)), "3 of them"),
+        (lambda: Weighted(3, []), "3 of them"),
         (lambda: Weighted(2, torch.tensor([1.0, -1])), "finite and >= 0"),
         (lambda: Weighted(2, torch.tensor([1.0, float("inf")])), "finite and >= 0"),
         (lambda: Weighted(2, torch.zeros(2)).weights(), "every weight"),

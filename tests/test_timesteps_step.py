@@ -143,3 +143,19 @@ def test_weights_by_step():
     batch = sampler.sample(2, step=3)
     assert sorted(zip(batch.t.tolist(), batch.weight.tolist(), strict=True)) == [(0, 0.5), (1, 1.5)]
     assert sampler.weights().tolist() == [2, 0]  # of step 0
+
+
+def test_a_plan_is_asked_once_per_step():
+    asked = []
+
+    def plan(step: int) -> Tensor:
+        asked.append(step)
+        return torch.tensor([1.0, 2.0, 3.0 + step])
+
+    sampler = Stratified(Weighted(3, plan))
+    asked.clear()
+    for step in (4, 5):
+        for micro in range(3):
+            sampler.sample(2, step=step, micro=micro, accumulate=3)
+        assert sampler.at(step).at(step) is sampler.at(step)
+    assert asked == [4, 5]

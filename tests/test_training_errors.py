@@ -53,6 +53,7 @@ BAD: dict[str, tuple[str, dict[str, Any]]] = {
     "images of floats": ("uint8", {"images": torch.zeros(2, 2, 6, 6)}),
     "one image": ("uint8", {"images": torch.zeros(2, 6, 6, dtype=torch.uint8)}),
     "no image": ("uint8", {"images": torch.zeros(0, 2, 6, 6, dtype=torch.uint8)}),
+    "a sampler of another kind of time": ("whole timesteps", {"sampler": ebdiff.Uniform(ebdiff.NoiseProfile.flow())}),
     "another schedule": ("1000 timesteps", {"scheduler": DDPMScheduler(100)}),
     "regions of another schedule": (r"\[0, 500\)", {"regions": ebdiff.Partition(0, 240, 500)}),
     "a prediction of its own": ("prediction_type", {"scheduler": SimpleNamespace(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -16,6 +16,8 @@ from .sampler import Sampler, Wrapped
 from .tables import conditional, normalised
 
 __all__ = ["Corrected", "Weighted", "linear"]
+
+_Weights = Tensor | Sequence[float]
 
 
 class _Reweighted(Wrapped):
@@ -40,34 +42,34 @@ class Weighted(_Reweighted):
 
     Args:
         sampler: what draws, or the number of timesteps.
-        weights: float[T], of any scale; or a function from the step of training to that.
+        weights: float[T], of any scale, also as a list or an array; or a function from the step of training to that.
 
     Raises:
         EbdiffError: unless there is a weight for each cell, all finite and >= 0.
     """
 
-    def __init__(self, sampler: Sampler | NoiseProfile | int, weights: Tensor | Callable[[int], Tensor]) -> None:
+    def __init__(self, sampler: Sampler | NoiseProfile | int, weights: _Weights | Callable[[int], _Weights]) -> None:
         super().__init__(sampler)
-        self.plan = weights if callable(weights) else None
+        self.plan, self.step = weights if callable(weights) else None, 0
         self.table = self._checked(weights(0) if callable(weights) else weights)
 
     def factor(self) -> Tensor:
-        return self.table
+        return self.table if self.plan is None or self.step == 0 else self._checked(self.plan(self.step))
 
     def at(self, step: int) -> Sampler:
         inner = super().at(step)
-        if self.plan is None:
+        if self.plan is None or step == self.step:
             return inner
         assert isinstance(inner, Weighted)
-        return inner._with(table=self._checked(self.plan(step)))
+        return inner._with(step=step)
 
-    def _checked(self, weights: Tensor) -> Tensor:
-        table = weights.detach().to("cpu", torch.float64)
+    def _checked(self, weights: _Weights) -> Tensor:
+        table = torch.as_tensor(weights, dtype=torch.float64).detach().cpu()
         if table.shape != (self.T,) or not bool((table.isfinite() & (table >= 0)).all()):
             raise EbdiffError(
                 "bad loss weights",
                 expected=f"{self.T} of them, finite and >= 0",
-                got=f"{list(table.shape)}, from {float(table.min()):.4g} to {float(table.max()):.4g}",
+                got=f"{list(table.shape)}" + (f", from {table.min():.4g} to {table.max():.4g}" if len(table) else ""),
                 remedy="one for each timestep of the sampler's schedule",
             )
         return table

@@ -221,7 +221,7 @@ class Wrapped(Sampler):
 
 
 def _same(a: object, b: object) -> bool:
-    return a is b or (isinstance(a, float) and a == b)
+    return a is b or (isinstance(a, int | float) and a == b)
 
 
 class Stratified(Wrapped):

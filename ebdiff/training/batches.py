@@ -63,13 +63,13 @@ class Batches:
             flipped = torch.rand(total, generator=generator(seed, "flip", step)) < 0.5
             clean = torch.where(flipped[:, None, None, None], clean.flip(-1), clean)
         noise = torch.randn(clean.shape, generator=generator(seed, "noise", step))
-        sampler, region = self.sampler.at(step), None
-        if self.regions is not None:
-            sampler, region = self._of_region(self.regions, sampler, step)
-        t, weight = sampler.sample(total, step=step, seed=seed)
-        if region is not None:  # Within gives every region mean weight 1; here the regions share one objective
-            weight = self.sampler.at(step).tables(t.device).weights[t]
-        return Batch(clean, noise, t, weight, region)
+        sampler = self.sampler.at(step)
+        if self.regions is None:
+            return Batch(clean, noise, *sampler.sample(total, step=step, seed=seed))
+        inside, region = self._of_region(self.regions, sampler, step)
+        t, _ = inside.sample(total, step=step, seed=seed)
+        # Within gives every region mean weight 1; here the regions share one objective.
+        return Batch(clean, noise, t, sampler.tables(t.device).weights[t], region)
 
     def _of_region(self, regions: Partition, sampler: Sampler, step: int) -> tuple[Sampler, int]:
         if self._inside is None or self._inside[0] is not sampler:

@@ -143,6 +143,9 @@ def _check_data(images: Tensor, scheduler: Any, sampler: Sampler, regions: Parti
             got=f"{images.dtype} {list(images.shape)} on {images.device}",
             remedy="see ebdiff.data.load_images",
         )
+    if sampler.edges is not None:
+        remedy = "make it with NoiseProfile.from_scheduler(scheduler)"
+        raise EbdiffError("sampler", expected="whole timesteps", got="continuous time", remedy=remedy)
     timesteps = getattr(scheduler.config, "num_train_timesteps", None)
     if timesteps != sampler.T:
         expected = f"{sampler.T} timesteps, the sampler's"
