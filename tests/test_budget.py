@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -12,9 +14,10 @@ from test_timesteps import Table
 
 from ebdiff.errors import EbdiffError
 from ebdiff.timesteps.adapter import ScheduleSampler
+from ebdiff.timesteps.adaptive import LossSecondMoment
 from ebdiff.timesteps.budget import region_budget
-from ebdiff.timesteps.region import Partition
-from ebdiff.timesteps.sampler import Stratified, Uniform
+from ebdiff.timesteps.region import Partition, Region
+from ebdiff.timesteps.sampler import Sampler, Stratified, Uniform, Within
 from ebdiff.timesteps.speed import SpeeD
 
 FOUR = Partition(0, 240, 440, 720, 1000)
@@ -80,6 +83,16 @@ def test_the_adapter_has_the_interface_of_guided_diffusion():
         expected = sampler.sample(16, step=step, seed=3)
         assert torch.equal(t, expected.t)
         assert torch.equal(weights, expected.weight)
+
+
+@pytest.mark.parametrize("wrap", [lambda s: s, Stratified, lambda s: Within(Region(10, 90), Stratified(s))])
+def test_the_adapter_s_sampler_learns_where_it_can(wrap: Callable[[Sampler], Sampler]):
+    learned = LossSecondMoment(100, history=1)
+    t, losses = torch.arange(100), torch.linspace(1, 2, 100)
+    ScheduleSampler(wrap(learned)).update_with_local_losses(t, losses)
+    expected = 0.999 * losses.double() / losses.double().sum() + 1e-5
+    torch.testing.assert_close(learned.pmf(), expected)
+    ScheduleSampler(wrap(SPEED)).update_with_local_losses(t, losses)
 
 
 def test_the_adapter_s_calls_may_be_micro_batches():

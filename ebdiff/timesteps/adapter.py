@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from .sampler import Sampler
+from .learned import Learned
+from .sampler import Sampler, Wrapped
 
 __all__ = ["ScheduleSampler"]
 
@@ -53,3 +54,19 @@ class ScheduleSampler:
             device=device,
         )
         return drawn.t, drawn.weight
+
+    def update_with_local_losses(self, local_ts: Tensor, local_losses: Tensor) -> None:
+        """Let a sampler that learns do so, wrapped in others or not; where none does, nothing happens.
+
+        Those codebases ask `isinstance(schedule_sampler, LossAwareSampler)` first: call it without. Every process calls
+        it with as many losses as the others.
+
+        Args:
+            local_ts: [B], as drawn here.
+            local_losses: [B], each sample's loss, without its weight.
+        """
+        sampler = self.sampler
+        while isinstance(sampler, Wrapped):
+            if isinstance(sampler, Learned):
+                sampler.update(local_ts, local_losses)
+            sampler = sampler.sampler
