@@ -38,6 +38,20 @@ def test_a_published_weight_is_that_of_the_same_objective_for_every_prediction()
     torch.testing.assert_close(shares["sample"], shares["epsilon"], rtol=1e-5, atol=0)
 
 
+def test_edm_is_its_density_with_its_weight_by_hand() -> None:
+    """On x0 1/d² + S with d = 0.5, and ln sigma of N(-1.2, 1.2²): two cells' odds are those of their middles."""
+    profile = NoiseProfile.edm(cells=4000)
+    sampler = sampler_named("edm", profile)
+    weights, pmf, sigma = sampler.weights().double(), sampler.pmf(), profile.sigma
+    assert float(weights[3000] / weights[1000]) == pytest.approx(
+        float((4 + sigma[3000] ** -2) / (4 + sigma[1000] ** -2)), rel=1e-6
+    )
+    level = (sigma.log() + 1.2) / 1.2
+    assert float((pmf[3000] / pmf[1000]).log()) == pytest.approx(
+        float(level[1000] ** 2 - level[3000] ** 2) / 2, rel=1e-5
+    )
+
+
 def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
     with pytest.raises(EbdiffError, match=r"no such sampler: expected one of uniform, speed.*got sped"):
         sampler_named("sped", NoiseProfile.flow())

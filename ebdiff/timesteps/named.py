@@ -7,12 +7,12 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ..errors import EbdiffError
-from .densities import CosMap, LogitNormal, Mode
+from .densities import Beta, CosMap, LogitNormal, LogNormalSigma, Mode
 from .profile import NoiseProfile
 from .reweighted import Weighted
 from .sampler import Sampler, Uniform
 from .speed import SpeeD
-from .weighting import debias, min_snr, p2, soft_min_snr
+from .weighting import debias, edm, min_snr, p2, soft_min_snr
 
 __all__ = ["SAMPLERS", "sampler_named"]
 
@@ -21,9 +21,13 @@ def _weighted(weighting: Callable[..., Tensor]) -> Callable[[NoiseProfile], Samp
     """Uniform timesteps with a published weight, said of what the network predicts."""
 
     def sampler(profile: NoiseProfile) -> Sampler:
-        return Weighted(Uniform(profile), weighting(profile, prediction=profile.prediction or "epsilon"))
+        return Weighted(Uniform(profile), weighting(profile, prediction=_predicted(profile)))
 
     return sampler
+
+
+def _predicted(profile: NoiseProfile) -> str:
+    return profile.prediction or "epsilon"
 
 
 SAMPLERS: dict[str, Callable[[NoiseProfile], Sampler]] = {
@@ -37,6 +41,8 @@ SAMPLERS: dict[str, Callable[[NoiseProfile], Sampler]] = {
     "logit-normal": LogitNormal,
     "mode": Mode,
     "cosmap": CosMap,
+    "beta": lambda profile: Beta(profile, 0.8, 1.0),
+    "edm": lambda profile: Weighted(LogNormalSigma(profile), edm(profile, prediction=_predicted(profile))),
 }
 
 
