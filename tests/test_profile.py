@@ -8,10 +8,14 @@ import pickle
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from torch import Tensor
 
 from ebdiff.errors import EbdiffError
+from ebdiff.timesteps.adaptive import Adaptive
+from ebdiff.timesteps.densities import CLTS, LogitNormal
 from ebdiff.timesteps.profile import NoiseProfile
+from ebdiff.timesteps.speed import SpeeD
 
 CONTINUOUS = {
     "vp": NoiseProfile.vp(),
@@ -126,7 +130,15 @@ def test_profiles_can_be_copied_and_pickled():
         (lambda: NoiseProfile.from_sigmas([]), ["1 or more"]),
         (lambda: NoiseProfile.from_sigmas([[1.0, 2.0]]), ["1 or more"]),
         (lambda: NoiseProfile.from_sigmas([1.0], data_std=0.0), ["data_std"]),
+        (lambda: NoiseProfile.from_alphas_cumprod(0.5), ["1 or more"]),
         (lambda: NoiseProfile.flow(0.0), ["shift"]),
+        (lambda: NoiseProfile.flow(cells=0), ["1 cell"]),
+        (lambda: NoiseProfile.edm(0.0), ["sigma_min < sigma_max"]),
+        (lambda: NoiseProfile.ve(50.0, 0.01), ["sigma_min < sigma_max"]),
+        (lambda: SpeeD(1000), ["a NoiseProfile", "int", "from_scheduler"]),
+        (lambda: LogitNormal(DDPMScheduler()), ["a NoiseProfile", "DDPMScheduler"]),
+        (lambda: CLTS(1000, 300, 50, 100), ["a NoiseProfile"]),
+        (lambda: Adaptive(1000), ["a NoiseProfile"]),
         (lambda: NoiseProfile.from_functions(torch.cos, torch.sin, span=(1, 0)), ["rise"]),
         (lambda: NoiseProfile(*[torch.ones(2)] * 3, edges=torch.arange(3.0)), ["curves"]),
         (lambda: NoiseProfile(torch.ones(2), torch.ones(3), torch.ones(2)), ["lengths [2, 3, 2]"]),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import EbdiffError
 from .learned import Learned, of_all_ranks
-from .profile import NoiseProfile
+from .profile import NoiseProfile, checked
 from .sampler import Sampler, Uniform
 from .weighting import positive
 
@@ -114,7 +114,7 @@ class Adaptive(Learned):
         positive(buckets=buckets, halflife=halflife, every=every)
         _share(mix=mix, floor=floor)
         prior = Uniform(profile) if prior is None else prior
-        if prior.T != profile.T:
+        if prior.T != checked(profile).T:
             raise EbdiffError(
                 "the prior is of another schedule",
                 expected=f"{profile.T} timesteps",

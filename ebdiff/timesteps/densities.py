@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import EbdiffError
-from .profile import NoiseProfile
+from .profile import NoiseProfile, checked
 from .sampler import Sampler
 from .tables import Tables
 from .weighting import positive
@@ -34,7 +34,7 @@ class Density(Sampler):
     """
 
     def __init__(self, profile: NoiseProfile) -> None:
-        self.profile, self.T, self.edges = profile, profile.T, profile.edges
+        self.profile, self.T, self.edges = checked(profile), profile.T, profile.edges
         self._pmf = _scaled(self.cdf(self.bounds()), type(self).__name__)
 
     @abstractmethod
@@ -206,7 +206,7 @@ class CLTS(Sampler):
             raise EbdiffError("no such step", expected="at least 0", got=str(step), remedy="count from 0")
         self.steps, self.step = steps, min(step, steps)
         self._last: CLTS | None = None
-        self.T, self.edges = profile.T, profile.edges
+        self.T, self.edges = checked(profile).T, profile.edges
         ends = torch.arange(self.T + 1, dtype=torch.float64) - (0.5 if self.edges is None else 0)
         self.focus = _scaled(_normal(ends, mu, std), "CLTS")
 

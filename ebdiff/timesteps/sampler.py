@@ -164,7 +164,7 @@ class Uniform(Sampler):
             raise EbdiffError(
                 "no schedule",
                 expected="a NoiseProfile, or a whole number of timesteps, at least 1",
-                got=repr(schedule),
+                got=repr(schedule) if isinstance(schedule, int | float | str) else type(schedule).__name__,
                 remedy="Uniform(1000)",
             )
         self.T = schedule

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import EbdiffError
-from .profile import NoiseProfile
+from .profile import NoiseProfile, checked
 from .region import Region
 from .sampler import Sampler
 from .tables import Tables, conditional, normalised
@@ -70,7 +70,7 @@ class SpeeD(Sampler):
         tau: int | None = None,
         variant: Literal["paper", "released"] = "paper",
     ) -> None:
-        _check(profile, k, lam, r, tau, variant)
+        _check(checked(profile), k, lam, r, tau, variant)
         self.profile, self.k, self.lam, self.variant = profile, k, lam, variant
         self.T, self.edges = profile.T, profile.edges
         self.tau = _tau(profile, 140.5 if r is None else r) if tau is None else int(tau)
