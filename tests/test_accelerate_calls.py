@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from itertools import permutations
 from typing import Any
 
 import pytest
@@ -86,6 +87,23 @@ def test_another_callable_in_the_place_of_a_norm() -> None:
     for norm in (lambda x: 2 * x, torch.abs, nn.Identity().forward):
         model.norm = norm
         assert torch.equal(model(image()), model.conv(model.act(norm(image()))))
+
+
+@pytest.mark.parametrize("order", list(permutations(range(4))))
+def test_the_result_lies_in_memory_as_the_originals(order: tuple[int, ...]) -> None:
+    """What comes next may be a view of it."""
+    model = nn.Sequential(nn.GroupNorm(2, 6), nn.SiLU())
+    places = [order.index(i) for i in range(4)]
+    given = [torch.randn([shape[i] for i in order]).permute(places) for shape in ((2, 6, 5, 4), (1, 6, 1, 4))]
+    given += [given[0][:, :, 1:], given[0][..., 0], given[0][..., :2, None].expand(-1, -1, -1, -1, 3)]
+    expected = [model(x) for x in given]
+    ebdiff.accelerate(model, verbose=False)
+    for x, y in zip(given, expected, strict=True):
+        found = model(x)
+        torch.testing.assert_close(found, y)
+        assert [s for s, n in zip(found.stride(), x.shape, strict=True) if n > 1] == [
+            s for s, n in zip(y.stride(), x.shape, strict=True) if n > 1
+        ]
 
 
 @pytest.mark.parametrize("hooked", ["norm", "act"])
