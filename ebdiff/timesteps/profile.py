@@ -19,7 +19,7 @@ from ..errors import EbdiffError
 from . import curves
 from .curves import Curve
 
-__all__ = ["NoiseProfile"]
+__all__ = ["NoiseProfile", "checked"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +49,8 @@ class NoiseProfile:
     _on: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        sizes = [len(self.alpha), len(self.sigma), len(self.t), *([] if self.edges is None else [len(self.edges) - 1])]
+        sizes = [x.numel() for x in (self.alpha, self.sigma, self.t)]
+        sizes += [] if self.edges is None else [self.edges.numel() - 1]
         if self.alpha.dim() != 1 or len(set(sizes)) > 1 or not sizes[0]:
             raise _refused("tables of one length, 1 or more", f"lengths {sizes}", "one entry for each timestep")
         if (self.edges is None) != (self.curves is None):
@@ -88,7 +89,7 @@ class NoiseProfile:
     ) -> NoiseProfile:
         """Discrete, variance preserving: alpha = sqrt(alpha-bar), sigma = sqrt(1 - alpha-bar). It may end at 0."""
         table = _table(alphas_cumprod)
-        return cls(table.sqrt(), (1 - table).sqrt(), _whole(len(table)), prediction=prediction)
+        return cls(table.sqrt(), (1 - table).sqrt(), _whole(table.numel()), prediction=prediction)
 
     @classmethod
     def from_sigmas(
@@ -96,7 +97,7 @@ class NoiseProfile:
     ) -> NoiseProfile:
         """Discrete, variance exploding: alpha = 1, and sigma rises with the timestep."""
         table = _table(sigmas)
-        return cls(torch.ones_like(table), table, _whole(len(table)), data_std=data_std, prediction=prediction)
+        return cls(torch.ones_like(table), table, _whole(table.numel()), data_std=data_std, prediction=prediction)
 
     @classmethod
     def from_functions(
@@ -120,7 +121,7 @@ class NoiseProfile:
             data_std, prediction: see the class.
         """
         if edges is None:
-            edges = torch.linspace(*span, cells + 1, dtype=torch.float64)
+            edges = torch.linspace(*span, _counted(cells) + 1, dtype=torch.float64)
         t = (edges[1:] + edges[:-1]) / 2
         return cls(_at(alpha, t), _at(sigma, t), t, edges, data_std, prediction, (alpha, sigma))
 
@@ -147,6 +148,7 @@ class NoiseProfile:
         cls, sigma_min: float = 0.01, sigma_max: float = 50.0, *, least: float = 0.0, cells: int = 1000
     ) -> NoiseProfile:
         """The variance-exploding score SDE (2011.13456), t in [`least`, 1): sigma_min (sigma_max / sigma_min)^t."""
+        _rising(sigma_min, sigma_max)
         noise = partial(curves.exponential, at_0=sigma_min, rate=math.log(sigma_max / sigma_min))
         return cls.from_functions(partial(curves.constant, value=1.0), noise, span=(least, 1.0), cells=cells)
 
@@ -155,6 +157,7 @@ class NoiseProfile:
         cls, sigma_min: float = 0.002, sigma_max: float = 80.0, data_std: float = 0.5, *, cells: int = 1000
     ) -> NoiseProfile:
         """EDM (2206.00364): alpha = 1, cells even in ln sigma, t = c_noise = ln(sigma) / 4. It predicts the sample."""
+        _rising(sigma_min, sigma_max)
         return cls.from_functions(
             partial(curves.constant, value=1.0),
             partial(curves.exponential, at_0=1.0, rate=4.0),
@@ -173,7 +176,7 @@ class NoiseProfile:
         """
         if not (math.isfinite(shift) and shift > 0):
             raise _refused("shift > 0", str(shift), "1 is none, SD3 uses 3")
-        edges = cells * curves.shifted(torch.linspace(0, 1, cells + 1, dtype=torch.float64), shift)
+        edges = cells * curves.shifted(torch.linspace(0, 1, _counted(cells) + 1, dtype=torch.float64), shift)
         signal = partial(curves.linear, at_0=1.0, slope=-1 / cells)
         noise = partial(curves.linear, at_0=0.0, slope=1 / cells)
         return cls.from_functions(signal, noise, edges=edges, prediction="flow")
@@ -238,6 +241,13 @@ class NoiseProfile:
         return self._on[device]
 
 
+def checked(value: object) -> NoiseProfile:
+    """`value`, if it is a profile: samplers are often handed a scheduler, or a number of timesteps."""
+    if not isinstance(value, NoiseProfile):
+        raise _refused("a NoiseProfile", type(value).__name__, "NoiseProfile.from_scheduler(scheduler) makes one")
+    return value
+
+
 def _at(curve: Curve, t: Tensor) -> Tensor:
     """The curve's values, also where it returns a plain number."""
     value = curve(t)
@@ -246,6 +256,17 @@ def _at(curve: Curve, t: Tensor) -> Tensor:
 
 def _table(values: Tensor | Sequence[float]) -> Tensor:
     return torch.as_tensor(values, dtype=torch.float64).detach().cpu()  # plain numbers are no float32 on their way
+
+
+def _counted(cells: int) -> int:
+    if cells < 1:
+        raise _refused("1 cell or more", str(cells), "1000 is usual")
+    return cells
+
+
+def _rising(sigma_min: float, sigma_max: float) -> None:
+    if not 0 < sigma_min < sigma_max < math.inf:
+        raise _refused("0 < sigma_min < sigma_max", f"{sigma_min} and {sigma_max}", "EDM has 0.002 and 80")
 
 
 def _whole(T: int) -> Tensor:
