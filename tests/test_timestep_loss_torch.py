@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from ebdiff import EbdiffError
 from ebdiff.ops import LossStatistics, PhiloxNoise, noised, weighted_timestep_loss
 from ebdiff.ops.timestep_loss_reference import Terms
+from ebdiff.timesteps.profile import NoiseProfile
 
 OPS = torch.ops.ebdiff
 
@@ -152,6 +153,25 @@ def test_activations_may_be_checkpointed_and_offloaded() -> None:
         moved = loss(given)
     for found in (again, moved):
         torch.testing.assert_close(torch.autograd.grad(found, given)[0], expected)
+
+
+@pytest.mark.parametrize("all_of_it", [False, True])
+def test_what_was_made_in_inference_mode_serves_training(all_of_it: bool) -> None:
+    """A validation before the first step makes what is remembered; latents are often made there too."""
+    pred, weight, t = torch.randn(3, 4, requires_grad=True), torch.rand(10), torch.tensor([0, 9, 3])
+
+    def loss(profile: NoiseProfile, x0: Tensor, noise: Tensor, weight: Tensor) -> Tensor:
+        noised(x0, t, profile, noise)
+        target = x0, noise
+        return weighted_timestep_loss(pred, target, t, weight, "v_prediction", profile=profile, huber_c=0.12345).loss
+
+    arguments = NoiseProfile.from_alphas_cumprod(torch.linspace(0.99, 0, 10)), *torch.randn(2, 3, 4), weight
+    with torch.inference_mode():
+        loss(*arguments)
+        made = [x.clone() for x in arguments[1:]]
+    (found,) = torch.autograd.grad(loss(arguments[0], *(made if all_of_it else arguments[1:])), pred)
+    (expected,) = torch.autograd.grad(loss(*arguments), pred)
+    assert torch.equal(found, expected)
 
 
 # Refusals -------------------------------------------------------------------------------------------------------------

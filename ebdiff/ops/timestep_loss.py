@@ -142,7 +142,7 @@ def _loss(pred: Tensor, terms: Terms) -> Sequence[Tensor]:
     if not is_direct(pred, *terms[:-1]):
         found = _loss_op(pred, *terms)
     elif _asks_for_gradient(pred, terms.target, terms.weight):
-        found = _WeightedTimestepLoss.apply(True, pred, *terms)  # type: ignore[no-untyped-call]
+        found = _WeightedTimestepLoss.apply(True, pred, terms.target, terms.weight, terms)  # type: ignore[no-untyped-call]
     else:
         found = ops.forward(pred, *terms, False)[:2]
     return found
@@ -183,42 +183,40 @@ def _number(value: float, device: torch.device) -> Tensor:
 class _WeightedTimestepLoss(torch.autograd.Function):
     """Keeps the gradient, and all arguments for what it does not answer: references, not memory.
 
-    Its first argument says whether to pass by torch's dispatcher.
+    Its arguments: whether to pass by torch's dispatcher, pred, what else may ask for a gradient, and all of the terms.
     """
 
     @staticmethod
-    def forward(ctx: Any, direct: bool, pred: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, direct: bool, pred: Tensor, target: Tensor | None, weight: Tensor, terms: Terms
+    ) -> tuple[Tensor, Tensor]:
         with_grad = ctx.needs_input_grad[1] and pred.dtype != torch.float16
         forward = ops.forward if direct else ops.forward_op
-        loss, per_sample, grad = forward(pred, *arguments, with_grad)
+        loss, per_sample, grad = forward(pred, *terms, with_grad)
         ctx.mark_non_differentiable(per_sample)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(per_sample, grad, pred, *arguments[:-1])
-        ctx.prediction, ctx.with_grad, ctx.direct = arguments[-1], with_grad, direct
+        ctx.save_for_backward(per_sample, grad, *[_to_keep(tensor) for tensor in (pred, *terms[:-1])])
+        ctx.prediction, ctx.with_grad, ctx.direct = terms.prediction, with_grad, direct
         return loss, per_sample
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        found: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         dloss = gradients[0]
         if dloss is None:
-            return (*found,)
+            return (None,) * 5
         per_sample, grad, pred, *tensors = ctx.saved_tensors
-        terms = Terms._make([*tensors, ctx.prediction])
-        needs = [ctx.needs_input_grad[place] for place in _PLACES]
+        terms, needs = Terms._make([*tensors, ctx.prediction]), ctx.needs_input_grad[1:4]
         rare = needs[1] or (needs[2] and terms.cell is not None)  # a target's gradient, or a table's
         # For these, a second derivative, or many gradients at once: differentiate the specification.
         if rare or torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dloss):
-            three = _differentiable(dloss, pred, terms, needs)
-        else:
-            dpred = _gradient(dloss, grad if ctx.with_grad else None, pred, terms, ctx.direct) if needs[0] else None
-            three = dpred, None, dloss * per_sample / len(pred) if needs[2] else None
-        for place, gradient in zip(_PLACES, three, strict=True):
-            found[place] = gradient
-        return (*found,)
+            return (None, *_differentiable(dloss, pred, terms, needs), None)
+        dpred = _gradient(dloss, grad if ctx.with_grad else None, pred, terms, ctx.direct) if needs[0] else None
+        return None, dpred, None, dloss * per_sample / pred.shape[0] if needs[2] else None, None
 
 
-_PLACES = 1, 2, 2 + Terms._fields.index("weight")  # of pred, target and weight among that function's arguments
+def _to_keep(tensor: Tensor | None) -> Tensor | None:
+    """Made in inference mode, as latents or what is remembered may be, a tensor is not for autograd; its copy is."""
+    return tensor.clone() if tensor is not None and tensor.is_inference() else tensor
 
 
 def _gradient(dloss: Tensor, grad: Tensor | None, pred: Tensor, terms: Terms, direct: bool) -> Tensor:
@@ -248,14 +246,14 @@ def _differentiable(dloss: Tensor, pred: Tensor, terms: Terms, needs: Sequence[b
 
 def _loss_autograd(pred: Tensor, *arguments: Any) -> Sequence[Tensor]:
     found: Sequence[Tensor]
+    terms = Terms(*arguments)
     if is_transformed():  # for derivatives of torch.func and in forward mode the specification serves
-        terms = Terms(*arguments)
         check_terms(pred, terms)
         ops.FAMILY.fallbacks["torch.func"] += 1
         loss, per_sample = reference.loss_of(pred, terms)
         found = loss, per_sample.detach()
     else:
-        found = _WeightedTimestepLoss.apply(False, pred, *arguments)  # type: ignore[no-untyped-call]
+        found = _WeightedTimestepLoss.apply(False, pred, terms.target, terms.weight, terms)  # type: ignore[no-untyped-call]
     return found
 
 
