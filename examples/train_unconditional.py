@@ -35,7 +35,8 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     schedule = get_cosine_schedule_with_warmup(optimizer, args.steps // 10, args.steps)
     ema = EMAModel(model.parameters(), decay=0.995, use_ema_warmup=True)
-    model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
+    # Not the schedule: accelerate would step it once per process, and --steps are steps of all processes together.
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     ema.to(accelerator.device)
 
     model.train()
@@ -57,7 +58,8 @@ def main() -> None:
             ema.step(model.parameters())
             step += 1
             if step % 100 == 0:
-                accelerator.print(f"step {step}: loss {loss.item():.4f}")
+                rate = schedule.get_last_lr()[0]
+                accelerator.print(f"step {step}: loss {loss.item():.4f}, learning rate {rate:.1e}")
             if step == args.steps:
                 break
 

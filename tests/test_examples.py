@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ from diffusers import DDPMPipeline
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def run(name: str, *arguments: str) -> str:
-    command = [sys.executable, str(EXAMPLES / name), *arguments]
+def run(name: str, *arguments: str, launcher: Sequence[str] = ()) -> str:
+    command = [sys.executable, *launcher, str(EXAMPLES / name), *arguments]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -23,6 +24,17 @@ def test_the_diffusers_script_trains_and_saves_a_pipeline(tmp_path: Path) -> Non
     run("train_unconditional.py", "--steps", "3", "--batch-size", "4", "--out", str(tmp_path / "out"))
     pipeline = DDPMPipeline.from_pretrained(tmp_path / "out")
     assert pipeline.unet.config.sample_size == 16
+
+
+@pytest.mark.slow
+def test_two_processes_train_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    options = ["--steps", "100", "--batch-size", "1", "--out", str(tmp_path / "out")]
+    said = run("train_unconditional.py", *options, launcher=launcher)
+    assert said.count("step 100: loss") == 1
+    assert said.split("rate ")[1].split()[0] == "0.0e+00", "the learning rate is spent with the last step, not before"
+    assert (tmp_path / "out" / "unet").is_dir()
 
 
 def test_the_three_lines_are_all_there_is_of_it() -> None:
