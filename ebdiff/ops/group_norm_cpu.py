@@ -16,6 +16,8 @@ __all__ = ["backward", "forward"]
 
 _WIDE = {dtype: torch.promote_types(dtype, torch.float32) for dtype in FLOATS}  # what is computed in
 
+_FEW = 9  # positions: rows so short are slow, and better copied to a place where the channels lie together
+
 
 def forward(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
     """As `group_norm_reference.forward`."""
@@ -59,11 +61,15 @@ def _small(norm: Norm, wide: torch.dtype) -> list[Tensor | None]:
 
 
 def _order(like: Tensor) -> tuple[bool, Tensor]:
-    """Do the channels lie together in memory? And a tensor to write to: this one, where it is dense in either order."""
-    if like.is_contiguous():
+    """Are the channels to lie together in memory? And a tensor to write to: this one, where it is dense in that order."""
+    few = like.shape[2:].numel() <= _FEW
+    if not few and like.is_contiguous():
         return False, like
-    if like.movedim(1, -1).is_contiguous():
+    last = like.movedim(1, -1)
+    if last.is_contiguous():
         return True, like
+    if few:
+        return True, torch.empty_like(last, memory_format=torch.contiguous_format).movedim(-1, 1)
     return False, torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
