@@ -3,10 +3,9 @@
 All tensors are on one device and in one layout: x, y, dy and dx lie as [N, C, HW], or, where `last`, as [N, HW, C];
 `weight`, `bias` and `keep` are dense, rows of `scale`, `shift` and `time_bias` are. Nothing is checked here.
 Deterministic: no atomics. Nothing waits for the device, but for the first call with new groups, which copies their
-table. Never run on a GPU so far. The same kernels are interpreted with Triton 3.7.1 and 3.9.0, in part with 3.6.0
-(whose interpreter needs numpy < 2.4), and compiled for the architectures with 3.7.1, 3.8.0 and 3.9.0, of which the last
-spills 8 bytes in one variant (test_group_norm_aot.py). An earlier state of them was compiled with 3.6.0 and interpreted
-with 3.8.0.
+table. Never run on a GPU so far. The same kernels are interpreted with Triton 3.7.1, 3.8.0 and 3.9.0, in part with
+3.6.0 (whose interpreter needs numpy < 2.4), and compiled for the architectures with all four, of which 3.9.0 spills
+8 bytes in one variant (test_group_norm_aot.py).
 """
 
 from __future__ import annotations
