@@ -79,7 +79,7 @@ def put_back(place: Any, had: dict[str, Any]) -> None:
     for name in [name for name in vars(place) if name not in had]:
         delattr(place, name)
     for name, value in had.items():
-        if vars(place)[name] is not value:
+        if vars(place).get(name) is not value:
             setattr(place, name, value)
 
 
