@@ -104,6 +104,7 @@ def schedule(
     Raises:
         EbdiffError: for a schedule that is not known, or settings out of range.
     """
+    from .timesteps.densities import LogNormalSigma
     from .timesteps.sampler import Uniform
     from .timesteps.speed import SpeeD
 
@@ -117,10 +118,17 @@ def schedule(
             timely, drawn = (f"{sampler.mass(region):.1%}" for sampler in (uniform, speed))
             lines.append(f"  {area}: {region}, {timely} of the {unit}, {drawn} of what SpeeD draws")
     often = float(speed.pmf()[0]) * timesteps
+    own = []
+    if name == "edm" and speed.areas.convergence is not None:
+        share = LogNormalSigma(profile).mass(speed.areas.convergence)
+        own = [
+            f"  EDM's own log-normal density draws {share:.1%} there: over that, sampling has next to nothing to gain"
+        ]
     return [
         *lines,
         f"  sampling alone: useful {unit} come {often:.2f} times as often as with uniform sampling (k = {k:g}), "
         f"and never more than T/tau = {speed.bound:.2f} times",
+        *own,
     ]
 
 

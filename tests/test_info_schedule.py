@@ -38,6 +38,14 @@ def test_other_schedules(options, tau, bound, monkeypatch, capsys) -> None:
     assert f"T/tau = {bound} times" in said
 
 
+def test_edm_s_own_density_leaves_nothing_to_gain() -> None:
+    """Its convergence area is sigma > 0.5 sqrt(139.5) = 5.9, where N(-1.2, 1.2²) of ln sigma has 0.7%."""
+    said = schedule("edm")
+    assert said[-1].startswith("  EDM's own log-normal density draws 0.7% there")
+    assert not any("log-normal" in line for line in schedule("edm", r=1e9))
+    assert not any("log-normal" in line for line in schedule("flow"))
+
+
 def test_an_area_may_be_missing() -> None:
     said = "\n".join(schedule("linear", betas=(1e-5, 1e-4)))
     assert "tau = 1000, alpha-bar never falls to 1/140.5" in said
