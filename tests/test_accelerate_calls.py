@@ -37,6 +37,16 @@ def test_what_does_not_fit_is_computed_as_the_original_computes_it() -> None:
         assert torch.equal(model(*case), y)
 
 
+@pytest.mark.parametrize("side", [3, 4])
+def test_with_few_positions_the_original_runs_on_the_cpu(side: int) -> None:
+    model, x = Nested(), image()[:, :, :side, :side]
+    expected = model(x)
+    ebdiff.accelerate(model, verbose=False)
+    with counted() as norms:
+        torch.testing.assert_close(model(x), expected)
+    assert len(norms) == (side == 3)
+
+
 ROWS: list[Any] = [torch.randn(1, 6, 1, 1), torch.randn(6, 1, 1), torch.randn(2, 1, 1, 1), torch.randn(()), 0.5, 1]
 
 

@@ -61,7 +61,7 @@ def _small(norm: Norm, wide: torch.dtype) -> list[Tensor | None]:
 
 
 def _order(like: Tensor) -> tuple[bool, Tensor]:
-    """Are the channels to lie together in memory? And a tensor to write to: this one, where it is dense in that order."""
+    """Are channels to lie together in memory? And a tensor to write to: this one, where it is dense in that order."""
     few = like.shape[2:].numel() <= _FEW
     if not few and like.is_contiguous():
         return False, like
