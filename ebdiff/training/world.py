@@ -25,7 +25,7 @@ from ..pruning.trace import trace
 from ..timesteps.named import sampler_named
 from ..timesteps.profile import NoiseProfile
 from ..timesteps.region import Partition, Region
-from ..timesteps.sampler import Sampler, Stratified
+from ..timesteps.sampler import Sampler, Stratified, Within
 
 __all__ = ["World"]
 
@@ -49,8 +49,9 @@ class World:
             images: read the images, too.
 
         Raises:
-            EbdiffError: regions that do not tile the schedule, numbers of ratios or steps that differ from the number
-                of regions, unknown model arguments, images that do not fit the model, no extractor for the images.
+            EbdiffError: regions that do not tile the schedule or that the sampler never draws, numbers of ratios or
+                steps that differ from the number of regions, unknown model arguments, images that do not fit the model,
+                no extractor for the images.
         """
         search, count = self.config.search, len(self.partition)
         lists = {"regions.steps": self.config.regions.steps, "search.ratios": search.ratios}
@@ -69,7 +70,7 @@ class World:
                 got="balanced, whose groups would be dealt out twice",
                 remedy="use ragged norms, or branch_at=0",
             )
-        _ = self.plan, self.device, self.sampler
+        _ = self.plan, self.device, [Within(region, self.sampler).weights() for region in self.partition]
         shape = tuple(self.data.train.shape[1:]) if images else self.image_shape
         if shape != self.image_shape:
             raise EbdiffError(
