@@ -26,7 +26,7 @@ def conditional(pmf: Tensor, lo: int, hi: int) -> Tensor:
             f"the sampler never draws in [{lo}, {hi})",
             expected="a region of positive probability",
             got=f"a sampler of {int((pmf > 0).sum())} timesteps, none of them in it",
-            remedy="nested regions must overlap",
+            remedy="take another region or sampler; nested regions must overlap",
         )
     return inside / mass
 
