@@ -68,7 +68,7 @@ def error_and_slope(d, HUBER, huber_row, n):
     error, slope = d * d, 2.0 * d
     if HUBER is not None:
         ratio = d / tl.load(HUBER + n * huber_row).to(tl.float32)
-        root = tl.sqrt(1.0 + ratio * ratio)
+        root = tl.minimum(tl.sqrt(1.0 + ratio * ratio), 1.0 + tl.abs(ratio))  # the latter where the square is too large
         error = 2.0 * error / (1.0 + root)
         slope /= root
     return error, slope

@@ -153,6 +153,18 @@ def test_a_small_c_is_proportional_to_the_distance() -> None:
     )
 
 
+@pytest.mark.parametrize(("distance", "c"), [(1.0, 1e-20), (1e17, 1e-3), (1e30, 1.0), (-1e36, 0.5)])
+def test_far_beyond_c_the_loss_is_2c_times_the_distance(distance: float, c: float) -> None:
+    """Though its square may be more than float32 holds: a run that diverges is not to be told that all is well."""
+    pred = torch.full((1, 20), distance, requires_grad=True)
+    found = weighted_timestep_loss(
+        pred, torch.zeros(1, 20), torch.zeros(1, dtype=torch.int64), torch.ones(1), "epsilon", huber_c=c
+    )
+    torch.testing.assert_close(found.loss, torch.tensor(2 * c * abs(distance)), rtol=1e-6, atol=0.0)
+    slope = torch.full_like(pred, 2 * c / 20).copysign(pred)
+    torch.testing.assert_close(*gradients(found.loss, pred), slope, rtol=1e-6, atol=0.0)
+
+
 def test_masks_broadcast_and_count() -> None:
     pred, target = images(1).requires_grad_(), images(2)
     mask = torch.rand(B, 1, 5, 7)

@@ -191,6 +191,15 @@ WRONG: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
     "no c": ("huber_c", lambda a: a.update(huber_c=0.0)),
     "c is no number": ("huber_c", lambda a: a.update(huber_c=float("nan"))),
     "c of other samples": ("huber_c", lambda a: a.update(huber_c=torch.ones(2))),
+    "c that float32 does not have": ("huber_c", lambda a: a.update(huber_c=1e-46)),
+    "c that asks for a gradient": ("huber_c", lambda a: a.update(huber_c=torch.ones(3, requires_grad=True))),
+    "a mask that asks for a gradient": ("mask", lambda a: a.update(mask=torch.ones(3, 4, requires_grad=True))),
+    "a learned table without t": (
+        "t",
+        lambda a: a.update(weight=torch.ones(9, requires_grad=True), t=torch.tensor([0, -1, 1])),
+    ),
+    "a learned table that is too short": ("t", lambda a: a.update(weight=torch.ones(2, requires_grad=True))),
+    "a learned number for a weight": ("weight", lambda a: a.update(weight=torch.tensor(1.0, requires_grad=True))),
     "a mask of another shape": ("mask", lambda a: a.update(mask=torch.ones(3, 5))),
     "a whole-number mask": ("mask", lambda a: a.update(mask=torch.ones(3, 4, dtype=torch.int64))),
     "t of other samples": (

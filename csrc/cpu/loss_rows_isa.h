@@ -33,9 +33,10 @@ double errors(const LossRun& run, int64_t n) {
     }
     Vector<float> error = d * d, slope = d * 2.0f;
     if constexpr (Huber) {
-      const Vector<float> ratio = d / *run.c, steep = root(ratio * ratio + 1.0f);
-      error = error * 2.0f / (steep + 1.0f);
-      slope = slope / steep;
+      const Vector<float> ratio = d / *run.c, size = ratio < 0 ? -ratio : ratio;
+      const Vector<float> steep = size < 1e6f ? root(ratio * ratio + 1.0f) : size;  // no square is too large
+      error = d / (steep + 1.0f) * d * 2.0f;
+      slope = d / steep * 2.0f;
     }
     total.parts[k] += Mask ? error * m : error;
     if constexpr (Grad) store(run.grad + i, (Mask ? slope * m : slope) * run.factor, part);

@@ -19,7 +19,7 @@ from .dispatch import is_listened_to
 from .family import is_direct, is_transformed
 from .library import define
 from .philox import PhiloxNoise
-from .timestep_loss_checks import check_terms, like_pred, place_of, positive, present
+from .timestep_loss_checks import check_terms, constant, like_pred, place_of, positive, present, refuse_place
 from .timestep_loss_reference import Terms
 from .timestep_loss_statistics import LossStatistics
 
@@ -109,9 +109,9 @@ def weighted_timestep_loss(
             flow to it (Karras et al. 2024 learn it).
         prediction_type: "epsilon": noise; "v_prediction": alpha noise - sigma x0; "sample": x0; "flow": noise - x0.
         profile: for alpha and sigma, and for places in tables.
-        huber_c: one number or [B], positive: 2c (sqrt(d^2 + c^2) - c) takes the place of d^2.
-        mask: bool or floating, what each element counts, broadcast to pred. Where it is 0, whatever is there is left
-            out; the mean is still over all elements.
+        huber_c: one number or [B], positive, a constant: 2c (sqrt(d^2 + c^2) - c) takes the place of d^2.
+        mask: bool or floating, what each element counts, a constant, broadcast to pred. Where it is 0, whatever is
+            there is left out; the mean is still over all elements.
         statistics: these losses are added to it.
 
     Raises:
@@ -122,13 +122,13 @@ def weighted_timestep_loss(
     cell = None
     if is_table or statistics is not None:
         cell = t if profile is None else profile.cells(t)
-    if is_table and weight.requires_grad:  # how gradients of tables are added up is torch's business
-        weight, is_table = weight[cell], False
+    if is_table and weight.requires_grad and weight.dim() == 1 and cell is not None:
+        weight, is_table = _looked_up(weight, cell), False
     counts = (
         weight,
         cell if is_table else None,
         _huber_c(huber_c, pred),
-        None if mask is None else like_pred(mask, pred),
+        None if mask is None else like_pred(constant("mask", mask), pred),
     )
     terms = Terms(*_target_or_parts(target, t, profile, prediction), *counts, prediction)
     found = TimestepLoss(*_loss(pred, terms))
@@ -146,6 +146,14 @@ def _loss(pred: Tensor, terms: Terms) -> Sequence[Tensor]:
     else:
         found = ops.forward(pred, *terms, False)[:2]
     return found
+
+
+def _looked_up(table: Tensor, cell: Tensor) -> Tensor:
+    """How gradients of tables are added up is torch's business: deterministic for embeddings."""
+    try:
+        return torch.embedding(table[:, None], cell).squeeze(1)
+    except IndexError as error:
+        raise refuse_place() from error
 
 
 def _asks_for_gradient(*tensors: Tensor | None) -> bool:
@@ -170,14 +178,14 @@ def _target_or_parts(target: Any, t: Tensor, profile: Profile | None, prediction
 
 def _huber_c(c: float | Tensor | None, pred: Tensor) -> Tensor | None:
     if c is None or isinstance(c, Tensor):
-        return c
+        return c if c is None else constant("huber_c", c)
     number = _number.__wrapped__ if is_listened_to() else _number  # what may not be real is not to be kept
-    return number(positive(c), pred.device)
+    return number(positive(c), torch.promote_types(pred.dtype, torch.float32), pred.device)
 
 
 @lru_cache(maxsize=256)
-def _number(value: float, device: torch.device) -> Tensor:
-    return torch.full((1,), value, device=device)
+def _number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full((1,), value, dtype=dtype, device=device)
 
 
 class _WeightedTimestepLoss(torch.autograd.Function):

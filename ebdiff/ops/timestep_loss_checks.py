@@ -15,6 +15,7 @@ __all__ = [
     "check_losses",
     "check_noised",
     "check_terms",
+    "constant",
     "like_pred",
     "place_of",
     "positive",
@@ -86,9 +87,16 @@ def place_of(prediction_type: str) -> int:
 
 def positive(huber_c: float) -> float:
     """This number, if it is one and positive."""
-    if not huber_c > 0:
-        _refuse(_LOSS, "huber_c", "a positive number", str(huber_c))
+    if not huber_c >= torch.finfo(torch.float32).tiny:
+        _refuse(_LOSS, "huber_c", "a positive number that float32 holds", str(huber_c))
     return float(huber_c)
+
+
+def constant(name: str, x: Tensor) -> Tensor:
+    """This argument, if nobody expects a gradient of it."""
+    if x.requires_grad and torch.is_grad_enabled():
+        _refuse(_LOSS, name, "no gradient asked for: there is none, detach it", "requires_grad")
+    return x
 
 
 def present(profile: Any) -> Any:

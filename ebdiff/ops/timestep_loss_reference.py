@@ -68,7 +68,7 @@ def backward(dloss: Tensor, pred: Tensor, terms: Terms) -> Tensor:
     Huber's c, divided by sqrt(1 + (d / c)^2).
     """
     d = _difference(pred, terms)
-    slope = 2 * d if terms.huber_c is None else 2 * d / (1 + (d / _per_sample(terms.huber_c, d)).square()).sqrt()
+    slope = 2 * d if terms.huber_c is None else 2 * (d / _root(d, terms.huber_c))
     factor = dloss * _weight(terms, d) / max(d.numel(), 1)
     return torch.empty_like(pred).copy_(_counted(slope, terms) * _per_sample(factor, d))
 
@@ -102,9 +102,7 @@ def loss_of(pred: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
     weight * per_sample.
     """
     d = _difference(pred, terms)
-    error = d.square()
-    if terms.huber_c is not None:
-        error = 2 * error / (1 + (1 + (d / _per_sample(terms.huber_c, d)).square()).sqrt())
+    error = d.square() if terms.huber_c is None else 2 * (d / (1 + _root(d, terms.huber_c))) * d
     per_sample = _counted(error, terms).flatten(1).mean(1)
     return (_weight(terms, d) * per_sample).mean(), per_sample
 
@@ -146,6 +144,11 @@ def _noise(x0: Tensor, noise: Tensor | None, seed: Tensor | None) -> Tensor:
 def _coefficients(table: Tensor, row: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     alpha, sigma = table.to(x.dtype).index_select(1, row).unbind()
     return _per_sample(alpha, x), _per_sample(sigma, x)
+
+
+def _root(d: Tensor, huber_c: Tensor) -> Tensor:
+    """sqrt(1 + (d / c)^2), also where that square is more than the dtype holds."""
+    return torch.hypot(d / _per_sample(huber_c, d), d.new_ones(()))
 
 
 def _per_sample(value: Tensor, x: Tensor) -> Tensor:
