@@ -44,6 +44,8 @@ class SpeeD(Sampler):
         w(t) = 1 - lam + (2 lam - 1) (g - min g) / (max g - min g), g the slope of 1 - alpha-bar    (section 3.3)
 
     and w is scaled to mean 1 under P, so that the learning rate and the clipping of gradients keep their meaning.
+    It multiplies the squared error of whatever the network predicts, as in the authors' code: unlike published weights
+    (`ebdiff.timesteps.weighting`) it is not converted between predictions.
     Inside a region (`Within`) min g and max g are those of the region, or hardly any contrast would be left.
 
     Args:
