@@ -92,8 +92,9 @@ def side_by_side(waiting: list[tuple[str, int]], steps: int, work: Path, paralle
         while waiting or running:
             while waiting and len(running) < parallel:
                 name, seed = waiting.pop(0)
-                command = [sys.executable, "-m", "benchmarks.train_samplers", "--one", name, str(seed), "--steps", str(steps)]
-                running[subprocess.Popen([*command, "--work", str(work)], env=environment)] = name, seed
+                command = [sys.executable, "-m", "benchmarks.train_samplers", "--one", name, str(seed)]
+                command += ["--steps", str(steps), "--work", str(work)]
+                running[subprocess.Popen(command, env=environment)] = name, seed
             time.sleep(0.5)
             for process in [process for process in running if process.poll() is not None]:
                 name, seed = running.pop(process)

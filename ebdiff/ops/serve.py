@@ -19,6 +19,7 @@ from .native_cpu import NotTaken
 __all__ = ["backend", "is_plain", "reference_of", "run", "written"]
 
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
+_DEVICES = {"cpu", "cuda"}
 
 
 def is_plain(*lists: Sequence[Tensor], masks: Sequence[Tensor]) -> bool:
@@ -29,8 +30,8 @@ def is_plain(*lists: Sequence[Tensor], masks: Sequence[Tensor]) -> bool:
     return (
         not is_listened_to()
         and not torch._C._autograd._profiler_enabled()
-        and all(_PLAIN.issuperset(map(type, tensors)) for tensors in (*lists, masks))
-        and all(tensors[0].device.type in ("cpu", "cuda") for tensors in lists if tensors)
+        and _PLAIN.issuperset(map(type, chain(*lists, masks)))
+        and _DEVICES.issuperset([tensors[0].device.type for tensors in lists if tensors])
     )
 
 

@@ -143,24 +143,24 @@ def _check_noise(op: str, x: Tensor, noise: Tensor | None, seed: Tensor | None) 
 def _check_table(op: str, x: Tensor, table: Tensor | None, row: Tensor | None) -> None:
     if table is None or row is None:
         _refuse(op, "profile", "the coefficients of each timestep", "none")
-    if table.dim() != 2 or len(table) != 2 or table.dtype != torch.float32:
+    if table.dim() != 2 or table.shape[0] != 2 or table.dtype != torch.float32:
         _refuse(op, "the table of alpha and sigma", "float32 [2, K]", f"{table.dtype} {list(table.shape)}")
     _check_device(op, "the table of alpha and sigma", table, x)
-    _check_vector(op, "t", row, x, len(x))
+    _check_vector(op, "t", row, x, x.shape[0])
 
 
 def _check_counts(pred: Tensor, terms: Terms) -> None:
     """One number for each sample."""
     weight, huber_c = terms.weight, terms.huber_c
-    length = len(pred) if terms.cell is None else len(weight) if weight.dim() else -1
+    length = pred.shape[0] if terms.cell is None else len(weight) if weight.dim() else -1
     if weight.shape != (length,) or not weight.is_floating_point():
-        _refuse(_LOSS, "weight", f"floating [{len(pred)}], or a table", f"{weight.dtype} {list(weight.shape)}")
+        _refuse(_LOSS, "weight", f"floating [{pred.shape[0]}], or a table", f"{weight.dtype} {list(weight.shape)}")
     _check_device(_LOSS, "weight", weight, pred)
     if terms.cell is not None:
-        _check_vector(_LOSS, "t", terms.cell, pred, len(pred))
+        _check_vector(_LOSS, "t", terms.cell, pred, pred.shape[0])
     if huber_c is not None:
-        if huber_c.shape not in ((1,), (len(pred),)) or not huber_c.is_floating_point():
-            _refuse(_LOSS, "huber_c", f"floating [{len(pred)}] or [1]", f"{huber_c.dtype} {list(huber_c.shape)}")
+        if huber_c.shape not in ((1,), (pred.shape[0],)) or not huber_c.is_floating_point():
+            _refuse(_LOSS, "huber_c", f"floating [{pred.shape[0]}] or [1]", f"{huber_c.dtype} {list(huber_c.shape)}")
         _check_device(_LOSS, "huber_c", huber_c, pred)
 
 
