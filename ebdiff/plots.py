@@ -48,7 +48,7 @@ def lines(panels: Sequence[Panel], path: Path) -> None:
             axes.set_yscale("log")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, linewidth=0.6)
-        axes.legend(frameon=False)
+        axes.legend(framealpha=0.8, edgecolor="none")
     _write(figure, path)
 
 
