@@ -186,6 +186,20 @@ def side_by_side(
     return table(candidates, timing)
 
 
+def replayed(call: Callable[[], Any]) -> Callable[[], None]:
+    """The call, captured in a CUDA graph after a warm-up on a stream of its own."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
 def _commit() -> str:
     """The commit measured, with a plus where the library differs from it; "unknown" outside a checkout."""
     here = Path(__file__).parent.parent

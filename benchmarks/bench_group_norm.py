@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import Candidate, copy_of, side_by_side
+from benchmarks import Candidate, copy_of, replayed, side_by_side
 from ebdiff.kernels.group_norm_plan import OnePass, Shape, plan_of
 from ebdiff.ops.group_norm import fallbacks, group_norm_silu
 
@@ -159,20 +159,6 @@ def saved_bytes(function: Function, inputs: Sequence[Tensor]) -> int:
         y = function(*inputs)
     del y  # only now may what was kept be given back
     return sum(kept.values())
-
-
-def replayed(call: Callable[[], Any]) -> Callable[[], None]:
-    """The call, captured in a CUDA graph after a warm-up on a stream of its own."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
 
 
 def floors_ms(tensor_bytes: int, what: str) -> dict[str, float]:

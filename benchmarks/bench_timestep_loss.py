@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import Candidate, copy_of, side_by_side
+from benchmarks import Candidate, copy_of, replayed, side_by_side
 from ebdiff.ops.timestep_loss import PhiloxNoise, fallbacks, noised, weighted_timestep_loss
 from ebdiff.timesteps.profile import NoiseProfile
 
@@ -86,20 +86,6 @@ class Training:
         }
 
 
-def graphed(step: Callable[[], Any]) -> Callable[[], Any]:
-    """The step as a CUDA graph: no launch costs the host anything."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
 def candidates_of(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, Candidate]:
     """Every way with noise that is given and with noise that is drawn; with given noise all of them have to agree."""
     training, found = Training(shape, dtype, device), {}
@@ -115,7 +101,7 @@ def candidates_of(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devi
             floor = (3 + stored) * images + 2 * gradient
             found[f"{label}: {name}"] = Candidate(step, floor, f"{label}: ebdiff")
             if device.type == "cuda" and name != "torch.compile":
-                found[f"{label}: {name}, CUDA graph"] = Candidate(graphed(step), floor, f"{label}: ebdiff, CUDA graph")
+                found[f"{label}: {name}, CUDA graph"] = Candidate(replayed(step), floor, f"{label}: ebdiff, CUDA graph")
     return found
 
 

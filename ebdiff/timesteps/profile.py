@@ -7,7 +7,7 @@ continuous time cell i is the half-open [edges[i], edges[i + 1]) of t, which is 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -130,17 +130,21 @@ class NoiseProfile:
         cls, beta_min: float = 0.1, beta_max: float = 20.0, *, least: float = 1e-5, cells: int = 1000
     ) -> NoiseProfile:
         """The variance-preserving score SDE (2011.13456), t in [`least`, 1)."""
-        signal = partial(curves.drift, beta_min=beta_min, beta_max=beta_max)
-        noise = partial(curves.vp, beta_min=beta_min, beta_max=beta_max)
-        return cls.from_functions(signal, noise, span=(least, 1.0), cells=cells)
+        return cls._drifting(curves.vp, beta_min, beta_max, least, cells)
 
     @classmethod
     def sub_vp(
         cls, beta_min: float = 0.1, beta_max: float = 20.0, *, least: float = 1e-5, cells: int = 1000
     ) -> NoiseProfile:
         """The sub-VP score SDE (2011.13456), t in [`least`, 1): the same signal, less noise."""
-        signal = partial(curves.drift, beta_min=beta_min, beta_max=beta_max)
-        noise = partial(curves.sub_vp, beta_min=beta_min, beta_max=beta_max)
+        return cls._drifting(curves.sub_vp, beta_min, beta_max, least, cells)
+
+    @classmethod
+    def _drifting(
+        cls, sigma: Callable[..., Tensor], beta_min: float, beta_max: float, least: float, cells: int
+    ) -> NoiseProfile:
+        """The two of those SDEs that share their signal."""
+        signal, noise = (partial(curve, beta_min=beta_min, beta_max=beta_max) for curve in (curves.drift, sigma))
         return cls.from_functions(signal, noise, span=(least, 1.0), cells=cells)
 
     @classmethod
