@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import EbdiffError
 from .plan import ChannelPlan, ChannelSpace
+from .ratios import ratios_by_space
 
 __all__ = ["Budget", "widths_for"]
 
@@ -26,18 +27,27 @@ class Budget:
     multiple_of: int = 1
     balanced: bool = False
     scope: str = "local"
+    latency: float | None = None
 
     def __post_init__(self) -> None:
-        if (self.ratio is None) == (self.macs is None):
-            raise EbdiffError("mask budget", expected="either ratio or macs", got="both or neither", remedy="give one")
+        given = [name for name in ("ratio", "macs", "latency") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise EbdiffError(
+                "mask budget",
+                expected="either ratio, macs or latency",
+                got=" and ".join(given) or "none",
+                remedy="give one",
+            )
         ratios = list(self.ratio.values()) if isinstance(self.ratio, Mapping) else [self.ratio]
         for ratio in ratios:
             if ratio is not None and not (isinstance(ratio, int | float) and 0 <= ratio < 1):
                 raise EbdiffError(
                     "ratio", expected="a share removed in [0, 1)", got=repr(ratio), remedy="e.g. ratio=0.5"
                 )
-        if self.macs is not None and not 0 < self.macs <= 1:
-            raise EbdiffError("macs", expected="a share kept in (0, 1]", got=repr(self.macs), remedy="e.g. macs=0.4")
+        for name in ("macs", "latency"):
+            share = getattr(self, name)
+            if share is not None and not 0 < share <= 1:
+                raise EbdiffError(name, expected="a share kept in (0, 1]", got=repr(share), remedy=f"e.g. {name}=0.4")
         if self.multiple_of < 1:
             raise EbdiffError("multiple_of", expected="at least 1", got=str(self.multiple_of), remedy="e.g. 8")
         if self.scope not in ("local", "global"):
@@ -51,32 +61,40 @@ class Budget:
         """The request, for the record."""
         if self.macs is not None:
             return {"macs": self.macs}
+        if self.latency is not None:
+            return {"latency": self.latency}
         return dict(self.ratio) if isinstance(self.ratio, Mapping) else {"ratio": float(self.ratio or 0)}
 
 
 def widths_for(
-    plan: ChannelPlan, spaces: Sequence[ChannelSpace], scores: Mapping[str, Tensor], budget: Budget
+    plan: ChannelPlan,
+    spaces: Sequence[ChannelSpace],
+    scores: Mapping[str, Tensor],
+    budget: Budget,
+    timed: Callable[[Widths], float] | None = None,
 ) -> Widths:
-    """{space name: kept width}, every one feasible. Larger requests never give larger widths."""
+    """{space name: kept width}, every one feasible. Larger requests never give larger widths.
+
+    `timed`: for a latency budget, the share of the dense time that a network of these widths takes.
+    """
     feasible = {space.name: _feasible(plan, space, budget) for space in spaces}
 
     def rounded(wanted: Mapping[str, float]) -> Widths:
         return {name: min(widths, key=lambda w: (abs(w - wanted[name]), w)) for name, widths in feasible.items()}
 
     if isinstance(budget.ratio, Mapping):
-        unknown = sorted(set(budget.ratio) - set(feasible))
-        if unknown:
-            raise EbdiffError("ratio", expected="names of prunable spaces", got=unknown[0], remedy="see plan.spaces")
-        return rounded({s.name: s.size * (1 - budget.ratio.get(s.name, 0.0)) for s in spaces})
+        ratios = ratios_by_space(plan, spaces, budget.ratio)
+        return rounded({s.name: s.size * (1 - ratios[s.name]) for s in spaces})
     if budget.scope == "local":
         at: Callable[[float], Widths] = lambda ratio: rounded({s.name: s.size * (1 - ratio) for s in spaces})  # noqa: E731
-        if budget.macs is None:
-            return at(float(budget.ratio or 0))
-        return _search_macs(plan, lambda level: at(level / _LEVELS), _LEVELS, budget.macs)
-    return _global(plan, spaces, scores, budget, rounded)
+        if budget.ratio is not None:
+            return at(float(budget.ratio))
+        return _search(plan, lambda level: at(level / _LEVELS), _LEVELS, budget, timed)
+    return _global(plan, spaces, scores, budget, rounded, timed)
 
 
 _LEVELS = 1 << 20
+_TIMED_LEVELS = 32  # a measurement tells no finer ones apart
 
 
 def _global(
@@ -85,6 +103,7 @@ def _global(
     scores: Mapping[str, Tensor],
     budget: Budget,
     rounded: Callable[[Mapping[str, float]], Widths],
+    timed: Callable[[Widths], float] | None,
 ) -> Widths:
     """Remove the lowest of all channels together; the best channel of every space is out of reach."""
     if not spaces:
@@ -97,25 +116,47 @@ def _global(
         lost = torch.bincount(order[:count], minlength=len(spaces)).tolist()
         return rounded({s.name: s.size - gone for s, gone in zip(spaces, lost, strict=True)})
 
-    if budget.macs is not None:
-        return _search_macs(plan, at, len(order), budget.macs)
+    if budget.ratio is None:
+        return _search(plan, at, len(order), budget, timed)
     assert isinstance(budget.ratio, float | int)
     total = sum(s.size for s in spaces)
     target = total - round(budget.ratio * total)
     return at(_first(lambda count: sum(at(count).values()) <= target, len(order)))
 
 
-def _search_macs(plan: ChannelPlan, at: Callable[[int], Widths], levels: int, share: float) -> Widths:
-    """The widest network within the budget."""
-    limit = share * plan.macs() * (1 + 1e-9)
-    widths = at(_first(lambda level: plan.macs_of(at(level)) <= limit, levels))
-    least = plan.macs_of(widths)
-    if least > limit:
+def _search(
+    plan: ChannelPlan,
+    at: Callable[[int], Widths],
+    levels: int,
+    budget: Budget,
+    timed: Callable[[Widths], float] | None,
+) -> Widths:
+    """The widest network within a budget of MACs or of measured time; `at` narrows from level to level."""
+    if budget.macs is not None:
+        whole, share = plan.macs(), budget.macs
+        widths = at(_first(lambda level: plan.macs_of(at(level)) <= share * whole * (1 + 1e-9), levels))
+        least = plan.macs_of(widths) / whole
+        found, remedy = least <= share * (1 + 1e-9), "ask for more MACs, or allow more axes to shrink (see plan.frozen)"
+    else:
+        assert timed is not None
+        assert budget.latency is not None
+        share = budget.latency
+        times: dict[int, float] = {}
+
+        def fast_enough(step: int) -> bool:
+            if step not in times:
+                times[step] = timed(at(step * levels // _TIMED_LEVELS))
+            return times[step] <= share
+
+        step = _first(fast_enough, _TIMED_LEVELS)
+        widths, found = at(step * levels // _TIMED_LEVELS), fast_enough(step)
+        least, remedy = times[step], "ask for more time: layers that cannot shrink and launches take theirs"
+    if not found:
         raise EbdiffError(
-            "MACs budget cannot be met",
-            expected=f"at least {least / plan.macs():.3f} of the dense MACs, what the smallest network needs",
+            f"{'MACs' if budget.macs else 'latency'} budget cannot be met",
+            expected=f"at least {least:.3f} of the dense network's, what the smallest network needs",
             got=f"{share:g}",
-            remedy="ask for more MACs, or allow more axes to shrink (see plan.frozen)",
+            remedy=remedy,
         )
     return widths
 

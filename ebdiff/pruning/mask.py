@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
@@ -107,6 +107,8 @@ class ChannelMask:
         plan: ChannelPlan,
         ratio: float | Mapping[str, float] | None = None,
         macs: float | None = None,
+        latency: float | None = None,
+        measure: Callable[[ChannelMask], float] | None = None,
         multiple_of: int = 1,
         norm: NormMode = "ragged",
         scope: Scope = "local",
@@ -120,16 +122,21 @@ class ChannelMask:
         Args:
             scores: {space name: float [size]}, as `importance` returns.
             plan: the plan the scores belong to.
-            ratio: share of channels REMOVED, of every space or by name (spaces not named stay whole).
+            ratio: share of channels REMOVED, of every space; or by name of a space, pattern of names or module that
+                makes it ("down_blocks.1"), with "*" for the rest (else the rest stays whole).
             macs: instead of `ratio`: share of the dense multiply-accumulates KEPT, at most.
+            latency: instead of `ratio`: share of the dense network's time KEPT, at most, as `measure` finds it in about
+                six trials.
+            measure: with `latency`: the time of a mask's network as a share of the dense one's;
+                `ebdiff.pruning.latency.Latency(model, *args)` times forward and backward.
             multiple_of: round kept widths to multiples of this, where a space is large enough.
             norm: "ragged" or "balanced", see `ChannelMask`.
             scope: "local" asks the same of every space; "global" ranks the channels of all spaces together.
             head_dim: also prune head_dim where there are several heads (a single head's is always prunable).
 
         Raises:
-            EbdiffError: missing or non-finite scores, both or neither of ratio and macs, values outside [0, 1), or a
-                budget that even the smallest network exceeds.
+            EbdiffError: missing or non-finite scores, not exactly one of ratio, macs and latency, values outside
+                [0, 1), ratios that contradict each other, or a budget that even the smallest network exceeds.
         """
         prunable = [space for space in plan if head_dim or space.unit != "head_dim"]
         for space in prunable:
@@ -142,10 +149,16 @@ class ChannelMask:
                     got=got,
                     remedy="use ebdiff.importance",
                 )
-        budget = Budget(ratio=ratio, macs=macs, multiple_of=multiple_of, balanced=norm == "balanced", scope=scope)
-        widths = widths_for(plan, prunable, scores, budget)
-        keep = {space.name: _top(scores[space.name], widths[space.name]) for space in prunable}
-        return cls(plan, keep, norm, budget.asked())
+        budget = Budget(ratio, macs, multiple_of, norm == "balanced", scope, latency)
+        if (latency is None) != (measure is None):
+            given = "latency" if measure is None else "measure"
+            raise EbdiffError("mask budget", expected="latency with measure", got=f"only {given}", remedy="give both")
+
+        def of(widths: Mapping[str, int]) -> ChannelMask:
+            keep = {space.name: _top(scores[space.name], widths[space.name]) for space in prunable}
+            return cls(plan, keep, norm, budget.asked())
+
+        return of(widths_for(plan, prunable, scores, budget, measure and (lambda widths: measure(of(widths)))))
 
     def __getitem__(self, name: str) -> Tensor:
         return self.keep[name].clone()
