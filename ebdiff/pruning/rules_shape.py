@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from .axes import UNIT, Atom, Axis, Cat, cut, freeze, fuse, leaves, size, split
+from .axes import UNIT, Atom, Axis, Cat, cut, freeze, fuse, leaves, size, split, unify
 from .rules import meet, rule, tensors_in
 
 if TYPE_CHECKING:
@@ -119,6 +119,7 @@ def _slice(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 
 @rule("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk")
 def _split(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Pieces with sizes of their own, or equal ones: those stay equal only where they keep the same indices."""
     dim = args[2] if len(args) > 2 else kwargs.get("dim", 0)
     start = 0
     for tensor in out:
@@ -126,6 +127,12 @@ def _split(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         axes[dim] = _segment(tr, axes[dim], start, start + tensor.shape[dim])
         tr.label(tensor, axes)
         start += tensor.shape[dim]
+    if "with_sizes" not in func._schema.name:
+        for tensor in out[1:]:
+            if tensor.shape == out[0].shape:
+                unify(tr.axes(out[0])[dim], tr.axes(tensor)[dim])
+            else:
+                freeze(tr.axes(args[0])[dim], f"cut into pieces of {out[0].shape[dim]} in {tr.where()}")
 
 
 @rule("select", "unbind")
