@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .block_mask import BlockMask as BlockMask
     from .channel_mask import Axes as Axes
     from .channel_mask import apply_mask_ as apply_mask_
     from .channel_mask import channel_sums as channel_sums
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from .channel_mask import masked_adamw_ as masked_adamw_
     from .channel_mask import scatter_back as scatter_back
     from .group_norm import group_norm_silu as group_norm_silu
+    from .sparse_attention import sparse_attention as sparse_attention
     from .timestep_loss import LossStatistics as LossStatistics
     from .timestep_loss import PhiloxNoise as PhiloxNoise
     from .timestep_loss import TimestepLoss as TimestepLoss
@@ -23,7 +25,9 @@ if TYPE_CHECKING:
 _MASKS = ("Axes", "apply_mask_", "channel_sums", "compact", "mask_distance", "masked_adamw_", "scatter_back")
 _LOSS = ("LossStatistics", "PhiloxNoise", "TimestepLoss", "noised", "weighted_timestep_loss")
 _HOME = {
+    "BlockMask": "block_mask",
     "group_norm_silu": "group_norm",
+    "sparse_attention": "sparse_attention",
     **dict.fromkeys(_MASKS, "channel_mask"),
     **dict.fromkeys(_LOSS, "timestep_loss"),
 }

@@ -27,14 +27,16 @@ class Family:
     Args:
         name: the modules are `<name>_cpu` and `<name>_cuda`; their functions are called as the reference's.
         reference: what serves where no kernel does.
+        compiled: whether what serves on the CPU is in ebdiff._C.
 
     Attributes:
         fallbacks: {why the reference has served instead of a kernel: how often}.
     """
 
-    def __init__(self, name: str, reference: ModuleType) -> None:
+    def __init__(self, name: str, reference: ModuleType, *, compiled: bool = True) -> None:
         self.name = name
         self.reference = reference
+        self.compiled = compiled
         self.fallbacks: Counter[str] = Counter()
 
     def serve(self, function: str, x: Tensor, *arguments: Any) -> Any:
@@ -52,8 +54,11 @@ class Family:
     def kernels(self, x: Tensor) -> Any:
         """The module with the kernels for a tensor's device; None without one."""
         if x.device.type == "cpu":
-            return _module(f"{self.name}_cpu") if native.module() is not None else None
+            return _module(f"{self.name}_cpu") if self._is_on_cpu() else None
         return _module(f"{self.name}_cuda") if x.is_cuda and _has_triton() else None
+
+    def _is_on_cpu(self) -> bool:
+        return not self.compiled or native.module() is not None
 
 
 @cache
