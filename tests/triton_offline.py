@@ -60,6 +60,7 @@ def interpreting(family: str) -> Iterator[None]:
             patch.setattr(triton.knobs.runtime, "interpret", True)
             # Triton's own is compiled, for it was there before the knob.
             patch.setattr(tl, "sum", lambda x, axis: tl.reduce(x, axis, tl.standard._sum_combine))
+            patch.setattr(tl, "max", lambda x, axis: tl.reduce(x, axis, tl.standard._elementwise_max))
             yield
     finally:
         for name in [name for name in sys.modules if name.startswith(family_)]:
@@ -94,10 +95,14 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
     attributes: dict[tuple[int], list[list[Any]]]
     warps: int
+    stages: int = 3  # Triton's own choice
 
 
 class Found(NamedTuple):
-    """What was compiled: registers a thread, bytes of stack and shared memory, 128-bit accesses; its PTX."""
+    """What was compiled: registers a thread, bytes of stack and shared memory, 128-bit accesses; its PTX.
+
+    And 128-bit copies from global into shared memory, and the instructions of tensor cores: {name: how many}.
+    """
 
     registers: int
     stack: int
@@ -105,6 +110,8 @@ class Found(NamedTuple):
     loads: int
     stores: int
     ptx: str
+    copies: int
+    matrix: dict[str, int]
 
     def row(self) -> list[int]:
         return [self.registers, self.shared, self.loads, self.stores]
@@ -117,18 +124,21 @@ class Found(NamedTuple):
 
 def specialised(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Launch:
     """Triton's rules: None and 1 are constants, and multiples of 16 are noticed, of addresses and of integers."""
-    warps = options.pop("num_warps")
+    warps, stages = options.pop("num_warps"), options.pop("num_stages", 3)
     bound = inspect.signature(kernel.fn).bind(*arguments, **options).arguments
     types, constants, attributes = {}, dict(options), {}
     for place, (name, value) in enumerate(bound.items()):
         if name in options or value is None or (isinstance(value, int) and value == 1):
             types[name], constants[name] = "constexpr", value
             continue
+        if isinstance(value, float):
+            types[name] = "fp32"
+            continue
         is_tensor = isinstance(value, Tensor)
         types[name] = f"*{TYPES[value.dtype]}" if is_tensor else "i32" if value < 1 << 31 else "i64"
         if (value.storage_offset() * value.element_size() if is_tensor else value) % 16 == 0:
             attributes[(place,)] = [["tt.divisibility", 16]]
-    return Launch(kernel, types, constants, attributes, warps)
+    return Launch(kernel, types, constants, attributes, warps, stages)
 
 
 class Recorder:
@@ -164,7 +174,8 @@ def compiled(launch: Launch, architecture: int) -> Found:
 
 def compile_anew(launch: Launch, architecture: int) -> Found:
     source = ASTSource(launch.kernel, launch.types, launch.constants, launch.attributes)
-    made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": launch.warps})
+    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
@@ -172,8 +183,9 @@ def compile_anew(launch: Launch, architecture: int) -> Found:
         code = output("nvdisasm", "-c", file.name)
     used = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert used
-    loads, stores = (len(re.findall(rf"\b{name}\.E[.\w]*\.128", code)) for name in ("LDG", "STG"))
-    return Found(int(used[1]), int(used[2]), made.metadata.shared, loads, stores, made.asm["ptx"])
+    loads, stores, copies = (len(re.findall(rf"\b{name}\.E[.\w]*\.128", code)) for name in ("LDG", "STG", "LDGSTS"))
+    matrix = {name: len(re.findall(rf"\b{name}\b", code)) for name in ("HMMA", "HGMMA", "UTCHMMA")}
+    return Found(int(used[1]), int(used[2]), made.metadata.shared, loads, stores, made.asm["ptx"], copies, matrix)
 
 
 def output(tool: str, *arguments: str) -> str:
