@@ -181,7 +181,7 @@ def _feasible(plan: ChannelPlan, space: ChannelSpace, budget: Budget) -> list[in
 
 def _balanced_step(plan: ChannelPlan, space: ChannelSpace) -> int:
     """Removing multiples of this keeps every norm's channels divisible by its number of groups."""
-    groups = {plan.aliases.get(norm.weight, norm.weight): len(norm.group_sizes) for norm in plan.norms}
+    groups = {plan.aliases.get(norm.weight, norm.weight): len(norm.group_sizes) for norm in plan.group_norms}
     step = 1
     for parameter in {m.parameter for m in space.members} & groups.keys():
         per_channel = sum(m.outer * m.inner for m in space.members if m.parameter == parameter)

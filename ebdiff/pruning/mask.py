@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
@@ -15,7 +15,7 @@ from ..ops.channel_mask import mask_distance
 from ..ops.dispatch import is_listened_to
 from ..ops.mask_axes import Axes
 from .budget import Budget, widths_for
-from .plan import ChannelPlan, Norm
+from .plan import Along, ChannelPlan, Norm
 
 __all__ = ["ChannelMask", "NormMode", "Scope", "chance_corrected", "distance", "distances", "mask_distance"]
 
@@ -65,7 +65,7 @@ class ChannelMask:
         if self.norm not in ("ragged", "balanced"):
             raise EbdiffError("norm", expected="'ragged' or 'balanced'", got=repr(self.norm), remedy="choose one")
         if self.norm == "balanced":
-            for norm in self.plan.norms:
+            for norm in self.plan.group_norms:
                 self._check_divides(norm)
 
     def _check(self, name: str, kept: Tensor) -> None:
@@ -113,6 +113,7 @@ class ChannelMask:
         norm: NormMode = "ragged",
         scope: Scope = "local",
         head_dim: bool = False,
+        residual: bool = False,
     ) -> ChannelMask:
         """Keep the channels with the highest scores.
 
@@ -133,12 +134,14 @@ class ChannelMask:
             norm: "ragged" or "balanced", see `ChannelMask`.
             scope: "local" asks the same of every space; "global" ranks the channels of all spaces together.
             head_dim: also prune head_dim where there are several heads (a single head's is always prunable).
+            residual: also prune the width of residual streams; their norms then take statistics over what is kept.
 
         Raises:
             EbdiffError: missing or non-finite scores, not exactly one of ratio, macs and latency, values outside
                 [0, 1), ratios that contradict each other, or a budget that even the smallest network exceeds.
         """
-        prunable = [space for space in plan if head_dim or space.unit != "head_dim"]
+        whole = {unit for unit, asked in (("head_dim", head_dim), ("residual", residual)) if not asked}
+        prunable = [space for space in plan if space.unit not in whole]
         for space in prunable:
             found = scores.get(space.name)
             if found is None or tuple(found.shape) != (space.size,) or not torch.isfinite(found).all():
@@ -235,6 +238,14 @@ class ChannelMask:
         whole = torch.ones(self.plan.shapes[name][0], dtype=torch.bool)
         return self.plan.kept(self.keep, name).get(0, whole)
 
+    def kept_along(self, sides: Iterable[Along]) -> dict[int, Tensor]:
+        """{dim: bool [size], True = kept} for the dimensions of a module's input or output that lose channels."""
+        return {
+            along.dim: self.kept(along.parameter)[along.axis]
+            for along in sides
+            if along.axis in self.kept(along.parameter)
+        }
+
     def groups_of(self, norm: Norm) -> Tensor:
         """int64 [channels]: the group each channel's statistics are taken over, -1 where it is removed."""
         kept = self.kept_by(norm)
@@ -246,12 +257,14 @@ class ChannelMask:
 
     def regroups(self, norm: Norm) -> bool:
         """Are some of a norm's channels removed, so that its statistics change?"""
+        if norm.kind == "statistics":
+            return bool(self.kept_along((*norm.inputs, *norm.outputs)))
         return not bool(self.kept_by(norm).all())
 
     def regrouped(self) -> list[str]:
         """Names of the norms in which some kept channel changes its group (balanced masks only)."""
         ragged = ChannelMask(self.plan, self.keep)
-        return [n.module for n in self.plan.norms if not torch.equal(self.groups_of(n), ragged.groups_of(n))]
+        return [n.module for n in self.plan.group_norms if not torch.equal(self.groups_of(n), ragged.groups_of(n))]
 
     def __str__(self) -> str:
         asked = ", ".join(f"{name} {value:g}" for name, value in self.asked.items()) or "by hand"

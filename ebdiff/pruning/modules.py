@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import sqrt
+from math import isclose, sqrt
 from typing import Any
 
 from torch import nn
@@ -11,8 +11,9 @@ from ..errors import EbdiffError
 from ..nn.attention import PinnedScaleProcessor
 from ..nn.group_norm import RaggedGroupNorm
 from .mask import ChannelMask
+from .plan import Norm
 
-__all__ = ["adapt", "refuse_wrapped", "replace", "sizes_read_by", "splits_its_own_axes"]
+__all__ = ["adapt", "adapt_statistics", "refuse_wrapped", "replace", "sizes_read_by", "splits_its_own_axes"]
 
 _REMEDIES = {
     "DistributedDataParallel": "pass model.module and wrap the result again",
@@ -22,6 +23,8 @@ _REMEDIES = {
 }
 # The attention processors that take every width but the softmax scale from their tensors.
 _PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "PinnedScaleProcessor")
+# What norms call the number of their channels.
+_WIDTHS = ("normalized_shape", "dim", "dims", "size", "hidden_size", "features", "num_features", "num_channels")
 
 
 def refuse_wrapped(model: nn.Module) -> None:
@@ -76,7 +79,9 @@ def adapt(model: nn.Module, mask: ChannelMask) -> None:
     plan = mask.plan
     widths = {name: int(kept.sum()) for name, kept in mask.keep.items()}
     for norm in plan.norms:
-        if mask.regroups(norm):
+        if mask.regroups(norm) and norm.kind == "statistics":
+            adapt_statistics(model.get_submodule(norm.module), norm, mask)
+        elif mask.regroups(norm):
             _adapt_norm(model, norm.module, mask.groups_of(norm))
     for size in plan.sizes:
         module = model.get_submodule(size.module)
@@ -100,6 +105,19 @@ def _adapt_norm(model: nn.Module, name: str, groups: Any) -> None:
     ragged.weight, ragged.bias = norm.weight, norm.bias
     ragged.train(norm.training)
     replace(model, name, ragged)
+
+
+def adapt_statistics(module: nn.Module, norm: Norm, mask: ChannelMask) -> None:
+    """Update what a shrunken norm keeps about its channels: their number, and a factor of its square root."""
+    _adapt_torch(module)
+    for kept in mask.kept_along(norm.inputs).values() if norm.inputs == norm.outputs else ():
+        dense, left = len(kept), int(kept.sum())
+        for key, value in list(vars(module).items()):
+            if key in _WIDTHS and isinstance(value, int | tuple | list) and value in (dense, (dense,), [dense]):
+                setattr(module, key, left if isinstance(value, int) else type(value)([left]))  # type: ignore[misc]
+            elif key == "scale" and isinstance(value, float):
+                power = next((p for p in (0.5, -0.5) if isclose(value, dense**p, rel_tol=1e-9)), 0)
+                setattr(module, key, left**power if power else value)
 
 
 def _adapt_torch(module: nn.Module) -> None:

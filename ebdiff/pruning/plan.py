@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,12 @@ from ..errors import EbdiffError
 if TYPE_CHECKING:
     from .mask import ChannelMask
 
-__all__ = ["ChannelPlan", "ChannelSpace", "Frozen", "Member", "ModuleSize", "Norm", "Terms"]
+__all__ = ["Along", "ChannelPlan", "ChannelSpace", "Frozen", "Member", "ModuleSize", "Norm", "Terms"]
 
 # A polynomial in kept sizes: each term is (coefficient, names of spaces), its value the coefficient times the product
 # of those spaces' kept sizes.
 Terms = tuple[tuple[float, tuple[str, ...]], ...]
-Unit = Literal["channel", "head", "head_dim"]
+Unit = Literal["channel", "head", "head_dim", "residual"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +50,9 @@ class Member:
 class ChannelSpace:
     """One prunable axis: `size` channels that every member slices by the same indices.
 
-    `unit` is "channel", "head" (one index is a whole attention head) or "head_dim" (one index is the same dimension of
-    every one of several heads; pruned only on request).
+    `unit` is "channel", "head" (one index is a whole attention head), "head_dim" (one index is the same dimension of
+    every one of several heads; pruned only on request) or "residual" (a stream that blocks add to and normalise, such
+    as a transformer's width; pruned only on request).
     """
 
     name: str
@@ -69,16 +70,32 @@ class Frozen:
     reason: str
 
 
+class Along(NamedTuple):
+    """A dimension of what goes into or comes out of a module has the axis of dimension `axis` of a parameter."""
+
+    dim: int
+    parameter: str
+    axis: int
+
+
 @dataclass(frozen=True)
 class Norm:
-    """A group normalisation whose channels may be pruned: statistics depend on which channels share a group."""
+    """A module that takes statistics over channels that may be pruned; the law's statistics are over kept ones.
+
+    Kind "group": a group normalisation, whose statistics depend on which channels share a group. Kind "statistics": any
+    other module without children (LayerNorm, RMSNorm, a weight-normalised convolution), with the prunable dimensions of
+    its only input and its output.
+    """
 
     module: str
-    group_sizes: tuple[int, ...]
+    group_sizes: tuple[int, ...] = ()
+    kind: Literal["group", "statistics"] = "group"
+    inputs: tuple[Along, ...] = ()
+    outputs: tuple[Along, ...] = ()
 
     @property
     def weight(self) -> str:
-        """The name of its weight."""
+        """The name of a group normalisation's weight."""
         return f"{self.module}.weight" if self.module else "weight"
 
 
@@ -101,7 +118,7 @@ class ChannelPlan:
         shapes: shape of every parameter and buffer, by its first name.
         buffers: which of these names are buffers.
         aliases: further names of tied parameters -> first name.
-        norms: the group normalisations met.
+        norms: the modules whose statistics follow the kept channels.
         cost: multiply-accumulates of one sample.
         sizes: integers that modules keep about their axes.
     """
@@ -145,6 +162,11 @@ class ChannelPlan:
 
     def __len__(self) -> int:
         return len(self.spaces)
+
+    @cached_property
+    def group_norms(self) -> tuple[Norm, ...]:
+        """The group normalisations met."""
+        return tuple(norm for norm in self.norms if norm.kind == "group")
 
     @cached_property
     def _by_name(self) -> dict[str, ChannelSpace]:
@@ -248,7 +270,7 @@ class ChannelPlan:
                 shapes={name: tuple(shape) for name, shape in value["shapes"].items()},
                 buffers=frozenset(value["buffers"]),
                 aliases=dict(value["aliases"]),
-                norms=tuple(Norm(n["module"], tuple(n["group_sizes"])) for n in value["norms"]),
+                norms=tuple(map(_norm_from, value["norms"])),
                 cost=_terms_from(value["cost"]),
                 sizes=tuple(ModuleSize(s["module"], s["attribute"], _terms_from(s["terms"])) for s in value["sizes"]),
             )
@@ -264,6 +286,12 @@ class ChannelPlan:
         lines += [f"frozen ({len(self.frozen)}):"] if self.frozen else []
         lines += [f"  {axis.name}: {axis.size}, {axis.reason}" for axis in self.frozen]
         return "\n".join(lines)
+
+
+def _norm_from(value: Mapping[str, Any]) -> Norm:
+    """Plans of before there were kinds hold group normalisations only."""
+    sides = (tuple(Along(*entry) for entry in value.get(side, ())) for side in ("inputs", "outputs"))
+    return Norm(value["module"], tuple(value["group_sizes"]), value.get("kind", "group"), *sides)
 
 
 def _terms_from(value: Iterable[Any]) -> Terms:

@@ -66,9 +66,12 @@ def unknown(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 
 def _pointwise(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Broadcast, aligned at the last dimension; axes that meet are one."""
-    inputs = [tr.axes(tensor) for tensor in tensors_in([args, kwargs])]
+    tensors = tensors_in([args, kwargs])
+    inputs = [tr.axes(tensor) for tensor in tensors]
     for tensor in tensors_in([out]):
         tr.label(tensor, [meet(inputs, tensor.dim() - i, n) for i, n in enumerate(tensor.shape)])
+    if func._schema.name.startswith("aten::add") and len({tensor.shape for tensor in tensors}) == 1 < len(tensors):
+        tr.statistics.added(inputs[0])
 
 
 def meet(inputs: list[list[Axis]], from_end: int, length: int) -> Axis:
@@ -139,7 +142,7 @@ def _reduce(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     dims = range(len(axes)) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
     gone = {dim % len(axes) for dim in dims} if axes else set()
     for dim in gone:
-        freeze(axes[dim], reason)
+        tr.statistics.over(axes[dim], reason)
     for tensor in tensors_in([out]):
         whole = tensor.dim() == len(axes)
         tr.label(tensor, [UNIT if i in gone else axis for i, axis in enumerate(axes) if whole or i not in gone])

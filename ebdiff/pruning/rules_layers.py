@@ -41,8 +41,11 @@ def _layer_norm(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None
     for affine in tensors_in(list(args[2:4])):
         for axis, own in zip(axes[-affine.dim() :], tr.axes(affine), strict=True):
             unify(axis, own)
-    for axis in axes[len(axes) - len(args[1]) :]:
-        freeze(axis, f"layer norm over it in {tr.where()}")
+    reason = f"layer norm over it in {tr.where()}"
+    if len(args[1]) == 1:
+        tr.statistics.over(axes[-1], reason)
+    for axis in axes[len(axes) - len(args[1]) :] if len(args[1]) > 1 else ():
+        freeze(axis, f"{reason}, together with other axes")
     tr.label(tensors_in([out])[0], list(axes))
 
 
@@ -99,7 +102,7 @@ def _grouped(tr: Tracer, x: Axis, outward: Axis, inward: Axis, groups: int, tran
     return whole, part
 
 
-@rule("mm", "bmm", "mv", "dot", "matmul", "linear", "addmm", "baddbmm", "addmv")
+@rule("mm", "bmm", "mv", "dot", "vdot", "matmul", "linear", "addmm", "baddbmm", "addmv")
 def _matrix(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """[..., m, k] x [..., k, n], an added term in front for the add* forms; linear's weight is [n, k]."""
     name = func._schema.name.removeprefix("aten::")

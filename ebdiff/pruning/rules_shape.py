@@ -71,7 +71,8 @@ def _divide(tr: Tracer, axis: Axis, wanted: list[int]) -> list[Axis]:
 @rule("expand")
 def _expand(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     axes = [*[UNIT] * (out.dim() - args[0].dim()), *tr.axes(args[0])]
-    fixed = tr.fixed(out, f"matched with a length fixed by expand in {tr.where()}")
+    reason = f"matched with a length fixed by expand in {tr.where()}"
+    fixed = [tr.statistics.expanded(length, reason) for length in out.shape]
     tr.label(out, [old if size(old) == n else new for old, new, n in zip(axes, fixed, out.shape, strict=True)])
 
 

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from ..errors import EbdiffError
 from ..nn.group_norm import MaskedGroupNorm
+from ..nn.kept import OnKept
 from ..nn.replace.classes import plain_class
-from ..nn.replace.rewrite import rewriting_of
+from ..nn.replace.rewrite import reclass
 from .mask import ChannelMask
-from .modules import adapt, refuse_wrapped, replace
+from .modules import adapt, adapt_statistics, refuse_wrapped, replace
+from .plan import Norm
 from .slices import apply_mask_, compact
 
 if TYPE_CHECKING:
@@ -128,8 +130,31 @@ def masked(model: Module, mask: Ticket | ChannelMask) -> Module:
             tensor.register_hook(partial(_without_removed, name=name, mask=mask))
     for norm in mask.plan.norms:
         if mask.regroups(norm):
-            replace(dense, norm.module, MaskedGroupNorm(dense.get_submodule(norm.module), mask.groups_of(norm)))
+            module = dense.get_submodule(norm.module)
+            group = norm.kind == "group"
+            stand_in = MaskedGroupNorm(module, mask.groups_of(norm)) if group else _on_kept(module, norm, mask)
+            replace(dense, norm.module, stand_in)
     return dense
+
+
+def _on_kept(module: nn.Module, norm: Norm, mask: ChannelMask) -> OnKept:
+    """The masked form of a module with statistics: shrunken, it runs on the kept channels."""
+    memo: dict[int, Any] = {}
+    tensors = {}
+    for name, tensor in _tensors(module):
+        full = mask.plan.aliases.get(f"{norm.module}.{name}", f"{norm.module}.{name}")
+        values = compact([(full, tensor.detach())], mask.plan, mask)[0]
+        memo[id(tensor)] = _like(tensor, values, None)
+        tensors[name] = _places(mask.kept(full))
+    small = copy.deepcopy(module, memo)
+    adapt_statistics(small, norm, mask)
+    inputs, outputs = mask.kept_along(norm.inputs), mask.kept_along(norm.outputs)
+    sizes = {dim: len(kept) for dim, kept in outputs.items()}
+    return OnKept(module, small, tensors, _places(inputs), _places(outputs), sizes)
+
+
+def _places(kept: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    return {dim: alive.nonzero()[:, 0] for dim, alive in kept.items()}
 
 
 def _without_removed(gradient: Tensor, name: str, mask: ChannelMask) -> Tensor:
@@ -166,10 +191,7 @@ def _finish(model: nn.Module, mask: ChannelMask) -> None:
     if hasattr(type(model), "load_config"):  # a diffusers model
         from .save import shrunk_class
 
-        kind: Any = type(model)
-        model.__class__ = shrunk_class(plain_class(kind))
-        if kind is not plain_class(kind):  # accelerated, and so it stays
-            model.__class__ = rewriting_of(model).kind
+        reclass(model, shrunk_class(plain_class(type(model))))
 
 
 # Slicing --------------------------------------------------------------------------------------------------------------

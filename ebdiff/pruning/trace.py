@@ -20,6 +20,7 @@ from . import rules_layers, rules_shape  # noqa: F401  (they file their rules)
 from .axes import Atom, Axis, Place, freeze, places, resolve, size
 from .cost import cost_of, kept_size, terms_of
 from .modules import refuse_wrapped, replace, sizes_read_by, splits_its_own_axes
+from .norms import Statistics
 from .plan import ChannelPlan, ChannelSpace, Frozen, Member, ModuleSize, Norm, Unit
 from .rules import rule_for, unknown
 
@@ -85,6 +86,7 @@ class Tracer(TorchDispatchMode):
         self.parameters: dict[str, Tensor] = {}
         self.aliases: dict[str, str] = {}
         self._label_parameters()
+        self.statistics = Statistics(self)
 
     # Labels -----------------------------------------------------------------------------------------------------------
 
@@ -113,6 +115,10 @@ class Tracer(TorchDispatchMode):
         if not self.is_labelled(tensor):
             self.label(tensor, self.fixed(tensor, f"matched with a fixed table in {self.where()}"))
         self.used.add(id(tensor))
+        return self.labels(tensor)
+
+    def labels(self, tensor: Tensor) -> list[Axis]:
+        """As `axes`, without counting as a use."""
         axes: list[Axis] = getattr(tensor, _LABEL) if hasattr(tensor, _LABEL) else self.foreign[id(tensor)][1]
         return axes
 
@@ -132,12 +138,14 @@ class Tracer(TorchDispatchMode):
 
         def enter(module: nn.Module, args: Any) -> None:
             self.stack.append(module)
+            self.statistics.enter(module, args)
             self._watch_sizes(module, args, "input")
             self._freeze_if_hooked(module, args)
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             if self.stack and self.stack[-1] is module:
                 self.stack.pop()
+            self.statistics.leave(module, output)
             self._watch_sizes(module, output, "output")
             self._freeze_if_hooked(module, output)
 
@@ -193,7 +201,9 @@ class Tracer(TorchDispatchMode):
 
     def plan(self, batch: int) -> ChannelPlan:
         """The plan of everything seen; costs are divided by the batch size."""
+        norms = self.statistics.norms()
         members, frozen = self._members()
+        residual = self.statistics.residual()
         spaces: list[ChannelSpace] = []
         names: dict[Atom, str] = {}
         for atom, found in members.items():
@@ -201,6 +211,7 @@ class Tracer(TorchDispatchMode):
             matrices = [m for m in rows if self.parameters[m.parameter].dim() > 1]
             producer = (matrices or rows or [found[0][0]])[0]
             unit = _unit(atom, [place for _, place in found])
+            unit = "residual" if unit == "channel" and atom in residual else unit
             name = _space_name(producer, unit)
             while name in names.values():
                 name += "'"
@@ -212,7 +223,7 @@ class Tracer(TorchDispatchMode):
             shapes={name: tuple(tensor.shape) for name, tensor in self.parameters.items()},
             buffers=frozenset(name for name, t in self.parameters.items() if not isinstance(t, nn.Parameter)),
             aliases=self.aliases,
-            norms=tuple(self.norms.values()),
+            norms=(*self.norms.values(), *norms),
             cost=cost_of(self.costs, names, batch),
             sizes=tuple(
                 ModuleSize(module, attribute, terms_of(kept_size(resolve(axis), names)))
