@@ -209,6 +209,14 @@ WRONG: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
     "t beyond the profile": ("t", lambda a: a.update(t=torch.tensor([0, 10, 1]), prediction_type="v_prediction")),
     "t before the profile": ("t", lambda a: a.update(t=torch.tensor([0, -1, 1]), prediction_type="v_prediction")),
     "t beyond the weights": ("t", lambda a: a.update(weight=torch.ones(7), t=torch.tensor([0, 7, 1]))),
+    "t beyond the timesteps that have weights": (
+        "t",
+        lambda a: a.update(
+            weight=torch.ones(7),
+            t=torch.tensor([0, 7, 1]),
+            profile=NoiseProfile.from_alphas_cumprod(torch.linspace(0.99, 0, 7)),
+        ),
+    ),
 }
 
 

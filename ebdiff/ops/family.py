@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import native
-from .native_cpu import NotTaken, is_lazy
+from .native_cpu import NotTaken
 from .serve import is_plain
 
 __all__ = ["Family", "is_direct", "is_transformed"]
@@ -48,12 +48,12 @@ class Family:
             except NotTaken as why:
                 self.fallbacks[str(why)] += 1
         elif x.numel():
-            self.fallbacks["no compiled part" if x.device.type == "cpu" else "no Triton"] += 1
+            self.fallbacks["no compiled part" if x.is_cpu else "no Triton"] += 1
         return getattr(self.reference, function)(*arguments)
 
     def kernels(self, x: Tensor) -> Any:
         """The module with the kernels for a tensor's device; None without one."""
-        if x.device.type == "cpu":
+        if x.is_cpu:
             return _module(f"{self.name}_cpu") if self._is_on_cpu() else None
         return _module(f"{self.name}_cuda") if x.is_cuda and _has_triton() else None
 
@@ -78,7 +78,8 @@ def is_direct(*tensors: Tensor | None) -> bool:
 
 
 def _is_lazy(tensors: Sequence[Tensor]) -> bool:
-    return is_lazy(tensors) or True in map(Tensor._is_zerotensor, tensors)
+    """Not asked: whether they are conjugates, which only complex ones are."""
+    return True in map(Tensor.is_neg, tensors) or True in map(Tensor._is_zerotensor, tensors)
 
 
 def _in_forward_mode() -> bool:

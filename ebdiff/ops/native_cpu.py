@@ -169,8 +169,8 @@ def addresses(tensors: Sequence[Tensor]) -> list[int]:
 
 def addresses_or_0(tensors: Sequence[Tensor | None]) -> list[int]:
     """As `addresses`, 0 for None."""
-    found = iter(addresses([tensor for tensor in tensors if tensor is not None]))
-    return [0 if tensor is None else next(found) for tensor in tensors]
+    refuse_freed([tensor for tensor in tensors if tensor is not None])
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 def _log2(tensors: Sequence[Tensor]) -> list[int]:

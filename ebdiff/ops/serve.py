@@ -19,7 +19,6 @@ from .native_cpu import NotTaken
 __all__ = ["backend", "is_plain", "reference_of", "run", "written"]
 
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
-_DEVICES = {"cpu", "cuda"}
 
 
 def is_plain(*lists: Sequence[Tensor], masks: Sequence[Tensor]) -> bool:
@@ -31,7 +30,7 @@ def is_plain(*lists: Sequence[Tensor], masks: Sequence[Tensor]) -> bool:
         not is_listened_to()
         and not torch._C._autograd._profiler_enabled()
         and _PLAIN.issuperset(map(type, chain(*lists, masks)))
-        and _DEVICES.issuperset([tensors[0].device.type for tensors in lists if tensors])
+        and False not in [tensors[0].is_cpu or tensors[0].is_cuda for tensors in lists if tensors]
     )
 
 

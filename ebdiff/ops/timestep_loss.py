@@ -78,9 +78,8 @@ def noised(
     if noise is None:
         noise = torch.randn_like(x0) if generator is None else torch.empty_like(x0).normal_(generator=generator)
     arguments = (x0, *_tensor_or_seed(noise), *profile.coefficients(t))
-    if _asks_for_gradient(*arguments) or not is_direct(*arguments):
-        return ops.noised_op(*arguments), noise
-    return ops.noised(*arguments), noise
+    direct = is_direct(*arguments) and not _asks_for_gradient(*arguments)
+    return (ops.noised if direct else ops.noised_op)(*arguments), noise
 
 
 def weighted_timestep_loss(
@@ -144,7 +143,7 @@ def _loss(pred: Tensor, terms: Terms) -> Sequence[Tensor]:
     elif _asks_for_gradient(pred, terms.target, terms.weight):
         found = _WeightedTimestepLoss.apply(True, pred, terms.target, terms.weight, terms)  # type: ignore[no-untyped-call]
     else:
-        found = ops.forward(pred, *terms, False)[:2]
+        found = ops.forward(pred, terms, False)[:2]
     return found
 
 
@@ -157,7 +156,7 @@ def _looked_up(table: Tensor, cell: Tensor) -> Tensor:
 
 
 def _asks_for_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return torch.is_grad_enabled() and True in [tensor.requires_grad for tensor in tensors if tensor is not None]
 
 
 def _tensor_or_seed(noise: Noise) -> tuple[Tensor | None, Tensor | None]:
@@ -168,12 +167,13 @@ def _target_or_parts(target: Any, t: Tensor, profile: Profile | None, prediction
     if isinstance(target, Tensor):
         return target, None, None, None, None, None
     kind = reference.PREDICTIONS[prediction]
-    x0, (noise, seed) = target[0].detach(), _tensor_or_seed(target[1])
-    noise = None if noise is None else noise.detach()
-    if kind == "sample" or (kind == "epsilon" and noise is not None):
-        return x0 if kind == "sample" else noise, None, None, None, None, None
+    x0, (noise, seed) = target[0], _tensor_or_seed(target[1])
+    if kind == "sample":
+        return x0.detach(), None, None, None, None, None
+    if kind == "epsilon" and noise is not None:
+        return noise.detach(), None, None, None, None, None
     table, row = present(profile).coefficients(t) if kind == "v_prediction" else (None, None)
-    return None, x0, noise, seed, table, row
+    return None, x0.detach(), None if noise is None else noise.detach(), seed, table, row
 
 
 def _huber_c(c: float | Tensor | None, pred: Tensor) -> Tensor | None:
@@ -199,8 +199,8 @@ class _WeightedTimestepLoss(torch.autograd.Function):
         ctx: Any, direct: bool, pred: Tensor, target: Tensor | None, weight: Tensor, terms: Terms
     ) -> tuple[Tensor, Tensor]:
         with_grad = ctx.needs_input_grad[1] and pred.dtype != torch.float16
-        forward = ops.forward if direct else ops.forward_op
-        loss, per_sample, grad = forward(pred, *terms, with_grad)
+        found = ops.forward(pred, terms, with_grad) if direct else ops.forward_op(pred, *terms, with_grad)
+        loss, per_sample, grad = found
         ctx.mark_non_differentiable(per_sample)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(per_sample, grad, *[_to_keep(tensor) for tensor in (pred, *terms[:-1])])

@@ -38,9 +38,8 @@ def noised(x0: Tensor, noise: Tensor | None, seed: Tensor | None, table: Tensor,
     return x_t
 
 
-def forward(pred: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def forward(pred: Tensor, terms: Terms, with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
     """As the reference's; an empty gradient where none is asked for, since operators return tensors."""
-    terms, with_grad = Terms(*arguments[:-1]), arguments[-1]
     check_terms(pred, terms)
     loss, per_sample, grad = _served("forward", pred, pred, terms, with_grad)
     return loss, per_sample, pred.new_empty(0) if grad is None else grad
@@ -113,7 +112,7 @@ noised_op = define(
 )
 forward_op = define(
     f"timestep_loss_forward(Tensor pred, {ARGUMENTS}, bool with_grad) -> (Tensor, Tensor, Tensor)",
-    forward,
+    lambda pred, *arguments: forward(pred, Terms(*arguments[:-1]), arguments[-1]),
     forward_fake,
     anywhere=True,
 )

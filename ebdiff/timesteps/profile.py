@@ -230,9 +230,12 @@ class NoiseProfile:
         return table, torch.arange(len(t), device=t.device)
 
     def cells(self, t: Tensor) -> Tensor:
-        """int64[B] on t's device: the cell of each t. What lies outside counts to the first or the last."""
+        """int64[B] on t's device: the cell of each t. In continuous time what lies outside is in the first or the last.
+
+        In discrete time that is t itself, unchecked: looking it up refuses what is no timestep.
+        """
         if self.edges is None:
-            return t.to(torch.int64).clamp(0, self.T - 1)
+            return t.to(torch.int64)
         return torch.bucketize(t.to(torch.float64), self._there("inner", t.device), right=True)
 
     def _there(self, what: str, device: torch.device) -> Tensor:
