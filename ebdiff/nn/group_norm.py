@@ -89,6 +89,7 @@ class MaskedGroupNorm(nn.Module):
         super().__init__()
         self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
         self.silu: bool = getattr(norm, "silu", False)
+        self.num_channels = len(groups)  # a forward may cut at the width of its norm
         kept = groups[groups >= 0]
         if (kept.diff() < 0).any():
             raise EbdiffError("groups", expected="rising ones", got=str(kept.tolist()), remedy="sort the channels")

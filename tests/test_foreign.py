@@ -1,0 +1,121 @@
+"""Forwards that none of us wrote: whatever they do with their integers, the law holds and what is known is free."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import foreign_attention as attention
+import foreign_nets as nets
+import foreign_widths as widths
+import pytest
+import torch
+from foreign import foreign_unet
+from laws import assert_comes_back, assert_law, assert_trains, random_keep
+from test_law import random_mask
+from torch import nn
+from unets import scatter
+
+import ebdiff
+
+# The spaces that must at least be there, by name and size. Nothing else may break the law.
+FREE: dict[type[nn.Module], dict[str, int]] = {
+    attention.Projections: {"embed": 16},
+    attention.ByHeadCount: {"embed": 16},
+    attention.Explicit: {"embed": 16},
+    attention.GroupedQuery: {"embed": 16},
+    attention.GroupedQueryInSDPA: {"embed": 16},
+    attention.NormedQueryKey: {"embed": 16},
+    attention.Rotary: {"embed": 16},
+    attention.ComplexRotary: {"embed": 16},
+    attention.Fused: {"fc1": 24},
+    attention.FusedHeadsFirst: {"fc1": 24},
+    attention.FusedHeadsMiddle: {"fc1": 24},
+    attention.FusedSplit: {"fc1": 24},
+    attention.Einops: {"embed": 16},
+    attention.Linear: {"embed": 16},
+    attention.Joint: {"embed": 16},
+    attention.Modulated: {"fc1": 24},
+    attention.Checkpointed: {"fc1": 24},
+    attention.MultiHead: {},
+    attention.EncoderLayers: {},
+    nets.OneHalfUsed: {"first": 6},
+    nets.UnequalChunks: {},
+    nets.HalvesBySlicing: {"first": 6},
+    nets.Gated: {"first": 12, "fused": 16},
+    nets.Modulated: {"first": 12},
+    nets.ModulatedBySlices: {"first": 12},
+    widths.PixelNorm: {},
+    widths.Equalised: {},
+    widths.WeightNormed: {},
+    widths.Standardised: {},
+    nets.SpaceToDepth: {"first": 12, "a": 8},
+    nets.ChannelShuffle: {},
+    nets.ConvNeXt: {"a": 20},
+    nets.SqueezeExcite: {"a": 5},
+    nets.Repeated: {},
+    nets.Gathered: {},
+    nets.Transposed: {"first": 12, "down": 10},
+    nets.Recurrent: {},
+    nets.Shared: {"first": 12},
+    nets.LongSkips: {"first": 12, "down.0": 12, "down.1": 12, "up.stage 0": 12, "up.stage 1": 12},
+    nets.Recomputed: {"first": 12, "down.0": 12, "down.1": 12, "up.stage 0": 12, "up.stage 1": 12},
+    nets.Returning: {"first": 12},
+}
+# Their classes or attributes exist only in the process that made them; `save` says so.
+NOT_SAVED = (widths.WeightNormed, nets.Recurrent)
+
+
+def made(kind: type[nn.Module]) -> tuple[nn.Module, dict[str, Any], ebdiff.ChannelPlan]:
+    torch.manual_seed(0)
+    model = scatter(kind()).double().eval()
+    shape = (2, 6, 5) if issubclass(kind, attention.Tokens) else (2, 3, 6, 6)
+    x = torch.randn(shape, dtype=torch.float64)
+    return model, {"x": x}, ebdiff.trace(model, x)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("kind", FREE, ids=lambda kind: f"{kind.__module__}.{kind.__name__}")
+def test_law_and_what_is_free(kind: type[nn.Module], tmp_path: Path) -> None:
+    model, arguments, plan = made(kind)
+    sizes = {space.name: space.size for space in plan}
+    assert sizes | FREE[kind] == sizes, str(plan)
+    small = model
+    for seed in range(4):
+        small = assert_law(model, arguments, random_keep(plan, seed))
+    if issubclass(kind, NOT_SAVED):
+        with pytest.raises(ebdiff.EbdiffError, match="cannot save"):
+            ebdiff.save(small, tmp_path)
+    else:
+        assert_comes_back(small, arguments, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("kind", [attention.Checkpointed, nets.Recomputed])
+def test_what_recomputes_its_activations_trains_after_the_cut(kind: type[nn.Module]) -> None:
+    """The trace is of the forward that trains; without a gradient, a re-entrant checkpoint is a plain call."""
+    model, arguments, _ = made(kind)
+    plan = ebdiff.trace(model.train(), **arguments)
+    assert plan.spaces == ebdiff.trace(copy.deepcopy(model).eval(), **arguments).spaces
+    arguments["x"].requires_grad_()
+    assert_law(model, arguments, random_keep(plan, 5))
+    assert_trains(model, arguments, random_mask(plan, 6))
+
+
+def test_what_a_hidden_layer_returns_stays_whole() -> None:
+    _, _, plan = made(nets.Returning)
+    assert {axis.name: axis.reason for axis in plan.frozen}["a.weight[0]"] == "an output of the model"
+
+
+def test_denoising_diffusion_pytorch() -> None:
+    model = scatter(foreign_unet(dim=8, dim_mults=(1, 2), resnet_block_groups=4)).double().eval()
+    arguments = {
+        "x": torch.randn(2, 3, 8, 8, dtype=torch.float64),
+        "time": torch.tensor([3.0, 7.0], dtype=torch.float64),
+    }
+    plan = ebdiff.trace(model, **arguments)
+    for seed in range(3):
+        assert_law(model, arguments, random_keep(plan, seed))
+    assert_law(model, arguments, random_mask(plan, 4, norm="balanced"))
+    assert_trains(model, arguments, random_mask(plan, 5))
