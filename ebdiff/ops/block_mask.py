@@ -164,7 +164,7 @@ def _compressed(kept: Tensor) -> Blocks:
 def _grid(heads: int, q_len: int, k_len: int, block: int, rule: Rule) -> Tensor:
     """bool [1, heads, blocks of queries, blocks of keys], the same for every head."""
     rows, columns = (torch.arange(-(-length // max(block, 1))) for length in (q_len, k_len))
-    return rule(rows[:, None], columns[None, :]).expand(1, heads, -1, -1)
+    return rule(rows[:, None], columns[None, :]).expand(1, heads, len(rows), len(columns))
 
 
 def _nearness(block: int, window: int) -> Rule:
