@@ -1,4 +1,4 @@
-"""Layers that stand in for a user's own."""
+"""Layers that stand in for a user's own, and block masks put into attention layers."""
 
 from __future__ import annotations
 
@@ -8,11 +8,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .group_norm import GroupNormSiLU as GroupNormSiLU
     from .group_norm import RaggedGroupNorm as RaggedGroupNorm
+    from .sparse_attention import SparseAttention as SparseAttention
+    from .sparse_attention import SparseAttnProcessor as SparseAttnProcessor
+    from .sparse_model import blocks_of as blocks_of
+    from .sparse_model import densify as densify
+    from .sparse_model import sparsify as sparsify
 
-__all__ = ["GroupNormSiLU", "RaggedGroupNorm"]
+_HOME = {
+    **dict.fromkeys(("GroupNormSiLU", "RaggedGroupNorm"), "group_norm"),
+    **dict.fromkeys(("SparseAttention", "SparseAttnProcessor"), "sparse_attention"),
+    **dict.fromkeys(("blocks_of", "densify", "sparsify"), "sparse_model"),
+}
+
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _HOME:
         raise AttributeError(f"module 'ebdiff.nn' has no attribute {name!r}")
-    return getattr(import_module(".group_norm", __name__), name)
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch.nn import functional as F
+
+from .attention_calls import AttentionCall
 
 __all__ = ["PinnedScaleProcessor"]
 
@@ -16,11 +17,15 @@ class PinnedScaleProcessor:
     diffusers' AttnProcessor2_0 ignores ``attn.scale`` and takes 1/sqrt(head_dim) of whatever width is left.
 
     Args:
-        scale: factor on the attention logits, 1/sqrt(head_dim) of the dense network.
+        scale: factor on the attention logits, 1/sqrt(head_dim) of the dense network; of what is left where None.
     """
 
-    def __init__(self, scale: float) -> None:
+    def __init__(self, scale: float | None) -> None:
         self.scale = scale
+
+    def mix(self, call: AttentionCall) -> Tensor:
+        """The attention itself."""
+        return call.run()
 
     def __call__(
         self,
@@ -52,7 +57,7 @@ class PinnedScaleProcessor:
         query, key, value = heads(attn.to_q(hidden_states)), heads(attn.to_k(context)), heads(attn.to_v(context))
         query = query if attn.norm_q is None else attn.norm_q(query)
         key = key if attn.norm_k is None else attn.norm_k(key)
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=self.scale)
+        mixed = self.mix(AttentionCall(query, key, value, attention_mask, scale=self.scale))
         hidden_states = mixed.transpose(1, 2).flatten(2).to(query.dtype)
         for layer in attn.to_out:
             hidden_states = layer(hidden_states)

@@ -28,7 +28,7 @@ from .source import NotRewritable, codes_within, innermost, read, remake
 from .syntax import one_plus
 from .writes import may_write
 
-__all__ = ["Rewriting", "cuts", "rewriting_of"]
+__all__ = ["Rewriting", "cuts", "reclass", "rewriting_of"]
 
 _HELPERS = (activated, normalised, scaled, shifted, summed)
 _IN_ORDER: Any = (("forward", run_in_order),)
@@ -49,6 +49,14 @@ class Rewriting:
     fused: dict[str, tuple[Any, ...]]
     left: dict[str, str]
     modulated: frozenset[str] = frozenset()
+
+
+def reclass(module: nn.Module, kind: type) -> None:
+    """Give a module another class; what is accelerated stays so."""
+    accelerated = plain_class(type(module)) is not type(module)
+    module.__class__ = kind
+    if accelerated:
+        module.__class__ = rewriting_of(module).kind
 
 
 def rewriting_of(module: nn.Module) -> Rewriting:

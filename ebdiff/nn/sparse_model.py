@@ -1,0 +1,219 @@
+"""Block masks put into the attention layers of any model, and taken out again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import nn
+
+import ebdiff
+
+from ..errors import EbdiffError
+from ..ops.block_mask import BlockMask
+from .attention_calls import AttentionCall, AttentionCalls
+from .replace.classes import plain_class
+from .replace.rewrite import reclass
+from .sparse_attention import Attend, SparseAttention, SparseAttnProcessor
+
+__all__ = ["ALWAYS", "BREAK_EVEN", "BreakEven", "SparseReport", "blocks_of", "densify", "sparsify"]
+
+# diffusers' attention processors that SparseAttnProcessor can stand in for.
+_PLAIN = ("AttnProcessor", "AttnProcessor2_0", "PinnedScaleProcessor")
+
+
+class BreakEven(NamedTuple):
+    """Where attention by blocks begins to pay: from so many queries and keys on, up to this density."""
+
+    tokens: int
+    density: float
+
+
+ALWAYS = BreakEven(0, 1.0)
+# Otherwise dense attention is as fast (the CPU: measured; CUDA: what those who have built it for H100 report).
+BREAK_EVEN = {"cuda": BreakEven(2048, 0.5), "cpu": BreakEven(1024, 0.5)}
+
+
+@dataclass(frozen=True)
+class SparseReport:
+    """What became of the layers that block masks were given for.
+
+    Args:
+        sparse: {layer: what answers its attention calls}.
+        dense: {layer: why it computes all blocks}.
+    """
+
+    sparse: Mapping[str, Attend]
+    dense: Mapping[str, str]
+
+    @property
+    def fallbacks(self) -> dict[str, dict[str, int]]:
+        """{layer: {why its mask was written out for torch's attention: in how many calls}}, up to now."""
+        return {name: dict(attend.fallbacks) for name, attend in self.sparse.items() if attend.fallbacks}
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.sparse)} attention layers by blocks, {len(self.dense)} dense"]
+        for name, attend in self.sparse.items():
+            lines.append(f"  {name or '(itself)'}: {attend.blocks}")
+            lines += [f"    {count} calls through torch: {why}" for why, count in attend.fallbacks.items()]
+        return "\n".join([*lines, *(f"  {name or '(itself)'}: dense, {why}" for name, why in self.dense.items())])
+
+
+def sparsify(
+    model: nn.Module,
+    blocks: Any,
+    break_even: BreakEven | None = None,
+    *,
+    written_out: bool = False,
+) -> SparseReport:
+    """Let attention layers compute only the blocks that masks keep. In place; `densify` undoes it.
+
+    Where that is not faster, the layer stays as it is and computes all blocks: the report says so. What is decided here
+    holds on every device and is saved with the network, so the network computes the same wherever it runs. A layer
+    refuses to run at another number of tokens than its mask's: a mask means nothing at another resolution.
+
+    Layers are `SparseAttention`, diffusers' Attention, and every module whose forward calls
+    scaled_dot_product_attention (Flux, SD3, Wan, CogVideoX and nn.MultiheadAttention do); a forward that turns out not
+    to call it raises. A diffusers model becomes an ``ebdiff.Shrunk<Class>``, whose save_pretrained keeps the masks.
+
+    Args:
+        model: the model; masks that it has already are taken out first.
+        blocks: {name of a module: mask}, or an `ebdiff.Ticket`, whose mask of channels is not looked at.
+        break_even: where a mask begins to pay. By default what was measured for the model's device; `ALWAYS` for all.
+        written_out: compute the masks with torch's attention: the same function, slower. For comparisons.
+
+    Raises:
+        EbdiffError: a name that is no module of the model, or a mask for another number of heads. Nothing is changed.
+    """
+    masks: Mapping[str, BlockMask] = getattr(blocks, "blocks", blocks)
+    layers = {name: _layer(model, name, mask) for name, mask in masks.items()}
+    attends = {name: Attend(mask, name, written_out) for name, mask in masks.items()}
+    densify(model)
+    limit = break_even or BREAK_EVEN.get(_device(model), BREAK_EVEN["cuda"])
+    dense = {name: why for name, mask in masks.items() if (why := _why_dense(mask, limit))}
+    sparse = {name: attend for name, attend in attends.items() if name not in dense}
+    for name, attend in sparse.items():
+        _install(layers[name], attend)
+    for root in _roots(model) if sparse else ():
+        if not _is_ours(root):
+            reclass(root, getattr(ebdiff, f"Shrunk{plain_class(type(root)).__name__}"))
+    return SparseReport(sparse, dense)
+
+
+def densify(model: nn.Module) -> dict[str, BlockMask]:
+    """Take all block masks out, so that the model is as it was before `sparsify`; returns them."""
+    taken = {}
+    for name, module, attend in list(_sparse(model)):
+        taken[name] = attend.blocks
+        if isinstance(module, SparseAttention):
+            module.attend = None
+        elif isinstance(vars(module).get("forward"), _Forward):
+            vars(module).pop("forward").leave(module)
+        else:
+            module.processor = module.processor.replaced
+    for root in _roots(model) if taken else ():
+        if _is_ours(root) and not vars(root).get("_ebdiff_shrinks"):
+            reclass(root, plain_class(type(root)).__mro__[1])
+    return taken
+
+
+def blocks_of(model: nn.Module) -> dict[str, BlockMask]:
+    """{name of a module: its block mask}, of all layers that have one."""
+    return {name: attend.blocks for name, _, attend in _sparse(model)}
+
+
+def _sparse(model: nn.Module) -> Iterator[tuple[str, Any, Attend]]:
+    for name, module in model.named_modules():
+        for place in (module, vars(module).get("forward"), getattr(module, "processor", None)):
+            if isinstance(place, SparseAttention | _Forward | SparseAttnProcessor) and place.attend is not None:
+                yield name, module, place.attend
+
+
+def _roots(model: nn.Module) -> list[nn.Module]:
+    """The diffusers models that are saved: this one, or those it routes to."""
+    networks = getattr(model, "nets", None)
+    roots = list(networks) if isinstance(networks, nn.ModuleList) else [model]
+    return [root for root in roots if hasattr(type(root), "load_config")]
+
+
+def _is_ours(root: nn.Module) -> bool:
+    return plain_class(type(root)).__module__ == "ebdiff"
+
+
+def _layer(model: nn.Module, name: str, mask: BlockMask) -> nn.Module:
+    try:
+        layer = model.get_submodule(name)
+    except AttributeError:
+        raise EbdiffError(
+            "block mask of an unknown layer",
+            expected=f"the name of a module of {type(model).__name__}",
+            got=repr(name),
+            remedy="use the masks of this model's own search",
+        ) from None
+    heads = next((n for n in (getattr(layer, key, None) for key in ("heads", "num_heads")) if isinstance(n, int)), None)
+    if heads is not None and heads != mask.kept.shape[1]:
+        raise EbdiffError(
+            f"block mask of {name}",
+            expected=f"{heads} heads",
+            got=str(mask.kept.shape[1]),
+            remedy="shrink(model, ticket) keeps the masks of the heads that stay",
+        )
+    return layer
+
+
+def _device(model: nn.Module) -> str:
+    return next((tensor.device.type for tensor in model.parameters()), "cpu")
+
+
+def _why_dense(mask: BlockMask, limit: BreakEven) -> str | None:
+    tokens = min(mask.q_len, mask.k_len)
+    if mask.density == 1:
+        return "every block is kept"
+    if tokens < limit.tokens:
+        return f"{tokens} tokens: blocks pay from {limit.tokens} on"
+    if mask.density > limit.density:
+        return f"{mask.density:.1%} of the blocks are kept: blocks pay up to {limit.density:.0%}"
+    return None
+
+
+def _install(layer: Any, attend: Attend) -> None:
+    kind = type(getattr(layer, "processor", None)).__name__
+    if isinstance(layer, SparseAttention):
+        layer.attend = attend
+    elif kind in _PLAIN and hasattr(layer, "spatial_norm"):  # diffusers' Attention
+        # AttnProcessor reads attn.scale, AttnProcessor2_0 does not.
+        scale = layer.scale if kind == "AttnProcessor" else getattr(layer.processor, "scale", None)
+        layer.processor = SparseAttnProcessor(attend, scale, layer.processor)
+    else:
+        layer.forward = _Forward(layer, attend)
+
+
+class _Forward:
+    """Stands in for a module's forward, with its attention calls answered by blocks."""
+
+    def __init__(self, module: nn.Module, attend: Attend) -> None:
+        self.forward, self.own = module.forward, "forward" in vars(module)
+        self.attend, self.answered = attend, 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.answered = 0
+        with AttentionCalls(self._answer):
+            result = self.forward(*args, **kwargs)
+        if not self.answered:
+            raise EbdiffError(
+                f"the block mask of {self.attend.name} had no effect",
+                expected="a forward that calls scaled_dot_product_attention",
+                got="none",
+                remedy="choose torch's native attention for this layer, or take the mask out: ebdiff.nn.densify(model)",
+            )
+        return result
+
+    def _answer(self, call: AttentionCall) -> Any:
+        self.answered += 1
+        return self.attend(call)
+
+    def leave(self, module: nn.Module) -> None:
+        """Give the module back what it had."""
+        if self.own:
+            module.forward = self.forward
