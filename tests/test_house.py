@@ -35,9 +35,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "nn.replace.optimizer": {"ops", "optim"},  # gives an optimizer its faster class
     "pruning": {"ops", "nn"},
     "timesteps": {"ops"},
-    "tickets": {"pruning", "timesteps.region"},
+    "tickets": {"pruning", "timesteps.region", "ops.block_mask", "nn.attention_calls"},
     "optim": {"ops"},
-    "evaluation": {"timesteps", "pruning"},
+    "evaluation": {"timesteps", "pruning", "data"},
     "data": set(),
     "config": set(),
     "training": {"pruning", "tickets", "timesteps", "nn", "optim", "evaluation", "data", "config"},

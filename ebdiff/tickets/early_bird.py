@@ -16,7 +16,7 @@ from ..pruning.plan import ChannelPlan
 from ..timesteps.region import Partition, Region
 from .history import MaskHistory
 from .scores import RunningScores, gradient_scores, weights_of
-from .settings import Criterion, Settings, refuse_other_settings
+from .settings import Criterion, Pace, Settings, refuse_other_settings
 from .ticket import Ticket
 from .watched import Tickets, Watched
 
@@ -86,14 +86,9 @@ class EarlyBird:
         if ratios is not None and region_ratios is not None:
             raise EbdiffError("ratios", expected="ratios or region_ratios", got="both", remedy="give one")
         self.settings = Settings(
+            **vars(Pace.of(window, every, eta, corrected, fifo, regions)),
             ratios=tuple(ratios or dict.fromkeys(region_ratios or (0.3, 0.6, 0.8))),
             criteria=(criteria,) if isinstance(criteria, str) else tuple(criteria),
-            window=window,
-            every=max(1, window // 20) if every is None else every,
-            eta=(0.2 if corrected else 0.1) if eta is None else eta,
-            corrected=corrected,
-            fifo=fifo,
-            regions=regions,
             region_ratios=None if region_ratios is None else tuple(region_ratios),
             norm=norm,
             multiple_of=multiple_of,
@@ -126,14 +121,7 @@ class EarlyBird:
             self._draw([watched for watched in self._watched if watched.ticket is None])
 
     def _read_gradients(self, region: int | None, step: int) -> None:
-        if region is None and self.settings.regions is not None:
-            raise EbdiffError(
-                "step() of a search by region",
-                expected="the number of the region this step's timesteps came from",
-                got="None",
-                remedy="draw each batch's timesteps from one region and pass it: watch.step(report.region)",
-            )
-        running = self._running[region or 0]
+        running = self._running[self.settings.part_of(region)]
         if running.weight and step - running.newest < self.settings.taylor_every * self.settings.parts:
             return
         weights = dict(self.model.named_parameters())
@@ -157,8 +145,7 @@ class EarlyBird:
             if scores is None:
                 continue
             watched.history.add(self.steps, self._mask(scores, watched.ratio))
-            s = self.settings
-            if watched.history.settled(s.window, eta=s.eta, fifo=s.fifo, corrected=s.corrected):
+            if self.settings.settled(watched.history):
                 watched.ticket = self._ticket(watched, settled=True)
 
     def _new_scores(self, criterion: str, region: int | None, history: MaskHistory) -> Mapping[str, Tensor] | None:

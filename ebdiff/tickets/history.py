@@ -1,26 +1,18 @@
-"""Has the mask settled? The first mask and the last k, as packed bits, and how far apart they are."""
+"""The channel masks that were drawn so far: the first and the last k."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from torch import Tensor
 
-from ..errors import EbdiffError
-from ..pruning.mask import ChannelMask, NormMode, chance_corrected, mask_distance
+from ..pruning.mask import ChannelMask, NormMode
 from ..pruning.plan import ChannelPlan
+from .bits import BitHistory
 
 __all__ = ["MaskHistory"]
-
-Bits = npt.NDArray[np.uint8]
-# How many bits are set in each byte; a mask of 12,032 channels (the CIFAR UNet's) is 1.5 kB.
-_ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -38,8 +30,8 @@ class _Recipe:
         return f"{', '.join(f'{name} {value:g}' for name, value in self.asked) or 'by hand'}, {self.norm} norms"
 
 
-class MaskHistory:
-    """The first mask ever added (the initial one) and the last `keep`, with the steps they were drawn at.
+class MaskHistory(BitHistory):
+    """The first channel mask ever added (the initial one) and the last `keep`, with the steps they were drawn at.
 
     All masks are of one plan and were asked for in one way (ratio or MACs, norm). Distances are normalised Hamming
     distances, or with ``corrected=True`` divided by 2p(1-p), what two independent masks that remove the share p differ
@@ -51,13 +43,9 @@ class MaskHistory:
     """
 
     def __init__(self, plan: ChannelPlan, keep: int = 64) -> None:
-        if keep < 1:
-            raise EbdiffError("mask history", expected="keep >= 1", got=str(keep), remedy="e.g. 64")
+        super().__init__(sum(space.size for space in plan), keep)
         self.plan = plan
-        self._size = sum(space.size for space in plan)
         self._recipe: _Recipe | None = None
-        self._first: tuple[int, Bits] | None = None
-        self._last: deque[tuple[int, Bits]] = deque(maxlen=keep)
 
     def add(self, step: int, mask: ChannelMask) -> None:
         """Remember `mask` as drawn at `step`.
@@ -70,99 +58,20 @@ class MaskHistory:
             self._refuse("plan", self.plan.fingerprint(), mask.plan.fingerprint())
         if self._recipe not in (None, recipe):
             self._refuse("recipe", str(self._recipe), str(recipe))
-        if self._first is not None and step <= self.steps[-1]:
-            self._refuse("sequence of steps", f"a step after {self.steps[-1]}", str(step))
+        self._remember(step, mask.bits())
         self._recipe = recipe
-        entry = (int(step), np.packbits(mask.bits().numpy()))
-        if self._first is None:
-            self._first = entry
-        else:
-            self._last.append(entry)
-
-    @staticmethod
-    def _refuse(what: str, expected: str, got: str) -> None:
-        raise EbdiffError(f"one {what} per mask history", expected=expected, got=got, remedy="use a history for each")
-
-    def __len__(self) -> int:
-        return len(self._entries)
 
     def __getitem__(self, index: int) -> ChannelMask:
         """The mask at this place: 0 is the first, -1 the newest."""
-        packed = self._entries[index][1]
+        parts = torch.split(self._bits(index), [s.size for s in self.plan])
         assert self._recipe is not None
-        bits = torch.from_numpy(np.unpackbits(packed, count=self._size).astype(bool))
-        kept = dict(zip((s.name for s in self.plan), torch.split(bits, [s.size for s in self.plan]), strict=True))
+        kept = dict(zip((s.name for s in self.plan), parts, strict=True))
         return ChannelMask(self.plan, kept, self._recipe.norm, dict(self._recipe.asked))
-
-    @property
-    def _entries(self) -> list[tuple[int, Bits]]:
-        return [] if self._first is None else [self._first, *self._last]
-
-    @property
-    def steps(self) -> tuple[int, ...]:
-        """The steps the masks were drawn at, rising."""
-        return tuple(step for step, _ in self._entries)
-
-    def distances(self, corrected: bool = False) -> list[float]:
-        """From the newest mask to each of the others, in the order of `steps[:-1]`."""
-        if len(self) < 2 or not self._size:
-            return [0.0] * (len(self) - 1)
-        rows = np.stack([bits for _, bits in self._entries])
-        shares = [count / self._size for count in mask_distance(torch.from_numpy(rows)).tolist()[:-1]]
-        if not corrected:
-            return shares
-        kept = [int(_ONES[row].sum()) for row in rows]
-        removed = [1 - (count + kept[-1]) / (2 * self._size) for count in kept]
-        return [chance_corrected(*pair) for pair in zip(shares, removed, strict=False)]
-
-    def heatmap(self, corrected: bool = False) -> tuple[tuple[int, ...], Tensor]:
-        """(steps, float64 [n, n]): the distances between all pairs of masks, the first mask included."""
-        packed = self.state_dict()["bits"].numpy()
-        kept = torch.from_numpy(np.unpackbits(packed, axis=1, count=self._size)).double()
-        both = kept.sum(1)[:, None] + kept.sum(1)
-        share = (both - 2 * kept @ kept.T) / max(self._size, 1)
-        if corrected:
-            removed = 1 - both / (2 * max(self._size, 1))
-            chance = 2 * removed * (1 - removed)
-            share = torch.where(chance > 1e-12, share / chance.clamp_min(1e-12), 0.0)
-        return self.steps, share
-
-    def window(self, span: int, fifo: int) -> list[int]:
-        """Places of the `fifo` masks to compare, newest first: they span at least `span` steps.
-
-        Mask i is the latest that is at least i * span / (fifo - 1) steps older than the newest, however often masks are
-        drawn. The first mask, drawn before training, is none of them. Empty where the history is still too short.
-        """
-        steps = self.steps
-        chosen = [len(steps) - 1]
-        for i in range(1, fifo):
-            limit = steps[-1] - i * span / (fifo - 1) if steps else 0
-            place = next((p for p in range(chosen[-1] - 1, 0, -1) if steps[p] <= limit), None)
-            if place is None:
-                return []
-            chosen.append(place)
-        return chosen
-
-    def settled(self, span: int, *, eta: float, fifo: int = 5, corrected: bool = False) -> bool:
-        """Is the newest mask an early-bird ticket?
-
-        It must differ by at most `eta` from each of the other masks of the window, and from the first mask by more
-        than twice the largest of these: a mask that has not moved yet has not settled either.
-        Source: EB-Diff-Train section 4.1 (five masks, eta 0.1); the span and the comparison with the first mask: ours.
-        """
-        window = self.window(span, fifo)
-        if not window:
-            return False
-        distances = self.distances(corrected)
-        farthest = max(distances[place] for place in window[1:])
-        return farthest <= eta and distances[0] > 2 * farthest
 
     def state_dict(self) -> dict[str, Any]:
         """{"bits": uint8 [n, bytes], "steps", "recipe"}; all but the bits is JSON."""
-        width = (self._size + 7) // 8
-        rows = np.stack([bits for _, bits in self._entries]) if self._first else np.empty((0, width), np.uint8)
         recipe = None if self._recipe is None else [self._recipe.norm, dict(self._recipe.asked)]
-        return {"bits": torch.from_numpy(rows), "steps": list(self.steps), "recipe": recipe}
+        return {**super().state_dict(), "recipe": recipe}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`.
@@ -170,16 +79,6 @@ class MaskHistory:
         Raises:
             EbdiffError: a state that does not fit the plan; nothing is changed.
         """
-        bits, steps, recipe = state["bits"], list(state["steps"]), state["recipe"]
-        expected = [len(steps), (self._size + 7) // 8]
-        if bits.dtype != torch.uint8 or list(bits.shape) != expected or (bool(steps) and recipe is None):
-            raise EbdiffError(
-                "state of a mask history",
-                expected=f"uint8 {expected}",
-                got=f"{bits.dtype} {list(bits.shape)}",
-                remedy="resume with the model and the settings it was saved with",
-            )
-        entries = [(int(step), row) for step, row in zip(steps, bits.cpu().numpy().copy(), strict=True)]
+        recipe = state["recipe"]
+        super().load_state_dict(state if recipe else {**state, "steps": []})  # so that masks without one do not fit
         self._recipe = None if recipe is None else _Recipe(recipe[0], tuple(sorted(recipe[1].items())))
-        self._first = entries[0] if entries else None
-        self._last = deque(entries[1:], maxlen=self._last.maxlen)

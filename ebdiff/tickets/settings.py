@@ -5,45 +5,130 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import ceil
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 from ..errors import EbdiffError
 from ..pruning.mask import NormMode
 from ..timesteps.region import Partition, Region
+from .attention import Attention
+from .bits import BitHistory
 
-__all__ = ["Criterion", "Key", "Settings", "refuse_other_settings"]
+__all__ = ["Criterion", "Key", "Pace", "Settings", "refuse_other_settings"]
 
 Criterion = Literal["magnitude", "magnitude-l1", "taylor", "random"]
 Key = tuple[str, float, int | None]  # criterion, ratio, number of the region
 
 
 @dataclass(frozen=True)
-class Settings:
-    """See `EarlyBird`."""
+class Pace:
+    """When masks are drawn and count as settled, of channels and of blocks of attention. See `EarlyBird`."""
 
-    ratios: tuple[float, ...]
-    criteria: tuple[str, ...]
     window: int
     every: int
     eta: float
     corrected: bool
     fifo: int
     regions: Partition | None
+
+    @classmethod
+    def of(
+        cls,
+        window: int = 1000,
+        every: int | None = None,
+        eta: float | None = None,
+        corrected: bool = False,
+        fifo: int = 5,
+        regions: Partition | None = None,
+    ) -> Self:
+        """With what follows from the rest where it is None."""
+        every = max(1, window // 20) if every is None else every
+        return cls(window, every, (0.2 if corrected else 0.1) if eta is None else eta, corrected, fifo, regions)
+
+    def __post_init__(self) -> None:
+        self._check_least(window=1, every=1, fifo=2)
+        if not self.eta > 0:
+            raise EbdiffError("eta", expected="a distance > 0", got=str(self.eta), remedy="the paper's is 0.1")
+
+    def _check_least(self, **least: int) -> None:
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise EbdiffError(
+                    name, expected=f"at least {bound}", got=str(getattr(self, name)), remedy="see EarlyBird"
+                )
+
+    @property
+    def parts(self) -> int:
+        """How many sets of scores are kept apart: one per region."""
+        return len(self.regions) if self.regions is not None else 1
+
+    @property
+    def fading(self) -> float:
+        """Steps after which a sample weighs 1/e: short against the window, or the average would settle by itself."""
+        return self.window / 2
+
+    @property
+    def masks_kept(self) -> int:
+        """How many masks a history needs so that the window fits; more where that is few, for the picture."""
+        return max(64, ceil(self.window / self.every) + self.fifo)
+
+    def settled(self, history: BitHistory) -> bool:
+        """Has the newest mask of this history settled?"""
+        return history.settled(self.window, eta=self.eta, fifo=self.fifo, corrected=self.corrected)
+
+    def number_of(self, region: int | Region | None) -> int | None:
+        """The number of a region of the partition.
+
+        Raises:
+            EbdiffError: no such region, or no partition.
+        """
+        if region is None:
+            return None
+        regions = list(self.regions or ())
+        if isinstance(region, Region) and region in regions:
+            return regions.index(region)
+        if isinstance(region, int) and 0 <= region < len(regions):
+            return region
+        known = (
+            f"0 to {len(regions) - 1} or one of {self.regions}"
+            if regions
+            else "None: regions=Partition(...) was not given"
+        )
+        raise EbdiffError("region", expected=known, got=str(region), remedy="number regions in ascending t")
+
+    def part_of(self, region: int | Region | None) -> int:
+        """The number of the set of scores that a step belongs to.
+
+        Raises:
+            EbdiffError: there are regions, and it was not said which.
+        """
+        number = self.number_of(region)
+        if number is None and self.regions is not None:
+            raise EbdiffError(
+                "step() of a search by region",
+                expected="the number of the region this step's timesteps came from",
+                got="None",
+                remedy="draw each batch's timesteps from one region and pass it: watch.step(report.region)",
+            )
+        return number or 0
+
+
+@dataclass(frozen=True)
+class Settings(Pace):
+    """See `EarlyBird`."""
+
+    ratios: tuple[float, ...]
+    criteria: tuple[str, ...]
     region_ratios: tuple[float, ...] | None
     norm: NormMode
     multiple_of: int
     taylor_every: int
     seed: int
+    attention: Attention | None = None
 
     def __post_init__(self) -> None:
         self._check_lists()
-        for name, least in (("window", 1), ("every", 1), ("fifo", 2), ("taylor_every", 1)):
-            if getattr(self, name) < least:
-                raise EbdiffError(
-                    name, expected=f"at least {least}", got=str(getattr(self, name)), remedy="see EarlyBird"
-                )
-        if not self.eta > 0:
-            raise EbdiffError("eta", expected="a distance > 0", got=str(self.eta), remedy="the paper's is 0.1")
+        super().__post_init__()
+        self._check_least(taylor_every=1)
         if self.region_ratios is not None and (self.regions is None or len(self.region_ratios) != len(self.regions)):
             raise EbdiffError(
                 "region_ratios",
@@ -72,21 +157,6 @@ class Settings:
         """Does some criterion read gradients?"""
         return "taylor" in self.criteria
 
-    @property
-    def parts(self) -> int:
-        """How many sets of scores are kept apart: one per region."""
-        return len(self.regions) if self.regions is not None else 1
-
-    @property
-    def fading(self) -> float:
-        """Steps after which a gradient weighs 1/e: short against the window, or the average would settle by itself."""
-        return self.window / 2
-
-    @property
-    def masks_kept(self) -> int:
-        """How many masks a history needs so that the window fits; more where that is few, for the picture."""
-        return max(64, ceil(self.window / self.every) + self.fifo)
-
     def is_regional(self, criterion: str) -> bool:
         """Do the scores by this criterion differ between regions?"""
         return criterion == "taylor" and self.regions is not None
@@ -101,26 +171,6 @@ class Settings:
             else:
                 keys += [(criterion, ratio, None) for ratio in self.ratios]
         return keys
-
-    def number_of(self, region: int | Region | None) -> int | None:
-        """The number of a region of the partition.
-
-        Raises:
-            EbdiffError: no such region, or no partition.
-        """
-        if region is None:
-            return None
-        regions = list(self.regions or ())
-        if isinstance(region, Region) and region in regions:
-            return regions.index(region)
-        if isinstance(region, int) and 0 <= region < len(regions):
-            return region
-        known = (
-            f"0 to {len(regions) - 1} or one of {self.regions}"
-            if regions
-            else "None: regions=Partition(...) was not given"
-        )
-        raise EbdiffError("region", expected=known, got=str(region), remedy="number regions in ascending t")
 
     def to_json(self) -> dict[str, Any]:
         """All settings as JSON values."""
