@@ -248,10 +248,10 @@ class Stratified(Wrapped):
         within = torch.rand(drawn, dtype=torch.float64, generator=generator, device=device)
         if not self.antithetic:
             order = torch.randperm(n, dtype=torch.float64, generator=generator, device=device)
-            return within.add_(order).div_(n)
-        low = torch.arange(drawn, dtype=torch.float64, device=device).add_(within).div_(n)
+            return within.add_(order).div_(float(n))  # by a whole number takes longer than the division does
+        low = torch.arange(drawn, dtype=torch.float64, device=device).add_(within).div_(float(n))
         order = torch.randperm(n, generator=generator, device=device)
-        return torch.cat([low, 1 - low[: n - drawn]]).index_select(0, order)
+        return torch.cat([low, 1.0 - low[: n - drawn]]).index_select(0, order)
 
     def spread(self, n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
         return self.uniforms(n, generator, device)

@@ -127,9 +127,9 @@ class SpeeD(Sampler):
             return u
         first = self._first.draw(u[: n // 2 + 1].cpu())[0]
         t = torch.cat([first, (first - self._dual_of_0).abs()])[:n].to(device)
-        t = t[torch.randperm(n, generator=generator, device=device)]
-        bounds = self._bounds.to(device)
-        return torch.lerp(bounds[t], bounds[t + 1], super().uniforms(n, generator, device))
+        t = t.index_select(0, torch.randperm(n, generator=generator, device=device))
+        begin, end = self._bounds.to(device).index_select(0, t).unbind(1)
+        return torch.lerp(begin, end, super().uniforms(n, generator, device))
 
     def spread(self, n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
         return super().uniforms(n, generator, device)
@@ -141,8 +141,9 @@ class SpeeD(Sampler):
 
     @cached_property
     def _bounds(self) -> Tensor:
-        """float64[T + 1]: where the numbers u begin and end that `pmf` turns into each timestep."""
-        return torch.cat([torch.zeros(1, dtype=torch.float64), self.pmf().cumsum(0)]).clamp(max=1)
+        """float64[T, 2]: where the numbers u begin and end that `pmf` turns into each timestep."""
+        bounds = torch.cat([torch.zeros(1, dtype=torch.float64), self.pmf().cumsum(0)]).clamp(max=1)
+        return torch.stack([bounds[:-1], bounds[1:]], dim=1)
 
     @cached_property
     def _dual_of_0(self) -> int:

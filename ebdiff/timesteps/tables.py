@@ -100,7 +100,7 @@ class Tables(NamedTuple):
         if self.guide is None:
             cell = torch.searchsorted(self.cdf, u, right=True)
         else:
-            cell = self.guide.index_select(0, (u * (len(self.guide) - 1)).long())
+            cell = self.guide.index_select(0, (u * float(self.guide.shape[0] - 1)).long())
             cell += self.cdf.index_select(0, cell) <= u
         weight = self.weights.index_select(0, cell)
         if self.within is None:
