@@ -111,15 +111,16 @@ class Statistics:
         for parameter, tensor in self.tracer.parameters.items():
             for dim, axis in enumerate(self.tracer.labels(tensor)):
                 lying.setdefault(resolve(axis), []).append((parameter, dim))
-        return [
-            Norm(
-                name,
-                kind="statistics",
-                inputs=_along([call.inputs or [] for call in calls], lying, name),
-                outputs=_along([call.outputs for call in calls], lying, name),
-            )
-            for name, calls in self.calls.items()
-        ]
+        found = []
+        for name, calls in self.calls.items():
+            own = [axis for axis, known in lying.items() if any(p.startswith(f"{name}.") for p, _ in known)]
+            over = {
+                atom for axis in own + [axis for call in calls for axis, *_ in call.reduced] for atom in leaves(axis)
+            }
+            sides = ([call.inputs or [] for call in calls], [call.outputs for call in calls])
+            inputs, outputs = (_along(side, lying, name, over) for side in sides)
+            found.append(Norm(name, kind="statistics", inputs=inputs, outputs=outputs))
+        return found
 
     def residual(self) -> set[Atom]:
         """The channels of residual streams that norms take statistics over."""
@@ -128,10 +129,15 @@ class Statistics:
         return normed & {atom for axis in self.sums for atom in leaves(axis)}
 
 
-def _along(calls: list[list[Axis]], lying: dict[Axis, list[tuple[str, int]]], name: str) -> tuple[Along, ...]:
-    """Where the prunable axes at one side of a module lie: the same at every call, along some parameter."""
+def _along(
+    calls: list[list[Axis]], lying: dict[Axis, list[tuple[str, int]]], name: str, over: set[Atom]
+) -> tuple[Along, ...]:
+    """Where the prunable axes at one side of a module lie: the same at every call, along some parameter.
+
+    Only those that it reduces or has parameters along: it does not mix others, such as the heads beside a norm of q.
+    """
     result = []
-    in_parameters = {atom for axis in lying for atom in leaves(axis)}
+    in_parameters = over & {atom for axis in lying for atom in leaves(axis)}
     for dim, axis in enumerate(calls[0]):
         if not any(atom.reason is None and atom in in_parameters for atom in leaves(axis)):
             continue
