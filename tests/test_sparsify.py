@@ -67,7 +67,7 @@ def test_by_blocks_is_the_mask_written_out_in_every_family(family):
     sparsify(model, masks, ALWAYS, written_out=True)
     torch.testing.assert_close(ours, outputs(model, arguments), rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(our_gradients, gradients(model, arguments), rtol=1e-9, atol=1e-10)
-    assert max(float((a - b).abs().max()) for a, b in zip(ours, dense, strict=True)) > 1e-4, "the masks do something"
+    assert max((a - b).abs().max().item() for a, b in zip(ours, dense, strict=True)) > 1e-4, "the masks do something"
     assert densify(model) == sparse
     assert all(torch.equal(a, b) for a, b in zip(dense, outputs(model, arguments), strict=True))
     assert blocks_of(model) == {}

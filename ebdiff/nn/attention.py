@@ -54,7 +54,8 @@ class PinnedScaleProcessor:
         def heads(tokens: Tensor) -> Tensor:
             return tokens.view(*tokens.shape[:-1], attn.heads, -1).transpose(1, 2)
 
-        query, key, value = heads(attn.to_q(hidden_states)), heads(attn.to_k(context)), heads(attn.to_v(context))
+        query, key, value = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
+        query, key, value = heads(query), heads(key), heads(value)
         query = query if attn.norm_q is None else attn.norm_q(query)
         key = key if attn.norm_k is None else attn.norm_k(key)
         mixed = self.mix(AttentionCall(query, key, value, attention_mask, scale=self.scale))

@@ -53,5 +53,6 @@ class AttentionCalls(TorchFunctionMode):
 
     def _reached(self, func: Any) -> Any:
         """The same function calling us: inside what a mode is asked about, torch has it switched off."""
-        names = {**func.__globals__, "scaled_dot_product_attention": self._served}
+        ours = {"scaled_dot_product_attention": self._served, "has_torch_function": lambda _: False}
+        names = {**func.__globals__, **ours}
         return FunctionType(func.__code__, names, func.__name__, func.__defaults__, func.__closure__)

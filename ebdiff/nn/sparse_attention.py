@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import EbdiffError
 from ..ops.block_mask import BlockMask
-from ..ops.sparse_attention import sparse_attention
+from ..ops.sparse_attention_ops import sparse_attention
 from .attention import PinnedScaleProcessor
 from .attention_calls import AttentionCall
 

@@ -18,9 +18,9 @@ __all__ = ["RunningScores", "gradient_scores", "weights_of"]
 class RunningScores:
     """A mean of scores in which a sample of n steps ago weighs exp(-n / horizon)."""
 
-    def __init__(self, size: int, horizon: float) -> None:
+    def __init__(self, size: int, horizon: float, device: torch.device | str = "cpu") -> None:
         self.horizon = horizon
-        self.total = torch.zeros(size, dtype=torch.float64)
+        self.total = torch.zeros(size, dtype=torch.float64, device=device)
         self.weight = 0.0
         self.newest = 0
 
@@ -49,7 +49,7 @@ class RunningScores:
                 got=str(list(total.shape)),
                 remedy="resume with the model it was saved with",
             )
-        self.total = total.detach().cpu().double().clone()
+        self.total = total.detach().to(self.total.device, torch.float64, copy=True)
         self.weight, self.newest = float(facts["weight"]), int(facts["newest"])
 
 
