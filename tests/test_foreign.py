@@ -63,8 +63,8 @@ FREE: dict[type[nn.Module], dict[str, int]] = {
     nets.Recomputed: {"first": 12, "down.0": 12, "down.1": 12, "up.stage 0": 12, "up.stage 1": 12},
     nets.Returning: {"first": 12},
 }
-# Their classes or attributes exist only in the process that made them; `save` says so.
-NOT_SAVED = (widths.WeightNormed, nets.Recurrent)
+# It holds weak references to its own weights; `save` says so.
+NOT_SAVED = (nets.Recurrent,)
 
 
 def made(kind: type[nn.Module]) -> tuple[nn.Module, dict[str, Any], ebdiff.ChannelPlan]:

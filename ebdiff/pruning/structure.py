@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ..errors import EbdiffError
 from ..nn.replace.classes import plain_class
@@ -47,6 +48,22 @@ def build(structure: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Mod
         if isinstance(error, EbdiffError):
             raise
         raise EbdiffError("damaged structure", got=repr(error), remedy="save the network again") from None
+
+
+def _class_of(module: nn.Module) -> type:
+    """The class that a user wrote: not one made for an accelerated or a parametrized module."""
+    kind = plain_class(type(module))
+    made = kind.__module__ == parametrize.__name__ and parametrize.is_parametrized(module)
+    return kind.__mro__[1] if made else kind
+
+
+def _parametrize(module: nn.Module) -> None:
+    """Give a module whose `parametrizations` are there the class that computes its tensors by them."""
+    known: Any = module._modules.pop("parametrizations")
+    for name in known:  # torch makes that class when something is registered
+        module.register_parameter(name, nn.Parameter(torch.empty(0)))
+        parametrize.register_parametrization(module, name, nn.Identity())
+    module._modules["parametrizations"] = known
 
 
 def _path_of(thing: Any) -> str:
@@ -88,14 +105,15 @@ class _Writer:
             return {"same": self.seen[id(module)]}
         self.seen[id(module)] = name
         prefix = f"{name}." if name else ""
-        self._check_class(plain_class(type(module)), name)
+        own = _class_of(module)
+        self._check_class(own, name)
         for kind in ("_forward_pre_hooks", "_forward_hooks"):
             if getattr(module, kind):
                 raise EbdiffError(
                     f"{name or 'the model'} has hooks", expected="none", got=kind, remedy="remove them first"
                 )
         return {
-            "class": _path_of(plain_class(type(module))),
+            "class": _path_of(own),
             "name": name,
             "parameters": {key: self._tensor(value, prefix + key) for key, value in module._parameters.items()},
             "buffers": {
@@ -174,6 +192,8 @@ class _Reader:
             module.register_buffer(key, entry and self.tensors[entry[0]], persistent=persistent)
         for key, child in description["modules"].items():
             module._modules[key] = child and self.module(child)
+        if "parametrizations" in description["modules"]:
+            _parametrize(module)
         vars(module).update(self._attributes(kind, description["attributes"]))
         return module
 
