@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .channel_mask import masked_adamw_ as masked_adamw_
     from .channel_mask import scatter_back as scatter_back
     from .group_norm import group_norm_silu as group_norm_silu
-    from .sparse_attention import sparse_attention as sparse_attention
+    from .sparse_attention_ops import sparse_attention as sparse_attention
     from .timestep_loss import LossStatistics as LossStatistics
     from .timestep_loss import PhiloxNoise as PhiloxNoise
     from .timestep_loss import TimestepLoss as TimestepLoss
@@ -27,7 +27,7 @@ _LOSS = ("LossStatistics", "PhiloxNoise", "TimestepLoss", "noised", "weighted_ti
 _HOME = {
     "BlockMask": "block_mask",
     "group_norm_silu": "group_norm",
-    "sparse_attention": "sparse_attention",
+    "sparse_attention": "sparse_attention_ops",
     **dict.fromkeys(_MASKS, "channel_mask"),
     **dict.fromkeys(_LOSS, "timestep_loss"),
 }

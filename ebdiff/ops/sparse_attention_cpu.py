@@ -1,6 +1,7 @@
 """Sparse attention on the CPU: the kept blocks of keys, gathered, go to torch's own flash attention.
 
-Rows of blocks with as many keys go together, a few megabytes at a time. Arguments have been checked.
+Rows of blocks with as many keys go together, a few megabytes at a time. All in float32 at least: torch's attention in
+16 bits is slower there, and rounds each block's part of the gradients. Arguments have been checked.
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float) -> 
     width, block = max(q.shape[-1], v.shape[-1]), pattern.block
     queries, keys, values = (_blocked(tensor, block, width) for tensor in (q, k, v))
     o = torch.zeros_like(queries)
-    log_sum = q.new_full(queries.shape[:2], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
+    log_sum = queries.new_full(queries.shape[:2], -torch.inf)
     for part in _parts(q, k, pattern, width):
         given = (_taken(queries, part.rows, part.queries), *_gathered(keys, values, part))
         found, normaliser = _aten._scaled_dot_product_flash_attention_for_cpu(*given, scale=scale)
         o[part.rows, : part.queries] = found[:, 0]
-        log_sum[part.rows, : part.queries] = normaliser[:, 0].to(log_sum.dtype)
+        log_sum[part.rows, : part.queries] = normaliser[:, 0]
     return result_like(q, v).copy_(_joined(o, q.shape, v.shape[-1])), _joined(log_sum[..., None], q.shape, 1)[..., 0]
 
 
@@ -53,14 +54,12 @@ def backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, log_sum: Tensor, pattern: Pattern, scale: float,
     needs: Sequence[bool],
 ) -> Gradients:  # fmt: skip
-    """As `sparse_attention_reference.backward`. In float32, blocks of keys add up what their rows give, in order."""
+    """As `sparse_attention_reference.backward`. Blocks of keys add up what their rows give, in order."""
     width, block = max(q.shape[-1], v.shape[-1]), pattern.block
     queries, gradients, results = (_blocked(tensor, block, width) for tensor in (q, do, o))
     keys, values = (_blocked(tensor, block, width) for tensor in (k, v))
     normalisers = _blocked(log_sum[..., None], block, 1)[..., 0]
-    dq = torch.zeros_like(queries)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    dk, dv = torch.zeros_like(keys, dtype=wide), torch.zeros_like(values, dtype=wide)
+    dq, dk, dv = (torch.zeros_like(tensor) for tensor in (queries, keys, values))
     for part in _parts(q, k, pattern, width):
         here = (_taken(tensor, part.rows, part.queries) for tensor in (gradients, queries))
         given = (*here, *_gathered(keys, values, part), _taken(results, part.rows, part.queries))
@@ -69,7 +68,7 @@ def backward(
         dq[part.rows, : part.queries] = found[0][:, 0]
         for total, gradient in zip((dk, dv), found[1:], strict=True):
             whole = F.pad(gradient[:, 0], (0, 0, 0, -part.keys % block))
-            total.index_add_(0, part.blocks, whole.reshape(-1, block, width).to(wide))
+            total.index_add_(0, part.blocks, whole.reshape(-1, block, width))
     return tuple(
         torch.empty_like(tensor).copy_(_joined(gradient, tensor.shape, tensor.shape[-1])) if need else None
         for gradient, tensor, need in zip((dq, dk, dv), (q, k, v), needs, strict=True)
@@ -93,16 +92,18 @@ def _parts(q: Tensor, k: Tensor, pattern: Pattern, width: int) -> Iterator[_Part
     for place, (some, many, kept) in enumerate(kinds.T.tolist()):
         if kept:
             rows = (kind == place).nonzero()[:, 0]
-            for few in rows.split(max(1, _HELD // (many * width * q.element_size()))):
+            for few in rows.split(max(1, _HELD // (many * width * 4))):
                 at = pattern.row_at[first[few, None] + torch.arange(kept)]
                 yield _Part(few, (head[few, None] * key_blocks + at).flatten(), some, many)
 
 
 def _blocked(tensor: Tensor, block: int, width: int) -> Tensor:
-    """[B, H, S, D] -> [B * H * blocks, block, width], with zeros behind D and behind S."""
+    """[B, H, S, D] -> float32 at least [B * H * blocks, block, width], with zeros behind D and behind S."""
     b, heads, length, d = tensor.shape
     blocks = -(-length // block)
-    whole = F.pad(tensor, (0, width - d, 0, blocks * block - length))
+    whole = F.pad(
+        tensor.to(torch.promote_types(tensor.dtype, torch.float32)), (0, width - d, 0, blocks * block - length)
+    )
     return whole.reshape(b * heads * blocks, block, width)
 
 
