@@ -19,10 +19,12 @@ __all__ = [
     "Place",
     "Prod",
     "cut",
+    "doubt",
     "freeze",
     "fuse",
     "leaves",
     "places",
+    "resolve",
     "size",
     "split",
     "unify",
@@ -32,11 +34,12 @@ __all__ = [
 class Atom:
     """An indivisible axis, united with others or defined as a composite as the trace goes on."""
 
-    __slots__ = ("kind", "length", "meaning", "reason")
+    __slots__ = ("doubt", "kind", "length", "meaning", "reason")
 
     def __init__(self, length: int, reason: str | None = None, kind: str | None = None) -> None:
         self.length = length
         self.meaning: Axis | None = None
+        self.doubt: str | None = None  # why it may not shrink, unless a trial shows that it does
         self.reason = reason
         self.kind = kind
 
@@ -109,10 +112,17 @@ def freeze(axis: Axis, reason: str) -> None:
         atom.reason = atom.reason or reason
 
 
+def doubt(axis: Axis, reason: str) -> None:
+    """This axis may shrink only where a trial confirms it (see confirm.py). The first reason given stays."""
+    for atom in leaves(axis):
+        atom.doubt = atom.doubt or reason
+
+
 def _define(atom: Atom, meaning: Axis) -> None:
     atom.meaning = meaning
     for leaf in leaves(meaning):
         leaf.reason = leaf.reason or atom.reason
+        leaf.doubt = leaf.doubt or atom.doubt
 
 
 def cut(axis: Axis, at: int) -> tuple[Axis, Axis] | None:

@@ -5,15 +5,24 @@ from __future__ import annotations
 from math import isclose, sqrt
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import EbdiffError
 from ..nn.attention import PinnedScaleProcessor
 from ..nn.group_norm import RaggedGroupNorm
+from .integers import read, write
 from .mask import ChannelMask
 from .plan import Norm
 
-__all__ = ["adapt", "adapt_statistics", "refuse_wrapped", "replace", "sizes_read_by", "splits_its_own_axes"]
+__all__ = [
+    "adapt",
+    "adapt_modules",
+    "adapt_statistics",
+    "refuse_wrapped",
+    "replace",
+    "sizes_read_by",
+    "splits_its_own_axes",
+]
 
 _REMEDIES = {
     "DistributedDataParallel": "pass model.module and wrap the result again",
@@ -83,10 +92,15 @@ def adapt(model: nn.Module, mask: ChannelMask) -> None:
             adapt_statistics(model.get_submodule(norm.module), norm, mask)
         elif mask.regroups(norm):
             _adapt_norm(model, norm.module, mask.groups_of(norm))
+    adapt_modules(model, mask)
     for size in plan.sizes:
         module = model.get_submodule(size.module)
-        if isinstance(getattr(module, size.attribute, None), int):
-            setattr(module, size.attribute, round(plan.value(size.terms, widths)))
+        if read(module, size.attribute) is not None:
+            write(module, size.attribute, round(plan.value(size.terms, widths)))
+
+
+def adapt_modules(model: nn.Module, mask: ChannelMask) -> None:
+    """Update what modules of known classes keep about their sliced parameters."""
     for name, module in model.named_modules():
         _adapt_torch(module)
         if _is_diffusers(module, "Attention"):
@@ -121,22 +135,34 @@ def adapt_statistics(module: nn.Module, norm: Norm, mask: ChannelMask) -> None:
 
 
 def _adapt_torch(module: nn.Module) -> None:
-    if hasattr(module, "parametrizations"):
-        return  # reading its weight runs the parametrization, which may change its state
-    if isinstance(module, nn.Linear):
-        module.out_features, module.in_features = module.weight.shape
+    weight: Any = _weight_of(module)
+    if isinstance(module, nn.Linear) and weight is not None:
+        module.out_features, module.in_features = weight.shape
     elif isinstance(module, nn.Embedding):
         module.embedding_dim = module.weight.shape[1]
     elif isinstance(module, nn.modules.batchnorm._BatchNorm):
         known = module.weight if module.weight is not None else module.running_mean
         module.num_features = module.num_features if known is None else len(known)
-    elif isinstance(module, nn.modules.conv._ConvNd):
-        first, second = module.weight.shape[:2]
+    elif isinstance(module, nn.modules.conv._ConvNd) and weight is not None:
+        first, second = weight.shape[:2]
         if module.groups == module.in_channels == module.out_channels:  # depthwise
             module.groups = first
         first, second = (second, first) if module.transposed else (first, second)
         scale_out, scale_in = (module.groups, 1) if module.transposed else (1, module.groups)
         module.out_channels, module.in_channels = first * scale_out, second * scale_in
+
+
+def _weight_of(module: nn.Module) -> Tensor | None:
+    """A layer's weight, or the parameter of its shape that torch.nn.utils makes it from.
+
+    Reading `module.weight` would run the parametrization, which may change its state.
+    """
+    names = ("weight", "weight_v", "weight_orig")  # of weight_norm and spectral_norm by hooks
+    held = next((module._parameters[name] for name in names if module._parameters.get(name) is not None), None)
+    made: Any = module._modules.get("parametrizations", {})
+    if held is None and "weight" in made:
+        held = getattr(made["weight"], "original1", getattr(made["weight"], "original", None))
+    return held
 
 
 def _adapt_attention(module: nn.Module, name: str, mask: ChannelMask) -> None:
@@ -157,8 +183,7 @@ def _adapt_attention(module: nn.Module, name: str, mask: ChannelMask) -> None:
     if attn.to_out is not None:
         attn.out_dim = attn.to_out[0].weight.shape[0]
     head_dim, value_dim = attn.inner_dim // attn.heads, attn.to_v.weight.shape[0] // attn.heads
-    pinned = isinstance(attn.processor, PinnedScaleProcessor)
-    follows_tensors = type(attn.processor).__name__ == "AttnProcessor"  # scales by attn.scale, a constant
+    takes_its_own = type(attn.processor).__name__ == "AttnProcessor2_0"  # the others scale by a constant
     changed = head_dim != dense_head_dim or value_dim != mask.plan.shapes[value][0] // (before[0] // dense_head_dim)
-    if changed and not pinned and not follows_tensors:
+    if changed and takes_its_own:
         attn.set_processor(PinnedScaleProcessor(1 / sqrt(dense_head_dim)))

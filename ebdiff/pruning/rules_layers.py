@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from .axes import Atom, Axis, freeze, fuse, leaves, size, split, unify
+from .axes import UNIT, Atom, Axis, freeze, fuse, leaves, size, split, unify
 from .plan import Norm
 from .rules import rule, tensors_in
 
@@ -47,6 +47,21 @@ def _layer_norm(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None
     for axis in axes[len(axes) - len(args[1]) :] if len(args[1]) > 1 else ():
         freeze(axis, f"{reason}, together with other axes")
     tr.label(tensors_in([out])[0], list(axes))
+
+
+@rule("_weight_norm_interface", "_weight_norm")
+def _weight_norm(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """g * v / |v|, lengths taken over all dimensions of v but one."""
+    axes, lengths = tr.axes(args[0]), tr.axes(args[1])
+    for dim, axis in enumerate(axes):
+        if dim == (args[2] if len(args) > 2 else 0) % len(axes):
+            unify(axis, lengths[dim])
+        else:
+            tr.statistics.over(axis, f"weight norm over it in {tr.where()}")
+    tensors = tensors_in([out])
+    tr.label(tensors[0], list(axes))
+    for extra in tensors[1:]:
+        tr.label(extra, tr.fixed(extra, "lengths of a weight norm"))
 
 
 @rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm")
@@ -135,28 +150,31 @@ def _mark_heads(axis: Axis) -> None:
         atom.kind = atom.kind or "head"
 
 
+@rule("scaled_dot_product_attention")
 def _attention(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Scaled dot-product attention on [batch, heads, tokens, dim]: q and k share dim, k and v share tokens."""
+    """Scaled dot-product attention on [batch, heads, tokens, dim]: q and k share dim, k and v share tokens.
+
+    With fewer key heads than query heads, each of them serves as many query heads in a row.
+    """
     q, k, v = (tr.axes(tensor) for tensor in args[:3])
+    mask, scale = args[3], args[6]
     for i in range(len(q) - 2):
-        unify(q[i], k[i])
         unify(k[i], v[i])
+        repeats = size(q[i]) // size(k[i])
+        served = split(q[i], repeats) if repeats > 1 else (q[i], UNIT)
+        if served is None:
+            freeze(k[i], f"shared by query heads in {tr.where()} that do not fit it")
+        else:
+            unify(served[0], k[i])
+            freeze(served[1], f"query heads of one key head in {tr.where()}")
         _mark_heads(q[i])
     unify(q[-1], k[-1])
     unify(k[-2], v[-2])
-    for mask in tensors_in([list(args[3:4]), kwargs]):
+    if mask is not None:
         _meet_into(tr, mask, [*q[:-1], k[-2]])
     freeze(k[-2], "tokens that a softmax runs over")
-    if not tr.may_split():
+    if scale is None and not tr.may_split():
         freeze(q[-1], f"head_dim sets the softmax scale in {tr.where()}, for which there is no rule")
-    tensors = tensors_in([out])
-    tr.label(tensors[0], [*q[:-1], v[-1]])
-    for extra in tensors[1:]:
-        tr.label(extra, tr.fixed(extra, "statistics of attention"))
+    tr.label(out, [*q[:-1], v[-1]])
     for contracted, width in ((q[-1], k[-2]), (k[-2], v[-1])):
         tr.costs.append([*q[:-1], width, contracted])
-
-
-for _kind in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention"):
-    rule(f"_scaled_dot_product_{_kind}")(_attention)
-rule("scaled_dot_product_attention", "_scaled_dot_product_fused_attention_overrideable")(_attention)

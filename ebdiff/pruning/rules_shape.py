@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from .axes import UNIT, Atom, Axis, Cat, cut, freeze, fuse, leaves, size, split, unify
+from .axes import UNIT, Atom, Axis, Cat, cut, doubt, freeze, fuse, leaves, size, split, unify
 from .rules import meet, rule, tensors_in
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def _divide(tr: Tracer, axis: Axis, wanted: list[int]) -> list[Axis]:
         axis, inner = parts
         if not tr.may_split() and any(atom.meaning is not None for atom in undivided):
             for part in parts:
-                freeze(part, f"viewed as {tuple(wanted)} in {tr.where()}, whose integers no rule updates")
+                doubt(part, f"viewed as {tuple(wanted)} in {tr.where()}, whose integers no rule updates")
         result.insert(0, inner)
     return result
 
@@ -140,9 +140,10 @@ def _split(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 def _select(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
     axes = list(tr.axes(args[0]))
-    freeze(axes.pop(dim), f"single positions are read in {tr.where()}")
+    read = axes.pop(dim)
     for tensor in tensors_in([out]):
         tr.label(tensor, list(axes))
+        tr.when_used(tensor, read, f"single positions are read in {tr.where()}")  # not for weight[0].numel()
 
 
 @rule("flip", "roll")

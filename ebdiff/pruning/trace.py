@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import EbdiffError
 from ..nn.group_norm import GroupNormSiLU, RaggedGroupNorm
 from . import rules_layers, rules_shape  # noqa: F401  (they file their rules)
 from .axes import Atom, Axis, Place, freeze, places, resolve, size
+from .confirm import confirm
 from .cost import cost_of, kept_size, terms_of
 from .modules import refuse_wrapped, replace, sizes_read_by, splits_its_own_axes
 from .norms import Statistics
 from .plan import ChannelPlan, ChannelSpace, Frozen, Member, ModuleSize, Norm, Unit
+from .record import Call, call_of
 from .rules import rule_for, unknown
+from .trial import state_of
+from .walk import Walk
 
 __all__ = ["trace"]
 
-_LABEL, _HOOKED = "_ebdiff_axes", "_ebdiff_hooked"
+_LABEL, _READ, _HOOKED = "_ebdiff_axes", "_ebdiff_read", "_ebdiff_hooked"
 
 
 def trace(model: nn.Module, *args: Any, **kwargs: Any) -> ChannelPlan:
@@ -53,9 +54,13 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> ChannelPlan:
     for tensor in _tensors((fake_args, fake_kwargs)):
         tracer.label(tensor, [Atom(n, "an input of the model") for n in tensor.shape])
     batch = next((t.shape[0] for t in _tensors((fake_args, fake_kwargs)) if t.dim() > 1), 1)
+
+    def forward(walk: Walk) -> Any:
+        with torch.no_grad(), fake, walk.walking():
+            return shadow(*fake_args, **fake_kwargs)
+
     try:
-        with torch.no_grad(), fake, tracer.watching(), tracer:
-            output = shadow(*fake_args, **fake_kwargs)
+        output = forward(tracer)
     except Exception as error:
         where = tracer.where() or "the model"
         raise EbdiffError(
@@ -67,22 +72,22 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> ChannelPlan:
     for tensor in _tensors(output):
         for axis in tracer.axes(tensor):
             freeze(axis, "an output of the model")
-    return tracer.plan(max(batch, 1))
+    return confirm(tracer, forward, max(batch, 1))
 
 
-class Tracer(TorchDispatchMode):
+class Tracer(Walk):
     """Labels every dimension of every tensor of a forward pass with an axis, op by op (see rules.py)."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.model = model
-        self.names = {id(module): name for name, module in model.named_modules()}
+        super().__init__(model)
         self.used: set[int] = set()
         self.foreign: dict[int, tuple[Tensor, list[Axis]]] = {}
-        self.stack: list[nn.Module] = []
         self.norms: dict[str, Norm] = {}
         self.costs: list[list[Axis]] = []  # one multiply-accumulate per position of each product of axes
         self.sizes: dict[tuple[str, str], Axis] = {}
+        self.calls: list[Call] = []
+        self.state = state_of(model)
+        self.spaces: dict[Atom, str] = {}  # the names of the free axes
         self.parameters: dict[str, Tensor] = {}
         self.aliases: dict[str, str] = {}
         self._label_parameters()
@@ -115,7 +120,16 @@ class Tracer(TorchDispatchMode):
         if not self.is_labelled(tensor):
             self.label(tensor, self.fixed(tensor, f"matched with a fixed table in {self.where()}"))
         self.used.add(id(tensor))
+        if hasattr(tensor, _READ):
+            freeze(*vars(tensor).pop(_READ))
         return self.labels(tensor)
+
+    def when_used(self, tensor: Tensor, axis: Axis, reason: str) -> None:
+        """Freeze an axis as soon as a tensor made from it goes into an op."""
+        if isinstance(tensor, FakeTensor):
+            setattr(tensor, _READ, (axis, reason))
+        else:
+            freeze(axis, reason)
 
     def labels(self, tensor: Tensor) -> list[Axis]:
         """As `axes`, without counting as a use."""
@@ -132,29 +146,17 @@ class Tracer(TorchDispatchMode):
 
     # Where we are -----------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Keep track of the module that runs."""
+    def entered(self, module: nn.Module, args: Any) -> None:
+        """A module begins to run."""
+        self.statistics.enter(module, args)
+        self._watch_sizes(module, args, "input")
+        self._freeze_if_hooked(module, args)
 
-        def enter(module: nn.Module, args: Any) -> None:
-            self.stack.append(module)
-            self.statistics.enter(module, args)
-            self._watch_sizes(module, args, "input")
-            self._freeze_if_hooked(module, args)
-
-        def leave(module: nn.Module, args: Any, output: Any) -> None:
-            if self.stack and self.stack[-1] is module:
-                self.stack.pop()
-            self.statistics.leave(module, output)
-            self._watch_sizes(module, output, "output")
-            self._freeze_if_hooked(module, output)
-
-        handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def left(self, module: nn.Module, output: Any) -> None:
+        """A module has run."""
+        self.statistics.leave(module, output)
+        self._watch_sizes(module, output, "output")
+        self._freeze_if_hooked(module, output)
 
     def _watch_sizes(self, module: nn.Module, value: Any, side: str) -> None:
         """Remember the axes whose sizes a module keeps as integers, so that `shrink` can update them."""
@@ -170,32 +172,19 @@ class Tracer(TorchDispatchMode):
                 for axis in self.axes(tensor):
                     freeze(axis, f"a forward hook on {self.names.get(id(module), '')} may change it")
 
-    @property
-    def module(self) -> nn.Module:
-        """The innermost module that runs."""
-        return self.stack[-1] if self.stack else self.model
-
-    def where(self) -> str:
-        """The name and class of the innermost module that runs."""
-        name = self.names.get(id(self.module), "")
-        return f"{name} ({type(self.module).__name__})" if name else type(self.module).__name__
-
     def may_split(self) -> bool:
         """Does a rule update the integers by which the running module views its channels as heads x head_dim?"""
         return splits_its_own_axes(self.module)
 
-    # Dispatch ---------------------------------------------------------------------------------------------------------
-
-    def __torch_dispatch__(
-        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+    def seen(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """Label what an op gives, and record it."""
         try:
             rule_for(func)(self, func, args, kwargs, out)
         except Exception:  # a use of the op that its rule does not know: freeze what it touches
             unknown(self, func, args, kwargs, out)
-        return out
+        call = call_of(self, func, args, kwargs, out)
+        if call is not None:
+            self.calls.append(call)
 
     # The result -------------------------------------------------------------------------------------------------------
 
@@ -217,6 +206,7 @@ class Tracer(TorchDispatchMode):
                 name += "'"
             names[atom] = name
             spaces.append(ChannelSpace(name, atom.length, tuple(m for m, _ in found), unit))
+        self.spaces = names
         return ChannelPlan(
             spaces=tuple(spaces),
             frozen=tuple(frozen),

@@ -1,0 +1,193 @@
+"""One forward pass of a shrunken model on fake tensors, held op by op against what the dense one did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor, nn
+
+from .axes import Atom, Axis, Prod, resolve
+from .integers import read, write
+from .mask import ChannelMask
+from .modules import adapt_modules, adapt_statistics
+from .record import Call, before, facts_of, kind_of, start_of, told
+from .walk import Walk
+
+if TYPE_CHECKING:
+    from .trace import Tracer
+
+__all__ = ["Deviation", "Sizes", "Trials", "state_of"]
+
+# Integers by (name of the module, path below it) that follow an axis.
+Sizes = Mapping[tuple[str, str], Axis]
+
+
+class Deviation(NamedTuple):
+    """The first op that a shrunken forward pass did not do as the dense one, and what happened."""
+
+    at: int
+    what: str
+
+
+class _Stop(BaseException):
+    """Ends a forward pass that has been seen far enough; no `except Exception` of a user's catches it."""
+
+
+class Trials:
+    """Runs the model of a dense trace at other widths, and puts it back as it was."""
+
+    def __init__(self, tracer: Tracer, forward: Callable[[Walk], Any]) -> None:
+        self.tracer, self.forward = tracer, forward
+        self.ops = 0  # that all trials ran together
+        self._made: dict[tuple[int, tuple[int, ...]], Tensor] = {}
+
+    def run(self, mask: ChannelMask, names: Mapping[Atom, str], sizes: Sizes, until: int) -> Deviation | None:
+        """The first deviation among the first `until` ops, None where there is none.
+
+        Args:
+            mask: what to remove.
+            names: the space of every free atom.
+            sizes: integers to change.
+            until: how many ops to look at.
+        """
+        widths = Widths({atom: int(mask.keep[name].sum()) for atom, name in names.items() if name in mask.keep})
+        walk = _Held(self.tracer, widths, until)
+        with self._shrunken(mask, widths, sizes):
+            try:
+                self.forward(walk)
+                walk.ended()
+            except _Stop:
+                pass
+            except Exception as error:
+                first = str(error).splitlines()[0] if str(error) else ""
+                walk.deviation = walk.deviation or Deviation(walk.at, f"{type(error).__name__}: {first}")
+        self.ops += walk.at
+        return walk.deviation
+
+    @contextmanager
+    def _shrunken(self, mask: ChannelMask, widths: Widths, sizes: Sizes) -> Iterator[None]:
+        model, tracer = self.tracer.model, self.tracer
+        self._restore()
+        try:
+            small: dict[int, Tensor] = {}
+            for name in mask.plan.by_parameter:
+                tensor = tracer.parameters[name]
+                shape = tuple(map(widths, tracer.labels(tensor)))
+                if shape != tuple(tensor.shape):
+                    small[id(tensor)] = self._tensor(tensor, shape)
+            for module in model.modules():
+                for held in (module._parameters, module._buffers):
+                    for key, old in held.items():
+                        if id(old) in small:
+                            held[key] = small[id(old)]  # type: ignore[assignment]
+            self._adapt(model, mask)
+            for (name, path), axis in sizes.items():
+                module = model.get_submodule(name)
+                if read(module, path) is not None:
+                    write(module, path, widths(axis))
+            yield
+        finally:
+            self._restore()
+
+    def _adapt(self, model: nn.Module, mask: ChannelMask) -> None:
+        for norm in mask.plan.norms:
+            module: Any = model.get_submodule(norm.module)
+            if not mask.regroups(norm):
+                continue
+            if norm.kind == "group":  # whatever becomes of its groups
+                module.num_channels, module.num_groups = int(mask.kept_by(norm).sum()), 1
+            else:
+                adapt_statistics(module, norm, mask)
+        adapt_modules(model, mask)
+
+    def _tensor(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+        key = id(like), shape
+        if key not in self._made:
+            made = like.new_empty(shape)
+            self._made[key] = nn.Parameter(made, requires_grad=False) if isinstance(like, nn.Parameter) else made
+        return self._made[key]
+
+    def _restore(self) -> None:
+        for module, held in self.tracer.state:
+            vars(module).clear()
+            vars(module).update(_own(held))
+
+
+def state_of(model: nn.Module) -> list[tuple[nn.Module, dict[str, Any]]]:
+    """All that the modules hold, to be put back; not what lists and other objects in it hold."""
+    return [(module, _own(vars(module))) for module in model.modules()]
+
+
+def _own(held: dict[str, Any]) -> dict[str, Any]:
+    return {**held, **{key: dict(held[key]) for key in ("_parameters", "_buffers", "_modules")}}
+
+
+class Widths:
+    """The kept size of every axis, for given sizes of atoms."""
+
+    def __init__(self, kept: Mapping[Atom, int]) -> None:
+        self.kept = kept
+        self._known: dict[int, tuple[Axis, int]] = {}
+
+    def __call__(self, axis: Axis) -> int:
+        if id(axis) not in self._known:
+            self._known[id(axis)] = axis, self._of(resolve(axis))  # holds the axis: no other gets its id
+        return self._known[id(axis)][1]
+
+    def _of(self, axis: Axis) -> int:
+        if isinstance(axis, Atom):
+            return self.kept.get(axis, axis.length)
+        if isinstance(axis, Prod):
+            result = 1
+            for factor in axis.factors:
+                result *= self._of(factor)
+            return result
+        return sum(map(self._of, axis.segments))
+
+
+class _Held(Walk):
+    """Compares every op with the dense trace's."""
+
+    def __init__(self, tracer: Tracer, widths: Widths, until: int) -> None:
+        super().__init__(tracer.model)
+        self.calls, self.widths, self.until = tracer.calls, widths, until
+        self.loose = tracer.statistics.calls  # modules whose numbers follow their width
+        self.at = 0
+        self.deviation: Deviation | None = None
+
+    def seen(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        kind = kind_of(func, out)
+        if kind is None:
+            return
+        what = self._differs(kind, args, kwargs, out)
+        if what is not None:
+            self.deviation = Deviation(self.at, what)
+            raise _Stop
+        self.at += 1
+        if self.at >= self.until:
+            raise _Stop
+
+    def ended(self) -> None:
+        """The forward pass returned."""
+        if self.at < len(self.calls):
+            self.deviation = Deviation(self.at, "leaves out ops of the dense one")
+
+    def _differs(self, kind: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> str | None:
+        if self.at >= len(self.calls):
+            return f"{kind} in {self.where()} after the dense one has ended"
+        call: Call = self.calls[self.at]
+        if call.kind != kind or (call.path and call.path[-1] is not self.module):
+            return f"{kind} in {self.where()} in place of {call.kind}"
+        for axes, tensor in zip(call.outputs, told(out), strict=False):
+            expected = None if axes is None else tuple(map(self.widths, axes))
+            if expected is not None and tuple(tensor.shape) != expected:
+                return f"{tuple(tensor.shape)} in place of {expected}"
+        if call.start is not None:
+            start = before(call.start)
+            if start_of(args) != (start if isinstance(start, int) else self.widths(start)):
+                return f"begins at {start_of(args)}"
+        if self.names.get(id(self.module)) not in self.loose and facts_of(kind, args, kwargs) != call.facts:
+            return "with another constant"
+        return None
