@@ -44,6 +44,9 @@ Drawn = Annotated[
     str | None, typer.Option("--sampler", help="Of timesteps: speed (the default), uniform, min-snr, ...")
 ]
 BranchAt = Annotated[int | None, typer.Option(min=0, help="First train one joint ticket for so many steps.")]
+Conditional = Annotated[
+    bool, typer.Option("--conditional", help="Tell the network each image's label, and guide drawing by it.")
+]
 Arm = Annotated[str, typer.Option(help="tickets (the router) or dense (the control).")]
 Model = Annotated[Path | None, typer.Option(help="Any saved network instead: a router, a ticket's or a dense one.")]
 
@@ -57,11 +60,12 @@ def _world(
     seed: Seed = None,
     sampler: Drawn = None,
     branch_at: BranchAt = None,
+    conditional: Conditional = False,
 ) -> World:
     """The run that the options mean. A folder that holds one already gives the configuration, if no other is named."""
     from .config import FILE, resolve
 
-    short = {"train.sampler": sampler, "regions.branch_at": branch_at}
+    short = {"train.sampler": sampler, "regions.branch_at": branch_at, "conditional": "{}" if conditional else None}
     changes = [f"{key}={value}" for key, value in short.items() if value is not None]
     kept = out / FILE if out is not None else None
     if config is None and preset is None and kept is not None and kept.exists():
@@ -194,9 +198,10 @@ def sample(
     arm: Arm = "tickets",
     model: Model = None,
     n: Annotated[int, typer.Option("-n", min=1, help="How many images.")] = 64,
+    label: Annotated[int | None, typer.Option(min=0, help="Of all images; by default every label in turn.")] = None,
     to: Annotated[Path | None, typer.Option(help="The picture; <out>/sample-<arm>.png by default.")] = None,
 ) -> None:
-    """Draw images by DDIM and put them into one picture."""
+    """Draw images by DDIM and put them into one picture; where the network is told labels, sorted by them."""
     network = _network(world, arm, model)
     to = to or world.out / f"sample-{model.name if model else arm}.png"
     if dry_run:
@@ -205,9 +210,12 @@ def sample(
     import torch
 
     from .plots import grid
-    from .training.judge import draw_images
+    from .training.sampling import draw_images, drawn_about, of_labels
 
-    images = torch.cat(list(draw_images(world, network.to(world.device), n, world.config.seed)))
+    seed, about = world.config.seed, drawn_about(world, n, world.config.seed)
+    if label is not None or "class_labels" in world.held_out_conditions.rows:
+        about = of_labels(world, torch.arange(n) * world.classes // n if label is None else torch.full((n,), label))
+    images = torch.cat(list(draw_images(world, network.to(world.device), about, seed)))
     grid({"": images}, to)
     console.print(f"{n} images: {to}", highlight=False)
 

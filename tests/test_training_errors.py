@@ -50,7 +50,7 @@ def test_what_is_not_finite_stops_and_the_step_is_not_applied(tmp_path: Path, wh
 
 
 BAD: dict[str, tuple[str, dict[str, Any]]] = {
-    "images of floats": ("uint8", {"images": torch.zeros(2, 2, 6, 6)}),
+    "images of whole numbers": ("uint8", {"images": torch.zeros(2, 2, 6, 6, dtype=torch.int64)}),
     "one image": ("uint8", {"images": torch.zeros(2, 6, 6, dtype=torch.uint8)}),
     "no image": ("uint8", {"images": torch.zeros(0, 2, 6, 6, dtype=torch.uint8)}),
     "a sampler of another kind of time": ("whole timesteps", {"sampler": ebdiff.Uniform(ebdiff.NoiseProfile.flow())}),

@@ -1,6 +1,7 @@
 """How good are the images: scores in the features of a named extractor, and the held-out loss per timestep bin."""
 
 from .features import Classifier16, FeatureExtractor, InceptionExtractor, extractor_for
+from .likeness import likeness
 from .losses import LossProfile, loss_per_bin
 from .metrics import Scores, evaluate, features_of, fid, kid, precision_recall
 
@@ -15,6 +16,7 @@ __all__ = [
     "features_of",
     "fid",
     "kid",
+    "likeness",
     "loss_per_bin",
     "precision_recall",
 ]

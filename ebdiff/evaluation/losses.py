@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..data import to_model
 from ..errors import EbdiffError
 
 __all__ = ["LossProfile", "loss_per_bin"]
@@ -38,7 +40,7 @@ class LossProfile:
 
 
 def loss_per_bin(
-    model_fn: Callable[[Tensor, Tensor], Any],
+    model_fn: Callable[..., Any],
     images: Tensor,
     scheduler: Any,
     *,
@@ -46,6 +48,7 @@ def loss_per_bin(
     per_bin: int = 256,
     seed: int = 0,
     batch_size: int = 256,
+    told: Callable[[Tensor, Tensor], Mapping[str, Tensor]] | None = None,
 ) -> LossProfile:
     """The loss of `model_fn` on held-out images, in terms of the noise whatever the model predicts.
 
@@ -54,11 +57,12 @@ def loss_per_bin(
     Args:
         model_fn: (x float32 [B, C, H, W], t int64 [B]) -> prediction, or an object with it as `.sample`; a module runs
             in eval mode on its own device, and its modes are restored.
-        images: uint8 [M, C, H, W], taken over again if per_bin > M.
+        images: uint8 [M, C, H, W], or latents as floats, taken over again if per_bin > M.
         scheduler: a diffusers scheduler with `add_noise`, `alphas_cumprod` and a prediction type of epsilon,
             v_prediction or sample.
         bins: number of bins, equal in width up to rounding.
         per_bin: images per bin, their timesteps spread evenly over the bin.
+        told: (numbers of images int64 [B], the images as `model_fn` sees them) -> further keywords of `model_fn`.
 
     Raises:
         EbdiffError: more bins than timesteps, another kind of scheduler, or predictions that are not finite.
@@ -79,12 +83,12 @@ def loss_per_bin(
     means = []
     with _evaluating(model_fn) as device:
         for i, (lo, hi) in enumerate(pairwise(edges)):
-            x0, t, noise = (
-                torch.split(part, batch_size) for part in _draw(images, lo, hi, per_bin, seed * 100_003 + i)
-            )
-            errors = [
-                _squared_error(model_fn, scheduler, kind, *batch, device) for batch in zip(x0, t, noise, strict=True)
-            ]
+            parts = (torch.split(part, batch_size) for part in _draw(images, lo, hi, per_bin, seed * 100_003 + i))
+            errors = []
+            for chosen, x0, t, noise in zip(*parts, strict=True):
+                keywords = {key: rows.to(device) for key, rows in told(chosen, x0).items()} if told else {}
+                asked = partial(model_fn, **keywords)
+                errors.append(_squared_error(asked, scheduler, kind, x0, t, noise, device))
             means.append(float(torch.cat(errors).mean()))
             if not torch.isfinite(torch.tensor(means[-1])):
                 raise EbdiffError(
@@ -107,18 +111,18 @@ def _target(kind: str, x0: Tensor, noise: Tensor, a: Tensor, s: Tensor) -> Tenso
     return {"epsilon": noise, "v_prediction": a * noise - s * x0, "sample": x0}[kind]
 
 
-def _draw(images: Tensor, lo: int, hi: int, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(x0 float32 [count, C, H, W], t int64 [count], noise like x0): a function of its arguments alone."""
+def _draw(images: Tensor, lo: int, hi: int, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(numbers int64 [count], x0 float32 [count, C, H, W], t int64 [count], noise like x0), of its arguments alone."""
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(images), generator=generator)[torch.arange(count) % len(images)]
     spread = (torch.arange(count) + torch.rand(count, generator=generator, dtype=torch.float64)) / count
     t = (lo + (spread * (hi - lo)).long()).clamp(max=hi - 1)
-    x0 = images[chosen.to(images.device)].cpu().to(torch.float32) / 127.5 - 1
-    return x0, t, torch.randn(x0.shape, generator=generator)
+    x0 = to_model(images[chosen.to(images.device)].cpu())
+    return chosen, x0, t, torch.randn(x0.shape, generator=generator)
 
 
 def _squared_error(
-    model_fn: Callable[[Tensor, Tensor], Any],
+    model_fn: Callable[..., Any],
     scheduler: Any,
     kind: str,
     x0: Tensor,

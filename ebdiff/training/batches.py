@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from ..data import to_model
 from ..seeds import generator
 from ..timesteps.region import Partition
 from ..timesteps.sampler import Sampler, Within
+from .conditions import Conditions, Told
 from .seeds import DataOrder
 from .state import TrainConfig
 
@@ -26,6 +27,7 @@ class Batch:
         t: int64 [n].
         weight: float32 [n].
         region: the number of the region that all timesteps come from, where regions were given.
+        told: what the network is told about each image.
     """
 
     clean: Tensor
@@ -33,43 +35,60 @@ class Batch:
     t: Tensor
     weight: Tensor
     region: int | None = None
+    told: Told = field(default_factory=dict)
 
     def part(self, start: int, count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """clean, noise, t and weight of the samples from `start` on."""
         chosen = slice(start, start + count)
         return tuple(x[chosen].to(device) for x in (self.clean, self.noise, self.t, self.weight))  # type: ignore[return-value]
 
+    def told_part(self, start: int, count: int, device: torch.device) -> Told:
+        """What the network is told about the samples from `start` on."""
+        return {key: rows[start : start + count].to(device) for key, rows in self.told.items()}
+
 
 class Batches:
     """Draws the batch of any step.
 
     Args:
-        images: uint8 [N, C, H, W], on the CPU.
+        images: uint8 [N, C, H, W], or latents as floats, on the CPU.
         sampler: of timesteps and weights.
         config: batch size, accumulation, flips and seed.
         regions: let each step's timesteps come from one of these regions, drawn with the mass that `sampler` gives it.
+        conditions: what the network is told about each of the images.
     """
 
-    def __init__(self, images: Tensor, sampler: Sampler, config: TrainConfig, regions: Partition | None = None) -> None:
+    def __init__(
+        self,
+        images: Tensor,
+        sampler: Sampler,
+        config: TrainConfig,
+        regions: Partition | None = None,
+        conditions: Conditions | None = None,
+    ) -> None:
         self.images, self.sampler, self.config, self.regions = images, sampler, config, regions
+        self.conditions = conditions or Conditions()
         self.order = DataOrder(len(images), config.seed)
         self._inside: tuple[Sampler, dict[int, Within], Tensor] | None = None
 
     def __call__(self, step: int) -> Batch:
         """The batch of that step."""
         total, seed = self.config.batch_size * self.config.accumulate, self.config.seed
-        clean = to_model(self.images[self.order(step * total, total)])
+        chosen = self.order(step * total, total)
+        clean = to_model(self.images[chosen])
         if self.config.flip:
             flipped = torch.rand(total, generator=generator(seed, "flip", step)) < 0.5
             clean = torch.where(flipped[:, None, None, None], clean.flip(-1), clean)
         noise = torch.randn(clean.shape, generator=generator(seed, "noise", step))
+        told = self.conditions.in_training(chosen, clean, seed, step)
         sampler = self.sampler.at(step)
         if self.regions is None:
-            return Batch(clean, noise, *sampler.sample(total, step=step, seed=seed))
+            t, weight = sampler.sample(total, step=step, seed=seed)
+            return Batch(clean, noise, t, weight, told=told)
         inside, region = self._of_region(self.regions, sampler, step)
         t, _ = inside.sample(total, step=step, seed=seed)
         # Within gives every region mean weight 1; here the regions share one objective.
-        return Batch(clean, noise, t, sampler.tables(t.device).weights[t], region)
+        return Batch(clean, noise, t, sampler.tables(t.device).weights[t], region, told)
 
     def _of_region(self, regions: Partition, sampler: Sampler, step: int) -> tuple[Sampler, int]:
         if self._inside is None or self._inside[0] is not sampler:

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from ..data import to_uint8
-from ..errors import EbdiffError
-from ..evaluation import evaluate, loss_per_bin
+from ..evaluation import evaluate, likeness, loss_per_bin
 from ..files import write_json, write_tensors
 from ..nn.router import TimestepRouter
 from ..pruning.save import load
 from ..pruning.shrink import shrinks_of
 from .accounting import Meter
+from .conditions import LOW_RES, Asked
 from .regions import region_folder
+from .sampling import draw_images, drawn_about, passes
 from .stages import Tick, Work, needed
 from .stretch import network_at
 from .world import World
@@ -26,7 +27,6 @@ from .world import World
 __all__ = [
     "ARMS",
     "arm_network",
-    "draw_images",
     "judge",
     "judged",
     "judgement",
@@ -50,7 +50,7 @@ def judging(world: World, region_macs: list[float]) -> list[Work]:
         for arm in ARMS:
             macs = mean[arm] if mark else world.plan.macs()
             images = _images(world, mark)
-            total = macs * (e.loss_bins * e.loss_per_bin + images * world.config.sample.steps)
+            total = macs * (e.loss_bins * e.loss_per_bin + images * world.config.sample.steps * passes(world))
             works.append(Work(_name(arm, mark), total, note=f"{images} images" if images else "held-out loss"))
     return works
 
@@ -73,7 +73,7 @@ def judge(world: World, arm: str, mark: float) -> Iterator[Tick]:
     images: list[Tensor] = []
     yield from judgement(world, arm_network(world, arm, mark), name, _images(world, mark), facts, images)
     if images:
-        write_tensors(path.with_suffix(".safetensors"), {"grid": torch.cat(images)[: world.config.sample.grid]})
+        write_tensors(path.with_suffix(".safetensors"), {"grid": _grid(world, torch.cat(images))})
     write_json(path, facts)
 
 
@@ -83,24 +83,46 @@ def judgement(
     """Judge any network, leaving what was found in `facts` and the images in `images`.
 
     Args:
-        network: network(x, t).
+        network: network(x, t), with what it is told.
         name: of the stage, for the ticks.
         count: how many images to draw and score; 0 for the held-out loss alone.
     """
     e, meter, network = world.config.evaluate, Meter(world.device.type), network.to(world.device)
     profile = loss_per_bin(
-        network, world.data.test, world.scheduler, bins=e.loss_bins, per_bin=e.loss_per_bin, seed=world.config.seed
+        Asked(network),
+        world.data.test,
+        world.scheduler,
+        bins=e.loss_bins,
+        per_bin=e.loss_per_bin,
+        seed=world.config.seed,
+        told=world.held_out_conditions.of,
     )
     macs = macs_per_image(world, network)
     yield Tick(name, macs["uniform"] * e.loss_bins * e.loss_per_bin, f"held-out loss {profile.total:.4f}")
-    for batch in draw_images(world, network, count, world.config.seed):
+    about = drawn_about(world, count, world.config.seed)
+    for batch in draw_images(world, network, about, world.config.seed):
         images.append(batch)
         yield Tick(name, macs["sampler"] * world.config.sample.steps * len(batch), "drawing images")
     scores = None
     if images and world.extractor is not None:
-        scores = asdict(evaluate(world.data, torch.cat(images), world.extractor))
+        scores = asdict(evaluate(world.held_out, torch.cat(images), world.extractor))
+    if images and LOW_RES in world.told_about(about[:1]):
+        facts["likeness"] = _likeness(world, about, torch.cat(images))
     loss = {**asdict(profile), "total": profile.total}
     facts |= {"loss": loss, "scores": scores, "macs_per_image": macs, "cost": meter.read().to_json()}
+
+
+def _grid(world: World, images: Tensor) -> Tensor:
+    """The first images, by label where they have one."""
+    about = drawn_about(world, min(len(images), world.config.sample.grid), world.config.seed)
+    labels = world.told_about(about).get("class_labels")
+    return images[: len(about)] if labels is None else images[labels.argsort(stable=True)]
+
+
+def _likeness(world: World, about: Tensor, images: Tensor) -> dict[str, dict[str, float]]:
+    """How like the held-out images those drawn are, and those of low resolution, scaled up again."""
+    shown = {"drawn": images, "low_res": to_uint8(world.told_about(about)[LOW_RES])}
+    return {name: likeness(world.data.test[about], each) for name, each in shown.items()}
 
 
 def judged(out: Path, arm: str, mark: float) -> Path:
@@ -137,35 +159,17 @@ def arm_network(world: World, arm: str, mark: float = 1.0) -> Any:
     return TimestepRouter(world.partition, networks)
 
 
-@torch.no_grad()
-def draw_images(world: World, network: Any, count: int, seed: int) -> Iterator[Tensor]:
-    """uint8 [N, C, H, W] batches by DDIM. Batch i starts from noise that depends on (seed, i) alone."""
-    from diffusers import DDIMPipeline
-
-    s = world.config.sample
-    pipeline = DDIMPipeline(unet=network.eval(), scheduler=world.sampling_scheduler())
-    pipeline.set_progress_bar_config(disable=True)
-    for number, start in enumerate(range(0, count, s.batch_size)):
-        generator = torch.Generator().manual_seed(seed * 100_003 + number)
-        result = pipeline(
-            batch_size=min(s.batch_size, count - start),
-            generator=generator,
-            num_inference_steps=s.steps,
-            output_type="np",
-        ).images
-        if not torch.isfinite(torch.as_tensor(result)).all():
-            raise EbdiffError("the images drawn are not finite", remedy="the network has diverged: lower train.lr")
-        yield to_uint8(torch.as_tensor(result).permute(0, 3, 1, 2) * 2 - 1)
-
-
 def macs_per_image(world: World, network: Any) -> dict[str, float]:
-    """MACs of one forward pass: averaged over all timesteps ("uniform"), and over those that the sampler visits."""
+    """MACs of an image: of a forward pass, averaged over all timesteps ("uniform"), and of a step of the sampler."""
     if not isinstance(network, TimestepRouter):
-        return dict.fromkeys(("uniform", "sampler"), _macs(world, network))
+        return {"uniform": _macs(world, network), "sampler": _macs(world, network) * passes(world)}
     each = torch.tensor([_macs(world, net) for net in network.nets], dtype=torch.float64)
     sizes = torch.tensor([len(region) for region in network.partition], dtype=torch.float64)
     visited = network.partition.of_t(torch.as_tensor(world.sampling_scheduler().timesteps))
-    return {"uniform": float((each * sizes / sizes.sum()).sum()), "sampler": float(each[visited].mean())}
+    return {
+        "uniform": float((each * sizes / sizes.sum()).sum()),
+        "sampler": float(each[visited].mean()) * passes(world),
+    }
 
 
 def _macs(world: World, network: Any) -> float:

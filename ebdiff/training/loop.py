@@ -19,6 +19,7 @@ from ..timesteps.region import Partition
 from ..timesteps.sampler import Sampler
 from .batches import Batch, Batches
 from .checkpoint import Checkpoints
+from .conditions import Conditions, Told, ask
 from .objective import Objective
 from .state import TrainConfig, TrainState
 
@@ -57,6 +58,7 @@ def train(
     checkpoints: Checkpoints | None = None,
     checkpoint_every: int | None = None,
     regions: Partition | None = None,
+    conditions: Conditions | None = None,
     accelerator: Accelerator | None = None,
 ) -> Iterator[StepReport]:
     """Train until ``state.step == until``, yielding after every optimizer and EMA step, before gradients are cleared.
@@ -67,7 +69,7 @@ def train(
 
     Args:
         state: what is trained, in place; moved to the accelerator's device.
-        images: uint8 [N, C, H, W], on the CPU.
+        images: uint8 [N, C, H, W], or floats as the model sees them (latents), on the CPU.
         scheduler: diffusers' DDPMScheduler or its like: add_noise, get_velocity and config.prediction_type
             ("epsilon", "v_prediction" or "sample").
         sampler: draws timesteps and weights on that prediction's squared error.
@@ -77,6 +79,8 @@ def train(
             0: the caller writes there. Errors name the newest.
         regions: let all timesteps of a step come from one region, drawn with the mass that `sampler` gives it; the
             distribution of timesteps over many steps stays that of `sampler`.
+        conditions: what the network is told about each of the images, besides x and t: it is called as
+            model(x, t, **told).
         accelerator: of accelerate; made here if not given.
 
     Raises:
@@ -84,14 +88,16 @@ def train(
             step is not applied.
     """
     accelerator = accelerator or Accelerator()
-    _check_data(images, scheduler, sampler, regions)
+    _check_data(images, scheduler, sampler, regions, conditions)
     _check_training(state, config, accelerator)
     if checkpoint_every and checkpoints is None:
         got = f"checkpoint_every={checkpoint_every} alone"
         raise EbdiffError("checkpoint_every", expected="checkpoints", got=got, remedy="say where: Checkpoints(folder)")
     state.to(accelerator.device)
     every = until if checkpoint_every is None else checkpoint_every
-    return _steps(state, images, scheduler, sampler, config, until, checkpoints, every, regions, accelerator)
+    return _steps(
+        state, images, scheduler, sampler, config, until, checkpoints, every, regions, conditions, accelerator
+    )
 
 
 def _steps(
@@ -104,10 +110,11 @@ def _steps(
     checkpoints: Checkpoints | None,
     checkpoint_every: int,
     regions: Partition | None,
+    conditions: Conditions | None,
     accelerator: Accelerator,
 ) -> Iterator[StepReport]:
     total = config.batch_size * config.accumulate
-    batches, objective = Batches(images, sampler, config, regions), Objective(scheduler)
+    batches, objective = Batches(images, sampler, config, regions, conditions), Objective(scheduler)
     network, prepared = None, None
     while state.step < until:
         step = state.step
@@ -135,14 +142,20 @@ def _steps(
         state.model.zero_grad(set_to_none=True)
 
 
-def _check_data(images: Tensor, scheduler: Any, sampler: Sampler, regions: Partition | None) -> None:
-    if images.dtype != torch.uint8 or images.dim() != 4 or not len(images) or images.device.type != "cpu":
+def _check_data(
+    images: Tensor, scheduler: Any, sampler: Sampler, regions: Partition | None, conditions: Conditions | None
+) -> None:
+    readable = images.dtype == torch.uint8 or images.is_floating_point()
+    if not readable or images.dim() != 4 or not len(images) or images.device.type != "cpu":
         raise EbdiffError(
             "images",
-            expected="uint8 [N, C, H, W] on the CPU, N >= 1",
+            expected="[N, C, H, W], uint8 or floats as the model sees them, on the CPU, N >= 1",
             got=f"{images.dtype} {list(images.shape)} on {images.device}",
             remedy="see ebdiff.data.load_images",
         )
+    rows = next(iter(conditions.rows.values()), images) if conditions else images
+    if len(rows) != len(images):
+        raise EbdiffError("conditions", expected=f"{len(images)} rows, one per image", got=str(len(rows)))
     if sampler.edges is not None:
         remedy = "make it with NoiseProfile.from_scheduler(scheduler)"
         raise EbdiffError("sampler", expected="whole timesteps", got="continuous time", remedy=remedy)
@@ -192,18 +205,17 @@ def _backward(
         last = micro == config.accumulate - 1
         dropout = seed_for(config.seed, "dropout", step, micro, accelerator.process_index)
         with _seeded(dropout, accelerator.device), nullcontext() if last else accelerator.no_sync(network):
-            predicted = _predicted(network, objective.noisy(clean, noise, t), t, config.precision)
+            told = batch.told_part(start, share, accelerator.device)
+            predicted = _predicted(network, objective.noisy(clean, noise, t), t, told, config.precision)
             loss = objective.loss(predicted, clean, noise, t, weight)
             (loss / config.accumulate).backward()
         losses.append(loss.detach())
     return accelerator.reduce(torch.stack(losses).mean(), "mean")  # type: ignore[no-any-return]
 
 
-def _predicted(network: nn.Module, noisy: Tensor, t: Tensor, precision: str) -> Tensor:
+def _predicted(network: nn.Module, noisy: Tensor, t: Tensor, told: Told, precision: str) -> Tensor:
     with torch.autocast(noisy.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        output = network(noisy, t)
-    predicted = getattr(output, "sample", output)
-    return predicted[0] if isinstance(predicted, tuple) else predicted  # type: ignore[no-any-return]
+        return ask(network, noisy, t, told)
 
 
 @contextmanager

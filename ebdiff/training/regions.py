@@ -23,7 +23,7 @@ from .log import read_log
 from .loop import TrainState
 from .stages import Tick, done, needed
 from .stretch import Stretch, cost_per_step, dense_state, restore
-from .world import World, trace_network
+from .world import World
 
 __all__ = ["joint", "region", "region_folder", "side_by_side", "steps_of", "ticket_of"]
 
@@ -118,7 +118,7 @@ def from_joint(world: World, mask: ChannelMask) -> TrainState:
     outer = joint_mask(world)
     state = from_search(world, outer)
     restore(_newest(world.out / "joint", "ebdiff run"), state)
-    plan = trace_network(state.model, world.image_shape)
+    plan = world.trace(state.model)
     inner = inside(mask, outer, plan)
     if plan.macs(inner) != world.plan.macs(mask):
         raise EbdiffError(

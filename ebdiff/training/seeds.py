@@ -25,8 +25,9 @@ class DataOrder:
     def __call__(self, start: int, count: int) -> Tensor:
         """int64 [count]: the images at places start, start + 1, ... of the endless sequence."""
         places = torch.arange(start, start + count)
-        return torch.cat([self._of_epoch(int(e))[places[places // self.length == e] % self.length] for e in
-                          (places // self.length).unique()])  # fmt: skip
+        epochs = places // self.length
+        parts = [self._of_epoch(int(e))[places[epochs == e] % self.length] for e in epochs.unique()]
+        return torch.cat([places[:0], *parts])
 
     def _of_epoch(self, epoch: int) -> Tensor:
         if epoch != self._epoch:

@@ -108,6 +108,7 @@ class Stretch:
             checkpoints=checkpoints,
             checkpoint_every=0,  # written here, with what watches: see `store`
             regions=self.regions,
+            conditions=world.conditions,
             accelerator=Accelerator(cpu=world.device.type == "cpu"),
         )
 

@@ -5,20 +5,19 @@ Everything is checked here before the first step; nothing is written.
 
 from __future__ import annotations
 
-import difflib
-import inspect
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import Config
-from ..data import Images, load_images
+from ..data import Images, Latents, decode, load_images, load_latents, load_vae, to_model, to_uint8
 from ..errors import EbdiffError
 from ..evaluation import FeatureExtractor, extractor_for
+from ..evaluation.metrics import HeldOut
 from ..pruning.mask import ChannelMask
 from ..pruning.plan import ChannelPlan
 from ..pruning.trace import trace
@@ -26,6 +25,8 @@ from ..timesteps.named import sampler_named
 from ..timesteps.profile import NoiseProfile
 from ..timesteps.region import Partition, Region
 from ..timesteps.sampler import Sampler, Stratified, Within
+from .conditions import Conditions, call_of
+from .network import build, in_channels
 
 __all__ = ["World"]
 
@@ -70,6 +71,8 @@ class World:
                 got="balanced, whose groups would be dealt out twice",
                 remedy="use ragged norms, or branch_at=0",
             )
+        if images and isinstance(self.data, Latents):
+            self._check_vae(self.data)
         _ = self.plan, self.device, [Within(region, self.sampler).weights() for region in self.partition]
         shape = tuple(self.data.train.shape[1:]) if images else self.image_shape
         if shape != self.image_shape:
@@ -79,7 +82,17 @@ class World:
                 got=str(shape),
                 remedy="set data.size and data.channels, or the model's",
             )
-        _ = images and self.extractor
+        _ = images and (self.extractor, self.held_out_conditions)
+
+    def _check_vae(self, data: Latents) -> None:
+        made = decode(data.test[:1], self.vae, data.scaling, data.shift).shape[1:]
+        if data.pictures is not None and data.pictures.shape[1:] != made:
+            raise EbdiffError(
+                f"{self.config.data.vae} did not make {data.name}",
+                expected=f"images {list(data.pictures.shape[1:])}",
+                got=str(list(made)),
+                remedy="set data.vae to the VAE that did",
+            )
 
     @cached_property
     def partition(self) -> Partition:
@@ -129,7 +142,10 @@ class World:
         from diffusers import DDIMScheduler
 
         scheduler = DDIMScheduler(
-            **self._schedule(), timestep_spacing=self.config.sample.spacing, set_alpha_to_one=True
+            **self._schedule(),
+            timestep_spacing=self.config.sample.spacing,
+            set_alpha_to_one=True,
+            clip_sample=self.config.data.vae is None,  # images lie in [-1, 1], latents anywhere
         )
         scheduler.set_timesteps(self.config.sample.steps)
         return scheduler
@@ -139,23 +155,112 @@ class World:
         return {"num_train_timesteps": schedule.pop("timesteps"), **schedule}
 
     @cached_property
-    def data(self) -> Images:
-        """The images, in memory."""
+    def data(self) -> Images | Latents:
+        """The images, in memory, or their latents."""
         d = self.config.data
+        if d.vae is not None:
+            return load_latents(d.source.removeprefix("latents:"), d.limit)
         return load_images(d.source, size=d.size, channels=d.channels, limit=d.limit)
+
+    @cached_property
+    def vae(self) -> Any:
+        """What decodes latents."""
+        return load_vae(str(self.config.data.vae)).to(self.device)
+
+    def to_images(self, x: Tensor) -> Tensor:
+        """What was drawn, float [N, C, H, W], as uint8 images."""
+        if isinstance(self.data, Latents):
+            return decode(x, self.vae, self.data.scaling, self.data.shift)
+        return to_uint8(x.cpu())
+
+    @property
+    def held_out(self) -> HeldOut:
+        """The images that scores refer to."""
+        if isinstance(self.data, Images):
+            return self.data
+        if self.data.pictures is None:
+            raise EbdiffError(
+                f"{self.data.name} has no images to compare with",
+                expected="pictures_test, uint8 [M, C, H, W]",
+                remedy="make it with `ebdiff encode`, or set evaluate.extractor=none",
+            )
+        return Images(self.data.pictures, self.data.pictures, self.data.source)
+
+    @cached_property
+    def conditions(self) -> Conditions:
+        """What the network is told about each training image."""
+        return self._conditions(held_out=False)
+
+    @cached_property
+    def held_out_conditions(self) -> Conditions:
+        """The same about each held-out image."""
+        return self._conditions(held_out=True)
+
+    def _conditions(self, held_out: bool) -> Conditions:
+        c = self.config.conditional
+        if c is None:
+            return Conditions()
+        if c.by == "low_res":
+            return Conditions(dropout=c.dropout, factor=c.factor)
+        labels = self.data.test_labels if held_out else self.data.labels
+        embeddings = self.data.test_embeddings if held_out else self.data.embeddings
+        if c.by == "labels" and labels is not None:
+            return Conditions.of_labels(labels, self.classes, c.dropout)
+        if c.by == "embeddings" and embeddings is not None:
+            return Conditions.of_embeddings(embeddings, self.data.null_embedding, c.dropout)
+        raise EbdiffError(
+            f"{self.data.name} has no {c.by}",
+            expected=f"{c.by} of training and of held-out images",
+            got="none",
+            remedy="see ebdiff.data.load_images for where they are kept, or train without conditional",
+        )
+
+    @cached_property
+    def classes(self) -> int:
+        """How many labels there are; 0 where none are told."""
+        c = self.config.conditional
+        if c is None or c.by != "labels" or self.data.labels is None:
+            return 0
+        if c.classes != "auto":
+            return c.classes
+        highest = int(self.data.labels.max())
+        if highest < 1:
+            expected, got = "at least 2 classes", f"none above {highest}"
+            raise EbdiffError(f"labels of {self.data.name}", expected=expected, got=got, remedy="check them")
+        return highest + 1
+
+    def told_about(self, numbers: Tensor) -> dict[str, Tensor]:
+        """What the network is told about the held-out images of these numbers, int64 [N]."""
+        return self.held_out_conditions.of(numbers, to_model(self.data.test[numbers]))
+
+    @property
+    def guidance(self) -> float:
+        """How images are drawn: u + guidance (c - u); see `ebdiff.training.conditions.guided`."""
+        return self.config.conditional.guidance if self.config.conditional else 1.0
 
     @cached_property
     def extractor(self) -> FeatureExtractor | None:
         """What scores look at; None where the configuration says "none"."""
-        return extractor_for(self.config.evaluate.extractor, self.data.name)
+        name = self.data.source if isinstance(self.data, Latents) else self.data.name
+        found = extractor_for(self.config.evaluate.extractor, name)
+        _ = found is not None and self.held_out
+        return found
 
-    @property
+    @cached_property
     def image_shape(self) -> tuple[int, int, int]:
         """(channels, height, width)."""
-        net = self._meta.config
-        size = net.sample_size
+        net, channels = self._meta.config, in_channels(self.config.model)
+        made = getattr(net, "out_channels", None) or channels
+        size = getattr(net, "sample_size", None)
         height, width = size if isinstance(size, list | tuple) else (size, size)
-        return int(net.in_channels), int(height), int(width)
+        if made != channels or height is None or width is None:
+            raise EbdiffError(
+                "the network does not predict images",
+                expected=f"model.sample_size, and model.out_channels={channels}, those of an image",
+                got=f"sample_size {size}, out_channels {made}",
+                remedy="correct `model`",
+            )
+        return channels, int(height), int(width)
 
     @cached_property
     def device(self) -> torch.device:
@@ -179,33 +284,35 @@ class World:
             return self._build()
 
     def _build(self) -> Any:
-        from diffusers import UNet2DModel
+        return build(
+            self.config.model, self.config.conditional.by if self.config.conditional else None, self._told_size
+        )
 
-        known = [name for name in inspect.signature(UNet2DModel.__init__).parameters if name != "self"]
-        for name in self.config.model:
-            if name not in known:
-                close = difflib.get_close_matches(name, known, 1, 0.5)
-                raise EbdiffError(
-                    "unknown configuration key",
-                    expected="an argument of diffusers' UNet2DModel",
-                    got=f"model.{name}",
-                    remedy=f"did you mean model.{close[0]}?" if close else f"known: {', '.join(known)}",
-                )
-        try:
-            return UNet2DModel(**self.config.model)
-        except (ValueError, TypeError, IndexError, ZeroDivisionError) as error:
-            reason = " ".join(str(error).split())
-            raise EbdiffError("UNet2DModel refuses its arguments", got=reason, remedy="correct `model`") from None
+    @cached_property
+    def _told_size(self) -> int:
+        """How many classes, numbers per token or channels the network is told."""
+        by = self.config.conditional.by if self.config.conditional else None
+        if by == "embeddings":
+            return int(self.conditions.nothing["encoder_hidden_states"].shape[-1])
+        return self.classes if by == "labels" else in_channels(self.config.model)
 
     @cached_property
     def _meta(self) -> Any:
+        _ = self._told_size  # reads data, which are real
         with torch.device("meta"):
             return self._build()
 
     @cached_property
     def plan(self) -> ChannelPlan:
         """The prunable axes of the dense network, traced without memory or compute."""
-        return trace_network(self.network(), self.image_shape)
+        return self.trace(self.network())
+
+    def trace(self, network: nn.Module) -> ChannelPlan:
+        """The plan of a network of this run, which is called as network(x, t) with what it is told."""
+        x = torch.zeros(1, *self.image_shape)
+        first = torch.zeros(1, dtype=torch.int64)
+        x, keywords = call_of(x, self.conditions.of(first, x))
+        return trace(network, x, first, **keywords)
 
     def example_masks(self) -> list[ChannelMask]:
         """For each region a mask as wide as its ticket will be: widths do not depend on the scores.
@@ -220,8 +327,3 @@ class World:
             ChannelMask.draw(scores, plan=self.plan, norm=s.norm, multiple_of=s.multiple_of, **share)
             for share in wanted
         ]
-
-
-def trace_network(network: nn.Module, image_shape: tuple[int, int, int]) -> ChannelPlan:
-    """The plan of a network that is called as network(x, t)."""
-    return trace(network, torch.zeros(1, *image_shape), torch.zeros(1, dtype=torch.int64))

@@ -1,7 +1,4 @@
-"""The configuration of a run: one schema, presets as YAML beside it, files and dotted overrides on top.
-
-Every number of steps is fixed here and costs that decide anything are MACs: no timing decides what is trained.
-"""
+"""A configuration out of a preset, a file and overrides, and the one that is kept beside a run's results."""
 
 from __future__ import annotations
 
@@ -10,167 +7,19 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ValidationError
 
-from .errors import EbdiffError
-from .files import write_bytes
+from ..errors import EbdiffError
+from ..files import write_bytes
+from .schema import Config
 
-__all__ = ["PRESETS", "Config", "keep", "resolve"]
+__all__ = ["FILE", "PRESETS", "keep", "refuse_other", "resolve"]
 
 PRESETS = ("smoke", "demo", "cifar10")
 FILE = "config.yaml"
-
-
-class Section(BaseModel):
-    """Unknown keys are refused, values never change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Data(Section):
-    """Which images; see `ebdiff.data.load_images`."""
-
-    source: str = "fashion16"
-    size: int | None = Field(default=None, ge=1)
-    channels: Literal[1, 3] | None = None
-    limit: int | None = Field(default=None, ge=1)
-
-
-class Schedule(Section):
-    """The noise: DDPM's schedule (Ho et al. 2020) by default."""
-
-    timesteps: int = Field(default=1000, ge=2)
-    beta_start: float = Field(default=1e-4, gt=0, lt=1)
-    beta_end: float = Field(default=0.02, gt=0, lt=1)
-    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
-
-
-class Train(Section):
-    """What all training runs share: the search, every region and the dense control.
-
-    `sampler`: how timesteps are drawn and weighted, one of `ebdiff.timesteps.SAMPLERS`; `stratified`: spread them
-    evenly over each batch.
-    """
-
-    batch_size: int = Field(default=128, ge=1)
-    lr: float = Field(default=2e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = Field(default=0.0, ge=0)
-    grad_clip: float | None = Field(default=1.0, gt=0)
-    accumulate: int = Field(default=1, ge=1)
-    ema_decay: float = Field(default=0.9999, ge=0, lt=1)
-    precision: Literal["no", "bf16"] = "no"
-    flip: bool = True
-    sampler: str = "speed"
-    stratified: bool = True
-    checkpoint_every: int = Field(default=1000, ge=1)
-    log_every: int = Field(default=50, ge=1)
-
-
-class Search(Section):
-    """The dense run that tickets are drawn from; see `ebdiff.EarlyBird`.
-
-    `ratios` is the share of channels REMOVED per region; "auto" splits `macs`, the share of the dense MACs KEPT on
-    average over all timesteps, by each region's predicted loss increase.
-    """
-
-    steps: int = Field(ge=1)
-    ratios: list[float] | Literal["auto"] = [0.3, 0.6, 0.8]
-    macs: float | None = Field(default=None, gt=0, lt=1)
-    criterion: Literal["magnitude", "magnitude-l1", "taylor", "random"] = "taylor"
-    window: int = Field(ge=1)
-    every: int | None = Field(default=None, ge=1)
-    eta: float | None = Field(default=None, gt=0)
-    corrected: bool = False
-    norm: Literal["ragged", "balanced"] = "ragged"
-    multiple_of: int = Field(default=1, ge=1)
-
-    @model_validator(mode="after")
-    def _auto(self) -> Search:
-        if (self.ratios == "auto") != (self.macs is not None):
-            raise ValueError("ratios: auto goes with macs, the share of the dense MACs to keep; a list goes without")
-        if self.ratios == "auto" and self.criterion != "taylor":
-            raise ValueError("ratios: auto predicts the loss from gradients, so it needs criterion: taylor")
-        return self
-
-
-class Regions(Section):
-    """Which timesteps each ticket serves: bounds that tile the schedule, or a list of [lo, hi) pairs.
-
-    `overlap`: so many more timesteps upward in training. `steps`: training steps of each region after the search; or
-    one number for all, whose cost at equal shares is spent in proportion to what the sampler draws from each region.
-    `branch_at`: first train one network, of the channels that any region keeps, for so many steps on all timesteps.
-    """
-
-    bounds: list[int] | list[tuple[int, int]] = [0, 240, 440, 1000]
-    overlap: int = Field(default=20, ge=0)
-    steps: list[int] | int
-    branch_at: int = Field(default=0, ge=0)
-
-    @model_validator(mode="after")
-    def _trained(self) -> Regions:
-        steps = self.steps if isinstance(self.steps, list) else [self.steps]
-        if not steps or min(steps) < 1:
-            raise ValueError(f"steps: a whole number of at least 1 for each region, or one for all, got {self.steps}")
-        return self
-
-
-class Sample(Section):
-    """DDIM (Song et al. 2021) without noise."""
-
-    steps: int = Field(default=100, ge=1)
-    spacing: Literal["leading", "trailing", "linspace"] = "trailing"
-    batch_size: int = Field(default=128, ge=1)
-    grid: int = Field(default=64, ge=1)
-
-
-class Evaluate(Section):
-    """How both arms are judged.
-
-    `marks`: at which shares of the regions' training both arms are compared at equal MACs; 0 is the end of the search,
-    1 (always included) the end. `score_marks`: at which of them images are drawn and scored, too.
-    `margin`: relative difference below which the report calls two scores equal.
-    """
-
-    marks: list[float] = [0.0, 0.5, 1.0]
-    score_marks: list[float] = [1.0]
-    samples: int = Field(default=50_000, ge=5)
-    extractor: str = "auto"
-    loss_bins: int = Field(default=20, ge=1)
-    loss_per_bin: int = Field(default=256, ge=1)
-    margin: float = Field(default=0.05, ge=0)
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Evaluate:
-        if any(not 0 <= mark <= 1 for mark in self.marks) or sorted(set(self.marks)) != self.marks:
-            raise ValueError("marks: rising shares in [0, 1]")
-        if 1.0 not in self.marks or 1.0 not in self.score_marks or not set(self.score_marks) <= set(self.marks):
-            raise ValueError("marks and score_marks end with 1.0, and every score mark is one of the marks")
-        return self
-
-
-class Config(Section):
-    """Everything a run depends on. `model`: the arguments of diffusers' UNet2DModel."""
-
-    seed: int = Field(default=0, ge=0)
-    device: str = "auto"
-    model: dict[str, Any]
-    data: Data = Data()
-    schedule: Schedule = Schedule()
-    train: Train = Train()
-    search: Search
-    regions: Regions
-    sample: Sample = Sample()
-    evaluate: Evaluate = Evaluate()
-
-    def to_yaml(self) -> str:
-        """The whole configuration, defaults included."""
-        text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=120)
-        return text
 
 
 def resolve(
@@ -279,11 +128,11 @@ def _override(values: dict[str, Any], text: str) -> None:
     except yaml.YAMLError:
         raise EbdiffError(f"override of {key}", expected="a YAML value", got=value, remedy="quote it") from None
     for part in path[:-1]:
-        inner = values.setdefault(part, {})
+        values[part] = inner = {} if values.get(part) is None else values[part]
         if not isinstance(inner, dict):
             raise EbdiffError(f"override of {key}", expected="a section", got=f"{part}={inner}", remedy="shorten it")
         values = inner
-    values[path[-1]] = parsed
+    _merge(values, {path[-1]: parsed})
 
 
 def _validated(values: Mapping[str, Any]) -> Config:
@@ -309,7 +158,8 @@ def _refusal(error: ValidationError) -> EbdiffError:
 def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
     section: Any = Config
     for part in location[:-1]:
-        section = section.model_fields[str(part)].annotation
+        kind = section.model_fields[str(part)].annotation
+        section = next((each for each in get_args(kind) if each is not type(None)), kind)  # of `Section | None`
     return [".".join([*map(str, location[:-1]), name]) for name in section.model_fields]
 
 

@@ -1,0 +1,99 @@
+"""The dense network as the configuration's `model` section says it, with a place for what it is told."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import diffusers
+from diffusers import ModelMixin
+from diffusers.models.embeddings import LabelEmbedding
+
+from ..errors import EbdiffError
+
+__all__ = ["build", "in_channels"]
+
+DEFAULT = "UNet2DModel"
+KEYWORDS = {"labels": "class_labels", "embeddings": "encoder_hidden_states"}
+
+
+def build(model: Mapping[str, Any], by: str | None = None, size: int = 0) -> Any:
+    """A new network, its weights from torch's generator.
+
+    Args:
+        model: the arguments of diffusers' UNet2DModel, or of the diffusers class that `class` names.
+        by: what it is told about each image: its label, the embedding of its caption, or how it looks in low
+            resolution; None for nothing.
+        size: classes, numbers per token of an embedding, or channels of an image.
+
+    Raises:
+        EbdiffError: no such class, one that cannot be told so, or arguments that it refuses.
+    """
+    arguments = dict(model)
+    kind = class_named(arguments.pop("class", DEFAULT))
+    known = [name for name in inspect.signature(kind.__init__).parameters if name != "self"]
+    for name in arguments:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1, 0.5)
+            raise EbdiffError(
+                "unknown configuration key",
+                expected=f"an argument of diffusers' {kind.__name__}",
+                got=f"model.{name}",
+                remedy=f"did you mean model.{close[0]}?" if close else f"known: {', '.join(known)}",
+            )
+    if by is not None:
+        arguments |= _told(kind, known, arguments, by, size)
+    try:
+        network = kind(**arguments)
+    except (ValueError, TypeError, IndexError, ZeroDivisionError) as error:
+        reason = " ".join(str(error).split())
+        raise EbdiffError(f"{kind.__name__} refuses its arguments", got=reason, remedy="correct `model`") from None
+    for module in network.modules():
+        if isinstance(module, LabelEmbedding):
+            module.dropout_prob = 0.0  # the loop drops labels, from (seed, step) and not from torch's generator
+    return network
+
+
+def class_named(name: str) -> Any:
+    """The diffusers model of this name, called as network(x, t, ...)."""
+    kind: Any = getattr(diffusers, str(name), None)
+    known = isinstance(kind, type) and issubclass(kind, ModelMixin)
+    if not known or [*inspect.signature(kind.forward).parameters][2:3] != ["timestep"]:
+        raise EbdiffError(
+            "model.class",
+            expected="a model of diffusers that is called as network(x, timestep, ...)",
+            got=str(name),
+            remedy="UNet2DModel is the default; UNet2DConditionModel and DiTTransformer2DModel are others",
+        )
+    return kind
+
+
+def in_channels(model: Mapping[str, Any]) -> int:
+    """Channels of an image, before those of a low resolution are added."""
+    default = inspect.signature(class_named(model.get("class", DEFAULT)).__init__).parameters["in_channels"].default
+    return int(model.get("in_channels", default))
+
+
+def _told(kind: Any, known: list[str], given: Mapping[str, Any], by: str, size: int) -> dict[str, Any]:
+    """The arguments that make place for what the network is told; those that the user gave must agree."""
+    if by == "low_res":
+        return {"in_channels": 2 * size, "out_channels": given.get("out_channels", size)}
+    # A row more for "no class": UNets count it among theirs, DiT's label embedding adds it by itself.
+    wanted = {
+        "labels": {"num_class_embeds": size + 1, "num_embeds_ada_norm": size},
+        "embeddings": {"cross_attention_dim": size, "caption_channels": size},
+    }[by]
+    place = {name: value for name, value in wanted.items() if name in known}
+    for name, value in place.items():
+        if given.get(name, value) != value:
+            got, remedy = f"model.{name}={given[name]}", "leave it out"
+            raise EbdiffError(
+                f"the {by} do not fit the model", expected=f"model.{name}={value}", got=got, remedy=remedy
+            )
+    if not place or KEYWORDS[by] not in inspect.signature(kind.forward).parameters:
+        expected = f"{' or '.join(wanted)}, and a forward with {KEYWORDS[by]}"
+        remedy = "model.class=UNet2DConditionModel is told embeddings, UNet2DModel and DiTTransformer2DModel labels"
+        raise EbdiffError(f"{kind.__name__} takes no {by}", expected=expected, got=", ".join(known), remedy=remedy)
+    return place
