@@ -1,6 +1,6 @@
 """A run of a few steps that kills itself where it is told to; the same command again goes on.
 
-    python kill_me.py FOLDER [--kill WHERE:K] [--dropout P] [--shrink-at STEP]
+    python kill_me.py FOLDER [--kill WHERE:K] [--dropout P] [--shrink-at STEP] [--learns]
     python kill_me.py FOLDER --everywhere
 
 WHERE is `step` (the K-th step has just been taken), `rename` or `fsync` (the K-th call of that is about to happen, so a
@@ -24,6 +24,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
 import ebdiff
+from ebdiff.timesteps.adaptive import Adaptive
 from ebdiff.training.checkpoint import Checkpoints, Saved
 from ebdiff.training.loop import StepReport, TrainConfig, TrainState, train
 
@@ -105,9 +106,12 @@ def half(model: nn.Module) -> ebdiff.ChannelMask:
     return ebdiff.ChannelMask.draw(ebdiff.importance(net(dropout=0), plan), plan=plan, ratio=0.5)
 
 
-def run(folder: Path, kill: str = "", dropout: float = 0.2, shrink_at: int = 0) -> None:
+def run(folder: Path, kill: str = "", dropout: float = 0.2, shrink_at: int = 0, learns: bool = False) -> None:
     config = TrainConfig(batch_size=4, accumulate=2, lr=1e-2, flip=True)
-    state, checkpoints = TrainState.begin(net(dropout=dropout), config), Checkpoints(folder, keep=KEEP)
+    profile = ebdiff.NoiseProfile.from_scheduler(DDPMScheduler(1000))
+    sampler = Adaptive(profile, buckets=1, every=3) if learns else ebdiff.Uniform(1000)
+    state = TrainState.begin(net(dropout=dropout), config, sampler.learner)
+    checkpoints = Checkpoints(folder, keep=KEEP)
     saved = checkpoints.newest()
     if saved is not None:
         state.restore(saved)
@@ -119,7 +123,7 @@ def run(folder: Path, kill: str = "", dropout: float = 0.2, shrink_at: int = 0) 
         state,
         pictures(),
         scheduler=DDPMScheduler(1000),
-        sampler=ebdiff.Uniform(1000),
+        sampler=sampler,
         config=config,
         until=STEPS,
         checkpoints=checkpoints,
@@ -184,6 +188,7 @@ if __name__ == "__main__":
     parser.add_argument("--kill", default="")
     parser.add_argument("--dropout", type=float, default=0.2)
     parser.add_argument("--shrink-at", type=int, default=0)
+    parser.add_argument("--learns", action="store_true", help="where to draw timesteps")
     options = vars(parser.parse_args())
     if options.pop("everywhere"):
         everywhere(options["folder"])

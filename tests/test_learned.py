@@ -205,7 +205,7 @@ def test_all_ranks_learn_the_same_and_draw_one_sequence(tmp_path: Path) -> None:
     for name, sampler in makers().items():
         alone = train(sampler, 0, 1)
         assert first[name][-1] == second[name][-1]
-        assert first[name][-1] == pytest.approx(alone[-1], rel=1e-12)
+        assert first[name][-1] == alone[-1]
         assert first[name][-1] != Uniform(sampler.T).pmf().tolist()
         for step in range(9):
             assert first[name][step] + second[name][step] == alone[step]

@@ -41,6 +41,6 @@ def test_it_is_the_schedulers(make: Any, kind: str, zero_terminal: bool) -> None
     predicted.requires_grad_()
     expected = (weight * (predicted - target).square().mean((1, 2, 3))).mean()
     gradient = torch.autograd.grad(expected, predicted)[0]
-    loss = objective.loss(predicted, clean, noise, t, weight)
+    loss = objective.loss(predicted, clean, noise, t, weight).loss
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(torch.autograd.grad(loss, predicted)[0], gradient, rtol=1e-5, atol=1e-7)

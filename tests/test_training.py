@@ -293,9 +293,10 @@ def test_the_user_s_random_numbers_and_modes_are_left_alone() -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_are_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("learns", [False, True])
+def test_two_processes_are_one(tmp_path: Path, learns: bool) -> None:
     """Shrunken on the way, so that gradients of the smaller network are exchanged too."""
-    options = ["--dropout", "0", "--shrink-at", "3"]
+    options = ["--dropout", "0", "--shrink-at", "3", *(["--learns"] if learns else [])]
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     losses = []
     for name, launcher in (("one", []), ("two", several)):

@@ -4,8 +4,8 @@ The density with the least variance of the loss draws each timestep in proportio
 loss's second moment (IDDPM, arXiv 2102.09672, section 3.3). Both samplers here divide the weight by what they draw more
 often, so that in expectation the objective stays what it was: they choose a proposal, never an objective.
 
-With torch.distributed running, all ranks learn from the losses of all, summed in the order of the ranks: so all have
-the same bits, and draw from the same density.
+With torch.distributed running, all ranks learn from the losses of all, in the order of the ranks: so all have the same
+bits, and draw from the same density.
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ class LossSecondMoment(Learned):
     """IDDPM's loss-second-moment resampler: p(t) ~ sqrt(E[L_t²]) over the last losses of each timestep.
 
     Nichol and Dhariwal (arXiv 2102.09672), equation 18. As in their code: uniform until every timestep has `history`
-    losses, then (1 - floor) p + floor / T; weights 1 / (T p), so the objective is that of uniform timesteps. All ranks
-    must pass as many losses as one another.
+    losses, then (1 - floor) p + floor / T; weights 1 / (T p), so the objective is that of uniform timesteps.
 
     Args:
         schedule: the number of timesteps, or the profile.
@@ -61,8 +60,6 @@ class LossSecondMoment(Learned):
     def learn(self, cell: Tensor, losses: Tensor) -> bool:
         kept, counts = self.state.tensors["losses"], self.state.tensors["counts"]
         cell = torch.where(losses.isfinite(), cell, self.T)
-        everyone = of_all_ranks(torch.stack([cell.double(), losses]))
-        cell, losses = everyone[:, 0].flatten().long(), everyone[:, 1].flatten()
         # In runs of one cell, each in order; a run's number i of n goes to place (count + i) of the ring, unless it is
         # pushed out by the n - i after it.
         cell, order = cell.sort(stable=True)
@@ -93,7 +90,7 @@ class Adaptive(Learned):
         mix: the share of q.
         floor: the share that is drawn uniformly.
         halflife: the number of losses after which one counts half in its bucket.
-        every: updates between two changes of p, and between two exchanges among ranks.
+        every: updates between two changes of p.
 
     Raises:
         EbdiffError: unless buckets, halflife and every are > 0, mix and floor in (0, 1], and the prior has as many
@@ -151,7 +148,7 @@ class Adaptive(Learned):
         return self._add(torch.stack([squares, mine.sum(1)]))
 
     def update_from(self, statistics: LossStatistics) -> None:
-        """Learn what the fused loss has added up since the last call, and empty it; instead of `update`.
+        """Learn what the fused loss has added up since the last call, on all ranks, and empty it; instead of `update`.
 
         A bucket with a loss that is not finite is left out. Nothing waits for the device.
 
@@ -171,7 +168,8 @@ class Adaptive(Learned):
             )
         self.state.to(statistics.totals.device)
         self.state.updates += 1
-        self.state.version += self._add(torch.where(statistics.square.isfinite(), statistics.totals[1:].double(), 0.0))
+        sums = torch.where(statistics.square.isfinite(), statistics.totals[1:].double(), 0.0)
+        self.state.version += self._add(of_all_ranks(sums).sum(0))
         statistics.reset_()
 
     def _add(self, sums: Tensor) -> bool:
@@ -180,7 +178,7 @@ class Adaptive(Learned):
         tensors["pending"] = tensors["pending"] + sums
         if self.state.updates % self.every:
             return False
-        squares, count = of_all_ranks(tensors["pending"]).sum(0)
+        squares, count = tensors["pending"]
         keep = self.decay**count
         # Both of one decay: their ratio is the average without the bias of its start at 0 (as Adam's).
         news = torch.stack([squares / count.clamp(min=1), torch.ones_like(count)])

@@ -72,6 +72,8 @@ class Learned(Wrapped):
     def update(self, t: Tensor, losses: Tensor) -> None:
         """Learn from a batch. Losses that are not finite are left out. Nothing waits for the device.
 
+        Ranks learn from each other's losses, in the order of the ranks: call it on all of them, with equally many.
+
         Args:
             t: [B], the timesteps drawn.
             losses: [B], each sample's loss, without its weight.
@@ -90,13 +92,11 @@ class Learned(Wrapped):
         self.state.to(losses.device)
         cell = t.to(losses.device) if self.profile is None else self.profile.cells(t.to(losses.device))
         self.state.updates += 1
-        self.state.version += self.learn(cell.to(torch.int64), losses.to(torch.float64))
+        everyone = of_all_ranks(torch.stack([cell.to(torch.float64), losses.to(torch.float64)]))
+        self.state.version += self.learn(everyone[:, 0].flatten().long(), everyone[:, 1].flatten())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What has been learned, on the CPU. Waits for the device.
-
-        Losses that ranks have not exchanged yet are each rank's own; `Adaptive` has none after `every` updates.
-        """
+        """What has been learned, the same on all ranks, on the CPU. Waits for the device."""
         tensors = {name: tensor.to("cpu", copy=True) for name, tensor in self.state.tensors.items()}
         return tensors | {"updates": torch.tensor(self.state.updates)}
 
@@ -123,6 +123,10 @@ class Learned(Wrapped):
     @property
     def version(self) -> int:
         return self.sampler.version + self.state.version
+
+    @property
+    def learner(self) -> Learned:
+        return self
 
     def uniforms(self, n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
         return self.sampler.spread(n, generator, device)

@@ -3,6 +3,6 @@
 The operators are `ebdiff.ops`'s; see there.
 """
 
-from ..ops.timestep_loss import noised, weighted_timestep_loss
+from ..ops.timestep_loss import TimestepLoss, noised, weighted_timestep_loss
 
-__all__ = ["noised", "weighted_timestep_loss"]
+__all__ = ["TimestepLoss", "noised", "weighted_timestep_loss"]

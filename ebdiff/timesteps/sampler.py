@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from .batch import Timesteps
 from .profile import NoiseProfile
 from .region import Region
 from .tables import Tables, conditional, normalised
+
+if TYPE_CHECKING:
+    from .learned import Learned
 
 __all__ = ["Sampler", "Stratified", "Timesteps", "Uniform", "Within", "Wrapped"]
 
@@ -67,6 +70,11 @@ class Sampler(ABC):
     def version(self) -> int:
         """Rises whenever `pmf` or `weights` become others: in samplers that learn."""
         return 0
+
+    @property
+    def learner(self) -> Learned | None:
+        """What in it learns from losses, and wants them by `update`."""
+        return None
 
     def mass(self, region: Region) -> float:
         """The probability that a drawn timestep lies in `region`."""
@@ -205,6 +213,10 @@ class Wrapped(Sampler):
     @property
     def version(self) -> int:
         return self.sampler.version
+
+    @property
+    def learner(self) -> Learned | None:
+        return self.sampler.learner
 
     def _read(self, device: torch.device) -> Tables:
         return Tables.of(self.pmf(), self.weights(), self.edges, device, lasting=self._lasting)

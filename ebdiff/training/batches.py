@@ -69,7 +69,7 @@ class Batches:
         self.images, self.sampler, self.config, self.regions = images, sampler, config, regions
         self.conditions = conditions or Conditions()
         self.order = DataOrder(len(images), config.seed)
-        self._inside: tuple[Sampler, dict[int, Within], Tensor] | None = None
+        self._inside: tuple[tuple[Sampler, int], dict[int, Within], Tensor] | None = None
 
     def __call__(self, step: int) -> Batch:
         """The batch of that step."""
@@ -91,10 +91,11 @@ class Batches:
         return Batch(clean, noise, t, sampler.tables(t.device).weights[t], region, told)
 
     def _of_region(self, regions: Partition, sampler: Sampler, step: int) -> tuple[Sampler, int]:
-        if self._inside is None or self._inside[0] is not sampler:
+        key = sampler, sampler.version
+        if self._inside is None or self._inside[0] != key:
             masses = torch.tensor([sampler.mass(region) for region in regions], dtype=torch.float64)
             within = {i: Within(region, sampler) for i, region in enumerate(regions) if masses[i] > 0}
-            self._inside = sampler, within, masses
+            self._inside = key, within, masses
         _, within, masses = self._inside
         number = int(torch.multinomial(masses, 1, generator=generator(self.config.seed, "region", step)))
         return within[number], number

@@ -72,7 +72,9 @@ def train(
         images: uint8 [N, C, H, W], or floats as the model sees them (latents), on the CPU.
         scheduler: diffusers' DDPMScheduler or its like: add_noise, get_velocity and config.prediction_type
             ("epsilon", "v_prediction" or "sample").
-        sampler: draws timesteps and weights on that prediction's squared error.
+        sampler: draws timesteps and weights on that prediction's squared error. One that learns is told each sample's
+            after every step, of all processes; it is to be `state.learner`, to be saved with the rest. (What it learns
+            is the same for any number of processes as far as the losses are: but for their last digits.)
         config: how to train.
         until: the step to stop at.
         checkpoints: where to write state every `checkpoint_every` steps and at the end, before that step is yielded;
@@ -90,6 +92,7 @@ def train(
     accelerator = accelerator or Accelerator()
     _check_data(images, scheduler, sampler, regions, conditions)
     _check_training(state, config, accelerator)
+    _check_learner(state, sampler)
     if checkpoint_every and checkpoints is None:
         got = f"checkpoint_every={checkpoint_every} alone"
         raise EbdiffError("checkpoint_every", expected="checkpoints", got=got, remedy="say where: Checkpoints(folder)")
@@ -126,13 +129,16 @@ def _steps(
         assert network is not None
         network.train()
         state.model.zero_grad(set_to_none=True)
-        loss = _backward(network, batch, objective, config, step, accelerator)
+        loss, seen = _backward(network, batch, objective, config, step, accelerator)
         parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip or float("inf"))
         _check_finite(float(loss), float(norm), step + 1, config, checkpoints)
         state.optimizer.step()
         if not steps_ema(state.optimizer, state.ema):
             state.ema.step(state.model.parameters())
+        if state.learner is not None:
+            for t, per_sample in seen:
+                state.learner.update(t, per_sample)
         state.step += 1
         due = checkpoint_every > 0 and (state.step == until or state.step % checkpoint_every == 0)
         if checkpoints is not None and due and accelerator.is_main_process:
@@ -193,12 +199,27 @@ def _check_training(state: TrainState, config: TrainConfig, accelerator: Acceler
         raise EbdiffError("ema", expected="the model's shapes", got="others", remedy="build it from this model")
 
 
+def _check_learner(state: TrainState, sampler: Sampler) -> None:
+    if sampler.learner is not state.learner:
+        names = ["none" if learner is None else type(learner).__name__ for learner in (sampler.learner, state.learner)]
+        raise EbdiffError(
+            "a sampler that learns",
+            expected=f"the sampler's as state.learner: {names[0]}",
+            got=names[1] if names[0] != names[1] else "another one",
+            remedy="TrainState.begin(model, config, sampler.learner), before anything is restored",
+        )
+
+
 def _backward(
     network: nn.Module, batch: Batch, objective: Objective, config: TrainConfig, step: int, accelerator: Accelerator
-) -> Tensor:
-    """Accumulate the gradients of one step; returns the mean loss over all micro-batches and processes."""
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Accumulate the gradients of one step.
+
+    Returns:
+        The mean loss over all micro-batches and processes; (t, each sample's loss) of this process's micro-batches.
+    """
     share = config.batch_size // accelerator.num_processes
-    losses = []
+    losses, seen = [], []
     for micro in range(config.accumulate):
         start = micro * config.batch_size + accelerator.process_index * share
         clean, noise, t, weight = batch.part(start, share, accelerator.device)
@@ -207,10 +228,11 @@ def _backward(
         with _seeded(dropout, accelerator.device), nullcontext() if last else accelerator.no_sync(network):
             told = batch.told_part(start, share, accelerator.device)
             predicted = _predicted(network, objective.noisy(clean, noise, t), t, told, config.precision)
-            loss = objective.loss(predicted, clean, noise, t, weight)
+            loss, per_sample = objective.loss(predicted, clean, noise, t, weight)
             (loss / config.accumulate).backward()
         losses.append(loss.detach())
-    return accelerator.reduce(torch.stack(losses).mean(), "mean")  # type: ignore[no-any-return]
+        seen.append((t, per_sample))
+    return accelerator.reduce(torch.stack(losses).mean(), "mean"), seen
 
 
 def _predicted(network: nn.Module, noisy: Tensor, t: Tensor, told: Told, precision: str) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import EbdiffError
-from ..timesteps.loss import noised, weighted_timestep_loss
+from ..timesteps.loss import TimestepLoss, noised, weighted_timestep_loss
 from ..timesteps.profile import NoiseProfile
 
 __all__ = ["Objective"]
@@ -33,12 +33,12 @@ class Objective:
             return self.scheduler.add_noise(clean, noise, t)  # type: ignore[no-any-return]
         return noised(clean, t, self.profile, noise)[0]
 
-    def loss(self, predicted: Tensor, clean: Tensor, noise: Tensor, t: Tensor, weight: Tensor) -> Tensor:
-        """The mean of weight times the squared error of each sample, in float32."""
+    def loss(self, predicted: Tensor, clean: Tensor, noise: Tensor, t: Tensor, weight: Tensor) -> TimestepLoss:
+        """The mean of weight times the squared error of each sample, and those errors, in float32."""
         target: Any = clean, noise
         if self.profile is None:
             target = _target(self.scheduler, self.kind, clean, noise, t)
-        return weighted_timestep_loss(predicted, target, t, weight, self.kind, profile=self.profile).loss
+        return weighted_timestep_loss(predicted, target, t, weight, self.kind, profile=self.profile)
 
 
 def _profile(scheduler: Any, kind: str) -> NoiseProfile | None:

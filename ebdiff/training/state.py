@@ -1,4 +1,4 @@
-"""What training changes: model, optimizer, EMA and the step count, as named tensors and plain facts."""
+"""What training changes: model, optimizer, EMA, learned densities and the step, as named tensors and plain facts."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from ..errors import EbdiffError
 from ..optim import AdamW
+from ..timesteps.learned import Learned
 from .checkpoint import Saved
 
 __all__ = ["TrainConfig", "TrainState"]
 
 _EMA_FACTS = ("optimization_step", "cur_decay_value")
+_LEARNER = "learner."
 _OWN = ("params", "param_names")  # what a parameter group holds besides settings
 
 
@@ -70,15 +72,17 @@ class TrainState:
         optimizer: `ebdiff.optim.AdamW` or one of torch; its state is saved by parameter name.
         ema: diffusers' EMAModel over ``model.parameters()``; a step of the loop moves it, or the optimizer's does.
         step: optimizer steps taken so far.
+        learner: what in the sampler learns from the losses; see `Sampler.learner`.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     ema: EMAModel
     step: int = 0
+    learner: Learned | None = None
 
     @classmethod
-    def begin(cls, model: nn.Module, config: TrainConfig) -> TrainState:
+    def begin(cls, model: nn.Module, config: TrainConfig, learner: Learned | None = None) -> TrainState:
         """A model before its first step: AdamW, and an EMA that warms up and moves in AdamW's own pass."""
         ema = EMAModel(
             model.parameters(), decay=config.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75, foreach=True
@@ -86,7 +90,7 @@ class TrainState:
         optimizer = AdamW(
             model.named_parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, ema=ema
         )
-        return cls(model, optimizer, ema)
+        return cls(model, optimizer, ema, learner=learner)
 
     def to(self, device: torch.device) -> None:
         """Move everything to a device, in place."""
@@ -100,8 +104,10 @@ class TrainState:
                         state[key] = value.to(_home(key, parameter, group))
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors by name: model.*, ema.*, optimizer.<parameter>.<key>."""
+        """All tensors by name: model.*, ema.*, optimizer.<parameter>.<key>, learner.*."""
         result = self._weights()
+        if self.learner is not None:
+            result |= {f"{_LEARNER}{name}": tensor for name, tensor in self.learner.state_dict().items()}
         for name, parameter in self.model.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor):
@@ -153,12 +159,16 @@ class TrainState:
         return [[names.get(id(p), "?") for p in group["params"]] for group in self.optimizer.param_groups]
 
     def restore(self, saved: Saved) -> None:
-        """Go back to a checkpoint.
+        """Go back to a checkpoint. What a sampler has learned stays behind where there is no `learner`.
 
         Raises:
-            EbdiffError: it belongs to another model or optimizer, or is no training state; nothing was changed then.
+            EbdiffError: it belongs to another model, optimizer or learner, or is no training state; nothing was changed
+                then.
         """
         self._check(saved)
+        if self.learner is not None:
+            names = [name for name in saved.tensors if name.startswith(_LEARNER)]
+            self.learner.load_state_dict({name.removeprefix(_LEARNER): saved.tensors[name] for name in names})
         present = self._weights()
         with torch.no_grad():
             for name, tensor in present.items():
