@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +18,17 @@ from .replace.classes import plain_class
 from .replace.rewrite import reclass
 from .sparse_attention import Attend, SparseAttention, SparseAttnProcessor
 
-__all__ = ["ALWAYS", "BREAK_EVEN", "BreakEven", "SparseReport", "blocks_of", "densify", "sparsify"]
+__all__ = [
+    "ALWAYS",
+    "BREAK_EVEN",
+    "BreakEven",
+    "SparseReport",
+    "blocks_of",
+    "densify",
+    "paying",
+    "sparsify",
+    "taken_out",
+]
 
 # diffusers' attention processors that SparseAttnProcessor can stand in for.
 _PLAIN = ("AttnProcessor", "AttnProcessor2_0", "PinnedScaleProcessor")
@@ -90,8 +101,7 @@ def sparsify(
     layers = {name: _layer(model, name, mask) for name, mask in masks.items()}
     attends = {name: Attend(mask, name, written_out) for name, mask in masks.items()}
     densify(model)
-    limit = break_even or BREAK_EVEN.get(_device(model), BREAK_EVEN["cuda"])
-    dense = {name: why for name, mask in masks.items() if (why := _why_dense(mask, limit))}
+    dense = {name: why for name, mask in masks.items() if (why := _why_dense(mask, break_even or _limit(model)))}
     sparse = {name: attend for name, attend in attends.items() if name not in dense}
     for name, attend in sparse.items():
         _install(layers[name], attend)
@@ -103,18 +113,34 @@ def sparsify(
 
 def densify(model: nn.Module) -> dict[str, BlockMask]:
     """Take all block masks out, so that the model is as it was before `sparsify`; returns them."""
+    taken = _take_out(model)
+    for root in _roots(model) if taken else ():
+        if _is_ours(root) and not vars(root).get("_ebdiff_shrinks"):
+            reclass(root, plain_class(type(root)).__mro__[1])
+    return {name: attend.blocks for name, attend in taken.items()}
+
+
+@contextmanager
+def taken_out(model: nn.Module) -> Iterator[dict[str, BlockMask]]:
+    """The block masks of a model, which runs without them meanwhile."""
+    taken = _take_out(model)
+    try:
+        yield {name: attend.blocks for name, attend in taken.items()}
+    finally:
+        for name, attend in taken.items():
+            _install(model.get_submodule(name), attend)
+
+
+def _take_out(model: nn.Module) -> dict[str, Attend]:
     taken = {}
     for name, module, attend in list(_sparse(model)):
-        taken[name] = attend.blocks
+        taken[name] = attend
         if isinstance(module, SparseAttention):
             module.attend = None
         elif isinstance(vars(module).get("forward"), _Forward):
             vars(module).pop("forward").leave(module)
         else:
             module.processor = module.processor.replaced
-    for root in _roots(model) if taken else ():
-        if _is_ours(root) and not vars(root).get("_ebdiff_shrinks"):
-            reclass(root, plain_class(type(root)).__mro__[1])
     return taken
 
 
@@ -162,8 +188,14 @@ def _layer(model: nn.Module, name: str, mask: BlockMask) -> nn.Module:
     return layer
 
 
-def _device(model: nn.Module) -> str:
-    return next((tensor.device.type for tensor in model.parameters()), "cpu")
+def paying(model: nn.Module, blocks: Mapping[str, BlockMask]) -> dict[str, BlockMask]:
+    """Those of the masks that make their layers faster on the model's device: what `sparsify` would put in."""
+    return {name: mask for name, mask in blocks.items() if _why_dense(mask, _limit(model)) is None}
+
+
+def _limit(model: nn.Module) -> BreakEven:
+    device = next((tensor.device.type for tensor in model.parameters()), "cpu")
+    return BREAK_EVEN.get(device, BREAK_EVEN["cuda"])
 
 
 def _why_dense(mask: BlockMask, limit: BreakEven) -> str | None:

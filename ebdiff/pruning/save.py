@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from .. import files
 from ..errors import EbdiffError
+from ..nn.sparse_model import ALWAYS, blocks_of, sparsify, taken_out
+from ..ops.block_mask import BlockMask
 from .mask import ChannelMask
 from .plan import ChannelPlan
 from .shrink import shrink_, shrinks_of
@@ -23,7 +25,7 @@ from .structure import build, describe
 
 __all__ = ["load", "save", "shrunk_class", "shrunk_class_named"]
 
-_FACTS, _TENSORS, _PREFIX = "ebdiff.json", "ebdiff.safetensors", "Shrunk"
+_FACTS, _TENSORS, _PREFIX, _BLOCKS = "ebdiff.json", "ebdiff.safetensors", "Shrunk", "blocks:"
 
 
 def save(model: nn.Module, folder: str | Path) -> None:
@@ -41,7 +43,8 @@ def save(model: nn.Module, folder: str | Path) -> None:
     if save_pretrained is not None:
         save_pretrained(str(folder))
         return
-    structure, extra = describe(model)
+    with taken_out(model):
+        structure, extra = describe(model)
     _write(model, Path(folder), {"structure": structure}, extra)
 
 
@@ -60,8 +63,10 @@ def load(folder: str | Path) -> Any:
     facts, tensors = _read(folder)
     if "structure" not in facts:
         return _class_in(folder / _FACTS, facts).from_pretrained(str(folder))
+    blocks = _blocks_from(facts, tensors)
     model = build(facts["structure"], tensors)
     vars(model)["_ebdiff_shrinks"] = _shrinks_from(facts)
+    sparsify(model, blocks, ALWAYS)
     return nn.Module.eval(model)
 
 
@@ -140,7 +145,9 @@ def _from_pretrained(
         model = cls.__mro__[1].from_config({**config, "_class_name": cls.__mro__[1].__name__})
     for mask in _shrinks_from(facts):
         shrink_(model, mask)
+    blocks = _blocks_from(facts, tensors)
     _assign(model, tensors, folder)
+    sparsify(model, blocks, ALWAYS)
     model.register_to_config(_name_or_path=str(folder))
     wanted = torch_dtype if dtype is None else dtype
     return model.to(wanted).eval() if isinstance(wanted, torch.dtype) else model.eval()
@@ -161,6 +168,13 @@ def _write(model: nn.Module, folder: Path, facts: Mapping[str, Any], extra: Mapp
         }
         for mask in shrinks_of(model)
     ]
+    blocks = blocks_of(model)
+    tensors |= {_BLOCKS + name: mask.kept for name, mask in blocks.items()}
+    facts = (
+        {**facts, "blocks": {name: [mask.block, mask.q_len, mask.k_len] for name, mask in blocks.items()}}
+        if blocks
+        else facts
+    )
     files.write_tensors(folder / _TENSORS, tensors)
     body = {"format": 1, **facts, "shrinks": shrinks, "sha256": files.checksum(folder / _TENSORS)}
     files.write_json(folder / _FACTS, {**body, "digest": _digest(body)})
@@ -207,6 +221,11 @@ def _shrinks_from(facts: Mapping[str, Any]) -> list[ChannelMask]:
             keep[name][indices] = True
         masks.append(ChannelMask(plan, keep, record["norm"], record["asked"]))
     return masks
+
+
+def _blocks_from(facts: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, BlockMask]:
+    """The block masks, whose tensors are taken out of those of the model."""
+    return {name: BlockMask(tensors.pop(_BLOCKS + name), *sizes) for name, sizes in facts.get("blocks", {}).items()}
 
 
 def _assign(model: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:

@@ -19,8 +19,11 @@ from ..nn.group_norm import MaskedGroupNorm
 from ..nn.kept import OnKept
 from ..nn.replace.classes import plain_class
 from ..nn.replace.rewrite import reclass
+from ..nn.sparse_model import ALWAYS, densify, sparsify
+from ..ops.block_mask import BlockMask
+from .heads import all_blocks, of_kept_heads
 from .mask import ChannelMask
-from .modules import adapt, adapt_statistics, refuse_wrapped, replace
+from .modules import adapt, adapt_statistics, refuse_wrapped, replace, replace_multihead
 from .plan import Norm
 from .slices import apply_mask_, compact
 
@@ -34,11 +37,13 @@ _RECORD = "_ebdiff_shrinks"
 
 
 def shrink(model: Module, ticket: Ticket | ChannelMask) -> Module:
-    """A new, smaller network without the removed channels.
+    """A new, smaller network without the removed channels, which computes the blocks of attention that a ticket keeps.
 
     Parameters, buffers and `.grad` are sliced; `requires_grad`, dtype, device, memory format and train mode carry over.
     `model` is left alone. A diffusers model becomes an ``ebdiff.Shrunk<Class>``, which is still an instance of its own
-    class and has save_pretrained and from_pretrained.
+    class and has save_pretrained and from_pretrained. Of a ticket's block masks, and of those that the model has
+    already, the kept heads' stay; those that would not make their layer faster are left out (``ebdiff.nn.sparsify``;
+    ``ebdiff.nn.blocks_of`` tells which are in).
 
     Args:
         model: the model that was traced (not wrapped by DDP, FSDP or torch.compile).
@@ -50,13 +55,14 @@ def shrink(model: Module, ticket: Ticket | ChannelMask) -> Module:
     mask = _mask_of(ticket)
     refuse_wrapped(model)
     mask.plan.check(model)
+    blocks = of_kept_heads(all_blocks(model, ticket), mask)
     named = list(_tensors(model))
     gradients = _compacted([(name, tensor.grad) for name, tensor in named], mask)
     memo: dict[int, Any] = {}
     for (_, tensor), values, gradient in zip(named, compact(_values(named), mask.plan, mask), gradients, strict=True):
         memo[id(tensor)] = _like(tensor, values, gradient)
-    small = copy.deepcopy(model, memo)
-    _finish(small, mask)
+    small = _copy(model, memo)
+    _finish(small, mask, blocks)
     return small
 
 
@@ -87,6 +93,7 @@ def shrink_(
     mask = _mask_of(ticket)
     refuse_wrapped(model)
     mask.plan.check(model)
+    blocks = of_kept_heads(all_blocks(model, ticket), mask)
     optimizers = [] if optimizer is None else [optimizer] if not isinstance(optimizer, Sequence) else list(optimizer)
     state = _optimizer_state(model, optimizers)
     held = [inner for inner in map(_own, optimizers) if inner is not None]
@@ -106,28 +113,31 @@ def shrink_(
         _replace_values(tensor, small, gradient)
     if average_model is not None:
         shrink_(average_model, mask)
+        sparsify(average_model, blocks, ALWAYS)
     for inner in held:
         inner.shrunk(mask)
-    _finish(model, mask)
+    _finish(model, mask, blocks)
 
 
-def masked(model: Module, mask: Ticket | ChannelMask) -> Module:
+def masked(model: Module, ticket: Ticket | ChannelMask) -> Module:
     """The dense stand-in: a copy of full size in which the removed channels are zero and take no part in statistics.
 
-    It computes what `shrink` computes; gradients of removed channels are zero. For comparisons and tests: it saves
-    nothing.
+    It computes what `shrink` computes; gradients of removed channels are zero. Blocks of attention that are not kept
+    are computed and masked out. For comparisons and tests: it saves nothing.
 
     Raises:
         EbdiffError: as `shrink`.
     """
-    mask = _mask_of(mask)
+    mask = _mask_of(ticket)
     refuse_wrapped(model)
     mask.plan.check(model)
-    dense = copy.deepcopy(model)
+    dense = _copy(model, {})
+    sparsify(dense, all_blocks(model, ticket), ALWAYS, written_out=True)
     apply_mask_(_values(_tensors(dense)), mask.plan, mask)
     for name, tensor in _tensors(dense):
         if tensor.requires_grad and mask.kept(name):
             tensor.register_hook(partial(_without_removed, name=name, mask=mask))
+    replace_multihead(dense, mask)
     for norm in mask.plan.norms:
         if mask.regroups(norm):
             module = dense.get_submodule(norm.module)
@@ -146,7 +156,7 @@ def _on_kept(module: nn.Module, norm: Norm, mask: ChannelMask) -> OnKept:
         values = compact([(full, tensor.detach())], mask.plan, mask)[0]
         memo[id(tensor)] = _like(tensor, values, None)
         tensors[name] = _places(mask.kept(full))
-    small = copy.deepcopy(module, memo)
+    small = _copy(module, memo)
     adapt_statistics(small, norm, mask)
     inputs, outputs = mask.kept_along(norm.inputs), mask.kept_along(norm.outputs)
     sizes = {dim: len(kept) for dim, kept in outputs.items()}
@@ -185,16 +195,27 @@ def _tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
     yield from model.named_buffers()
 
 
-def _finish(model: nn.Module, mask: ChannelMask) -> None:
+def _finish(model: nn.Module, mask: ChannelMask, blocks: Mapping[str, BlockMask]) -> None:
+    densify(model)
     adapt(model, mask)
     vars(model)[_RECORD] = [*shrinks_of(model), mask]
     if hasattr(type(model), "load_config"):  # a diffusers model
         from .save import shrunk_class
 
         reclass(model, shrunk_class(plain_class(type(model))))
+    sparsify(model, blocks, ALWAYS)
 
 
 # Slicing --------------------------------------------------------------------------------------------------------------
+
+
+def _copy(model: Module, memo: dict[int, Any]) -> Module:
+    """A deep copy; weights that a hook (torch.nn.utils.weight_norm) derives anew are copied without their graph."""
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(model, memo)
 
 
 def _values(named: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:

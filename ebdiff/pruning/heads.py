@@ -1,0 +1,73 @@
+"""Masks of blocks and masks of channels in one network: of whole heads that go, the blocks go too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import EbdiffError
+from ..nn.sparse_model import blocks_of, paying
+from ..ops.block_mask import BlockMask
+from .mask import ChannelMask
+
+__all__ = ["all_blocks", "of_kept_heads"]
+
+
+def all_blocks(model: nn.Module, ticket: Any) -> dict[str, BlockMask]:
+    """The block masks that a model has, and those of a ticket that make their layers faster."""
+    return {**blocks_of(model), **paying(model, getattr(ticket, "blocks", {}))}
+
+
+def of_kept_heads(blocks: Mapping[str, BlockMask], mask: ChannelMask) -> dict[str, BlockMask]:
+    """{layer: its block mask, of the heads that a mask of channels keeps}.
+
+    Args:
+        blocks: {name of the module that computes attention: mask of all its heads}.
+        mask: of the plan in which these modules are.
+
+    Raises:
+        EbdiffError: heads are removed somewhere in the layer, and which they are cannot be told.
+    """
+    found = {}
+    for name, each in blocks.items():
+        kept = _kept_heads(name, each.kept.shape[1], mask)
+        found[name] = each if kept is None or bool(kept.all()) else each.heads(kept)
+    return found
+
+
+def _kept_heads(name: str, heads: int, mask: ChannelMask) -> Tensor | None:
+    """bool [heads]; None where no head of the layer can be removed."""
+    cut, found = False, []
+    for parameter in _parameters(name, mask):
+        for members in mask.plan.by_parameter.get(parameter, {}).values():
+            # Of heads that share keys, an axis of heads is two: those of the keys, and within these the sharing ones.
+            inner = {space.name: member.inner for space, member in members if space.unit == "head"}
+            kept = torch.ones(1, dtype=torch.bool)
+            for space in sorted(inner, key=lambda space: -inner[space]):
+                kept = (kept[:, None] & mask.keep[space]).flatten()
+            cut = cut or not bool(kept.all())
+            if inner and len(kept) == heads:
+                found.append(kept)
+    if found and all(torch.equal(kept, found[0]) for kept in found):
+        return found[0]
+    if cut:
+        raise EbdiffError(
+            f"which heads of {name} stay cannot be told",
+            expected=f"one axis of {heads} heads among its parameters",
+            got="several" if found else "none",
+            remedy="leave its heads whole, or its block mask out of the ticket",
+        )
+    return None
+
+
+def _parameters(name: str, mask: ChannelMask) -> list[str]:
+    """The parameters of a module; of one without any, those of the module around it."""
+    while True:
+        prefix = f"{name}." if name else ""
+        found = [parameter for parameter in mask.plan.shapes if parameter.startswith(prefix)]
+        if found or not name:
+            return found
+        name = name.rpartition(".")[0]
