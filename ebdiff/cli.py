@@ -1,4 +1,4 @@
-"""The commands: run, find, train, merge, sample, eval, info. Each checks everything before it touches anything."""
+"""The commands of a run, and encode and info. Each checks everything before it touches anything."""
 
 from __future__ import annotations
 
@@ -243,6 +243,37 @@ def evaluate(
     follow(judgement(world, network, work.stage, count, facts, []), [work], console)
     scores = Scores(**facts["scores"]) if facts["scores"] else "no extractor, so no scores"
     console.print(f"{scores}; held-out loss {facts['loss']['total']:.4f}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def encode(
+    vae: Annotated[Path, typer.Option(help="A folder that diffusers' AutoencoderKL.save_pretrained wrote.")],
+    out: Annotated[Path, typer.Option(help="The file, .safetensors.")],
+    data: Annotated[str, typer.Option(help="Images, as data.source of a configuration.")] = "fashion16",
+    size: Annotated[int | None, typer.Option(min=1, help="Scale and crop them to so many pixels.")] = None,
+    channels: Annotated[int | None, typer.Option(help="1 for grey, 3 for RGB.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many in each split.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 32,
+    dry_run: Dry = False,
+) -> None:
+    """Make the latents of images, to train on with data.source=latents:<out> and data.vae=<vae>."""
+    if out.suffix != ".safetensors" or out.exists():
+        got = f"{out}, which is there already" if out.exists() else str(out)
+        raise EbdiffError("--out", expected="a new file, .safetensors", got=got, remedy="name another")
+    import torch
+
+    from .data import encode as encoded
+    from .data import load_images, load_vae
+    from .progress import follow
+    from .training.stages import Tick, Work
+
+    images = load_images(data, size=size, channels=channels, limit=limit)
+    network = load_vae(vae).to("cuda" if torch.cuda.is_available() else "cpu")
+    count = len(images.train) + len(images.test)
+    steps = encoded(images, network, out, batch_size)
+    if not dry_run:
+        follow((Tick("encode", number, "images") for number in steps), [Work("encode", count)], console)
+    console.print(f"latents of {count} images: {out}", highlight=False, soft_wrap=True)
 
 
 @app.command()

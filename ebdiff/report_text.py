@@ -162,7 +162,7 @@ def comparison(facts: Facts) -> list[list[str]]:
         ],
         ["held-out loss", *(f"{ends[arm]['loss']['total']:.4f}" for arm in ends)],
     ]
-    return rows + _scores({arm: ends[arm]["scores"] for arm in ends})
+    return rows + _scores({arm: ends[arm]["scores"] for arm in ends}) + _likeness(ends)
 
 
 def _scores(scores: Mapping[str, Any]) -> list[list[str]]:
@@ -180,6 +180,29 @@ def _scores(scores: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+def _likeness(ends: Mapping[str, Facts]) -> list[list[str]]:
+    """Of super-resolution: how like the true images those drawn are."""
+    found = {arm: end["likeness"] for arm, end in ends.items() if "likeness" in end}
+    if not found:
+        return []
+    rows = []
+    for name, key, form in (("PSNR", "psnr", ".2f"), ("SSIM", "ssim", ".4f")):
+        label = f"{name} to the true images (of the low resolution alone {found['dense']['low_res'][key]:{form}})"
+        rows.append([label, *(f"{found[arm]['drawn'][key]:{form}}" for arm in found)])
+    return rows
+
+
+def _told(facts: Facts) -> str:
+    told = facts["config"]["conditional"]
+    if told is None:
+        return ""
+    what = {"labels": "label", "embeddings": "caption", "low_res": f"low resolution, {told['factor']} times smaller"}
+    return (
+        f" The networks are told each image's {what[told['by']]}, and nothing about {told['dropout']:.0%} of the "
+        f"images in training; images are drawn about held-out ones, with guidance {told['guidance']:g}."
+    )
+
+
 def _notes(facts: Facts) -> str:
     train, sampler = facts["config"]["train"], facts["sampler"]
     return (
@@ -189,7 +212,7 @@ def _notes(facts: Facts) -> str:
         f"control is dense and sees all timesteps in every step. The sampler is DDIM, {sampler['steps']} steps "
         f"({sampler['spacing']}), of which {' + '.join(map(str, sampler['in_region']))} fall into the regions. A "
         "training step counts three forward passes of MACs. Device-seconds are process CPU time, or wall-clock times "
-        "GPUs; judging is not counted to an arm."
+        "GPUs; judging is not counted to an arm." + _told(facts)
     )
 
 

@@ -152,7 +152,6 @@ def load_vae(folder: str | Path) -> Any:
     return vae.eval().requires_grad_(False)
 
 
-@torch.no_grad()
 def encode(images: Images, vae: Any, out: str | Path, batch_size: int = 32) -> Iterator[int]:
     """Write the latents of images, the means of what the VAE says about each, into a safetensors file.
 
@@ -169,7 +168,7 @@ def encode(images: Images, vae: Any, out: str | Path, batch_size: int = 32) -> I
         How many images were encoded since the last time.
 
     Raises:
-        EbdiffError: the images do not fit the VAE; before anything is written.
+        EbdiffError: the images do not fit the VAE; by the call itself.
     """
     channels, factor = int(vae.config.in_channels), 2 ** (len(vae.config.block_out_channels) - 1)
     shape = list(images.train.shape[1:])
@@ -180,6 +179,11 @@ def encode(images: Images, vae: Any, out: str | Path, batch_size: int = 32) -> I
             got=str(shape),
             remedy="set --channels and --size",
         )
+    return _encoded(images, vae, Path(out), batch_size)
+
+
+@torch.no_grad()
+def _encoded(images: Images, vae: Any, out: Path, batch_size: int) -> Iterator[int]:
     tensors = {"pictures_test": images.test}
     for name, split in (("latents", images.train), ("latents_test", images.test)):
         parts = []

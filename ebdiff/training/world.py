@@ -85,12 +85,18 @@ class World:
         _ = images and (self.extractor, self.held_out_conditions)
 
     def _check_vae(self, data: Latents) -> None:
-        made = decode(data.test[:1], self.vae, data.scaling, data.shift).shape[1:]
-        if data.pictures is not None and data.pictures.shape[1:] != made:
+        channels, wanted, got = int(self.vae.config.latent_channels), data.test.shape[1], ""
+        if channels != wanted:
+            got = f"latents of {channels}"
+        elif data.pictures is not None:
+            made = self.to_images(data.test[:1]).shape[1:]
+            got = f"images {list(made)}" if made != data.pictures.shape[1:] else ""
+        if got:
+            size = "" if data.pictures is None else f", images {list(data.pictures.shape[1:])}"
             raise EbdiffError(
                 f"{self.config.data.vae} did not make {data.name}",
-                expected=f"images {list(data.pictures.shape[1:])}",
-                got=str(list(made)),
+                expected=f"latents of {wanted} channels{size}",
+                got=got,
                 remedy="set data.vae to the VAE that did",
             )
 
