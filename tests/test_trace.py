@@ -188,14 +188,6 @@ def test_what_cannot_be_followed_is_frozen_with_a_reason(what: str) -> None:
     )
 
 
-def test_attention_without_a_rule_keeps_its_heads() -> None:
-    model = nn.Sequential(
-        nn.Linear(8, 16), nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), nn.Linear(16, 3)
-    ).train()
-    plan = ebdiff.trace(model, torch.randn(2, 5, 8))
-    assert sizes(plan) == {"1.linear1": 32}
-
-
 def test_depthwise_convolutions_follow_and_grouped_ones_keep_their_groups() -> None:
     depthwise = nn.Sequential(nn.Conv2d(2, 6, 1), nn.Conv2d(6, 6, 3, groups=6), nn.Conv2d(6, 2, 1))
     plan = ebdiff.trace(depthwise, torch.randn(2, 2, 8, 8))

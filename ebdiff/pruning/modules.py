@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..errors import EbdiffError
 from ..nn.attention import PinnedScaleProcessor
 from ..nn.group_norm import RaggedGroupNorm
+from ..nn.multihead import MultiheadAttention, unnest
 from .integers import read, write
 from .mask import ChannelMask
 from .plan import Norm
@@ -20,6 +21,7 @@ __all__ = [
     "adapt_statistics",
     "refuse_wrapped",
     "replace",
+    "replace_multihead",
     "sizes_read_by",
     "splits_its_own_axes",
 ]
@@ -87,6 +89,7 @@ def adapt(model: nn.Module, mask: ChannelMask) -> None:
     """After `model` was sliced by `mask`: install the norms and update every integer that a forward reads."""
     plan = mask.plan
     widths = {name: int(kept.sum()) for name, kept in mask.keep.items()}
+    replace_multihead(model, mask)
     for norm in plan.norms:
         if mask.regroups(norm) and norm.kind == "statistics":
             adapt_statistics(model.get_submodule(norm.module), norm, mask)
@@ -105,6 +108,15 @@ def adapt_modules(model: nn.Module, mask: ChannelMask) -> None:
         _adapt_torch(module)
         if _is_diffusers(module, "Attention"):
             _adapt_attention(module, name, mask)
+
+
+def replace_multihead(model: nn.Module, mask: ChannelMask) -> None:
+    """Put modules that can be pruned, and that torch's fused encoder layers pass by, in the place of torch's own."""
+    for name, module in list(model.named_modules()):
+        held = (f"{name}.{own}" if name else own for own, _ in module.named_parameters())
+        if MultiheadAttention.stands_for(module) and any(mask.kept(mask.plan.aliases.get(p, p)) for p in held):
+            replace(model, name, MultiheadAttention(module))
+            unnest(model)
 
 
 def _adapt_norm(model: nn.Module, name: str, groups: Any) -> None:

@@ -63,7 +63,7 @@ class Statistics:
 
     def enter(self, module: nn.Module, args: Any) -> None:
         """A module begins to run."""
-        if isinstance(module, nn.MultiheadAttention):
+        if type(module) is nn.MultiheadAttention:  # one that has no stand-in
             for tensor in tensors_in([args]):
                 freeze(self.tracer.axes(tensor)[-1], f"embed_dim is asserted by {self.tracer.where()}")
         if self._may_be_norm(module):

@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from ..errors import EbdiffError
-from ..nn.group_norm import GroupNormSiLU, RaggedGroupNorm
 from . import rules_layers, rules_shape  # noqa: F401  (they file their rules)
 from .axes import Atom, Axis, Place, freeze, places, resolve, size
 from .confirm import confirm
 from .cost import cost_of, kept_size, terms_of
-from .modules import refuse_wrapped, replace, sizes_read_by, splits_its_own_axes
+from .modules import refuse_wrapped, sizes_read_by, splits_its_own_axes
 from .norms import Statistics
 from .plan import ChannelPlan, ChannelSpace, Frozen, Member, ModuleSize, Norm, Unit
 from .record import Call, call_of
 from .rules import rule_for, unknown
+from .stand_ins import put_stand_ins
 from .trial import state_of
 from .walk import Walk
 
@@ -271,31 +271,8 @@ def _shadow(model: nn.Module, fake: FakeTensorMode) -> nn.Module:
                 if not type(hook).__module__.startswith("torch.nn.utils"):
                     del hooks[key]
                     vars(module)[_HOOKED] = True
-    for name, module in list(shadow.named_modules()):
-        if isinstance(module, RaggedGroupNorm | GroupNormSiLU):
-            replace(shadow, name, _StandIn(module))
+    put_stand_ins(shadow)
     return shadow
-
-
-class _StandIn(nn.GroupNorm):
-    """What the layers of ebdiff.nn.group_norm compute, in operators with rules; shapes are all that a trace sees."""
-
-    def __init__(self, norm: RaggedGroupNorm | GroupNormSiLU) -> None:
-        super().__init__(1, norm.num_channels, affine=False)
-        self.weight, self.bias, self.silu = norm.weight, norm.bias, norm.silu
-        if isinstance(norm, RaggedGroupNorm):
-            self.group_sizes = norm.group_sizes
-        else:
-            self.group_sizes = (norm.num_channels // norm.num_groups,) * norm.num_groups
-
-    def forward(
-        self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, time_bias: Tensor | None = None
-    ) -> Tensor:
-        here = (..., *[None] * (x.dim() - 2))
-        y = super().forward(x if time_bias is None else x + time_bias[here])
-        y = y if scale is None else y * (1 + scale[here])
-        y = y if shift is None else y + shift[here]
-        return nn.functional.silu(y) if self.silu else y
 
 
 def _fake_like(tensor: Tensor, fake: FakeTensorMode) -> Tensor:
