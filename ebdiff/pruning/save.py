@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import files
 from ..errors import EbdiffError
 from ..nn.sparse_model import ALWAYS, blocks_of, sparsify, taken_out
-from ..ops.block_mask import BlockMask
+from .blocks import read_blocks, written
 from .mask import ChannelMask
 from .plan import ChannelPlan
 from .shrink import shrink_, shrinks_of
@@ -25,7 +25,7 @@ from .structure import build, describe
 
 __all__ = ["load", "save", "shrunk_class", "shrunk_class_named"]
 
-_FACTS, _TENSORS, _PREFIX, _BLOCKS = "ebdiff.json", "ebdiff.safetensors", "Shrunk", "blocks:"
+_FACTS, _TENSORS, _PREFIX = "ebdiff.json", "ebdiff.safetensors", "Shrunk"
 
 
 def save(model: nn.Module, folder: str | Path) -> None:
@@ -63,7 +63,7 @@ def load(folder: str | Path) -> Any:
     facts, tensors = _read(folder)
     if "structure" not in facts:
         return _class_in(folder / _FACTS, facts).from_pretrained(str(folder))
-    blocks = _blocks_from(facts, tensors)
+    blocks = read_blocks(tensors, facts)
     model = build(facts["structure"], tensors)
     vars(model)["_ebdiff_shrinks"] = _shrinks_from(facts)
     sparsify(model, blocks, ALWAYS)
@@ -145,7 +145,7 @@ def _from_pretrained(
         model = cls.__mro__[1].from_config({**config, "_class_name": cls.__mro__[1].__name__})
     for mask in _shrinks_from(facts):
         shrink_(model, mask)
-    blocks = _blocks_from(facts, tensors)
+    blocks = read_blocks(tensors, facts)
     _assign(model, tensors, folder)
     sparsify(model, blocks, ALWAYS)
     model.register_to_config(_name_or_path=str(folder))
@@ -168,15 +168,10 @@ def _write(model: nn.Module, folder: Path, facts: Mapping[str, Any], extra: Mapp
         }
         for mask in shrinks_of(model)
     ]
-    blocks = blocks_of(model)
-    tensors |= {_BLOCKS + name: mask.kept for name, mask in blocks.items()}
-    facts = (
-        {**facts, "blocks": {name: [mask.block, mask.q_len, mask.k_len] for name, mask in blocks.items()}}
-        if blocks
-        else facts
-    )
+    masks, about = written(blocks_of(model))
+    tensors |= masks
     files.write_tensors(folder / _TENSORS, tensors)
-    body = {"format": 1, **facts, "shrinks": shrinks, "sha256": files.checksum(folder / _TENSORS)}
+    body = {"format": 1, **facts, **about, "shrinks": shrinks, "sha256": files.checksum(folder / _TENSORS)}
     files.write_json(folder / _FACTS, {**body, "digest": _digest(body)})
 
 
@@ -221,11 +216,6 @@ def _shrinks_from(facts: Mapping[str, Any]) -> list[ChannelMask]:
             keep[name][indices] = True
         masks.append(ChannelMask(plan, keep, record["norm"], record["asked"]))
     return masks
-
-
-def _blocks_from(facts: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, BlockMask]:
-    """The block masks, whose tensors are taken out of those of the model."""
-    return {name: BlockMask(tensors.pop(_BLOCKS + name), *sizes) for name, sizes in facts.get("blocks", {}).items()}
 
 
 def _assign(model: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:

@@ -21,7 +21,7 @@ from ..nn.replace.classes import plain_class
 from ..nn.replace.rewrite import reclass
 from ..nn.sparse_model import ALWAYS, densify, sparsify
 from ..ops.block_mask import BlockMask
-from .heads import all_blocks, of_kept_heads
+from .blocks import all_blocks, of_kept_heads
 from .mask import ChannelMask
 from .modules import adapt, adapt_statistics, refuse_wrapped, replace, replace_multihead
 from .plan import Norm

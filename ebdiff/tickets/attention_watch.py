@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import EbdiffError
 from ..ops.block_mask import BlockMask
+from ..seeds import seed_for
 from ..timesteps.region import Region
 from .attention import Attention, BlockHistory, Grid, union
 from .attention_look import Look
@@ -58,8 +59,9 @@ class AttentionWatch:
         self._hooks = self._look.attach(model) if self._is_due() else []
 
     def _is_due(self) -> bool:
-        """Is the next step one to look at?"""
-        return (self.steps + 1) % self.every == 0 and None in self._found
+        """Is the next step one to look at? One of every few, drawn: regions may take turns in any rhythm."""
+        stretch, place = divmod(self.steps, self.every)
+        return None in self._found and place == seed_for(0, "attention", stretch) % self.every
 
     def step(self, region: int | Region | None = None) -> None:
         """Count one optimizer step; now and then take what was seen, draw masks and see whether they settled.
@@ -212,5 +214,6 @@ class AttentionWatch:
             self._hooks = self._look.attach(self.model)
 
     def _identity(self) -> dict[str, Any]:
-        regions = None if self.pace.regions is None else self.pace.regions.to_json()
-        return {**asdict(self.attention), **vars(self.pace), "regions": regions, "looks": self.every}
+        pace = Pace(*(getattr(self.pace, each.name) for each in fields(Pace)))  # of a search's settings these alone
+        regions = None if pace.regions is None else pace.regions.to_json()
+        return {**asdict(self.attention), **vars(pace), "regions": regions, "every": [pace.every, self.every]}

@@ -14,6 +14,8 @@ from ..pruning.mask import ChannelMask, NormMode
 from ..pruning.modules import refuse_wrapped
 from ..pruning.plan import ChannelPlan
 from ..timesteps.region import Partition, Region
+from .attention import Attention
+from .attention_watch import AttentionWatch
 from .history import MaskHistory
 from .scores import RunningScores, gradient_scores, weights_of
 from .settings import Criterion, Pace, Settings, refuse_other_settings
@@ -57,6 +59,9 @@ class EarlyBird:
         ema: take magnitudes from this EMA (a module, or an object with ``shadow_params``) instead of the raw weights.
             Slow averages settle by construction: with decay 0.9999 masks still equal the initial one after epochs.
         taylor_every: steps between reading gradients; by default window / 200.
+        attention: also watch which blocks of attention matter, an `Attention` or the share of them to keep, by region
+            where there are regions; tickets then hold block masks too, and are declared when both have settled. See
+            `AttentionWatch`.
         seed: of the random criterion.
 
     Raises:
@@ -81,6 +86,7 @@ class EarlyBird:
         *,
         region_ratios: Sequence[float] | None = None,
         taylor_every: int | None = None,
+        attention: Attention | float | None = None,
         seed: int = 0,
     ) -> None:
         if ratios is not None and region_ratios is not None:
@@ -94,6 +100,7 @@ class EarlyBird:
             multiple_of=multiple_of,
             taylor_every=max(1, window // 200) if taylor_every is None else taylor_every,
             seed=seed,
+            attention=Attention(attention) if isinstance(attention, float | int) else attention,
         )
         refuse_wrapped(model)
         plan.check(model)
@@ -103,6 +110,8 @@ class EarlyBird:
         self._running = [RunningScores(self._sums.size, self.settings.fading) for _ in range(self.settings.parts)]
         self._watched = [Watched(*key, MaskHistory(plan, self.settings.masks_kept)) for key in self.settings.watched()]
         self._draw(self._watched)
+        s = self.settings
+        self.attention = None if s.attention is None else AttentionWatch(model, s.attention, s)
 
     def step(self, region: int | Region | None = None) -> None:
         """Count one optimizer step; now and then read the gradients, draw masks and see whether they settled.
@@ -111,11 +120,13 @@ class EarlyBird:
             region: the region that all timesteps of this step came from, where a "taylor" search tells regions apart.
 
         Raises:
-            EbdiffError: gradients are needed and missing, or the region is.
+            EbdiffError: gradients are needed and missing, or the region is, or there is no attention to look at.
         """
         number, step = self.settings.number_of(region), self.steps + 1
         if self.settings.takes_gradients:
             self._read_gradients(number, step)
+        if self.attention is not None:
+            self.attention.step(number)
         self.steps = step
         if step % self.settings.every == 0:
             self._draw([watched for watched in self._watched if watched.ticket is None])
@@ -204,12 +215,14 @@ class EarlyBird:
         """Draw a ticket now, marked as not settled, wherever none settled; returns `tickets`.
 
         Raises:
-            EbdiffError: a region in which no gradient was ever read; nothing is drawn.
+            EbdiffError: a region in which no gradient was ever read, or no attention looked at; nothing is drawn.
         """
         left = [watched for watched in self._watched if watched.ticket is None]
         for watched in left:
             if watched.criterion == "taylor":
                 self.scores("taylor", watched.region)
+        if self.attention is not None:
+            self.attention.finish()
         self._draw([watched for watched in left if self.steps not in watched.history.steps])
         for watched in left:
             watched.ticket = watched.ticket or self._ticket(watched, settled=False)
@@ -218,12 +231,13 @@ class EarlyBird:
     @property
     def tickets(self) -> Tickets:
         """The tickets found so far: ``tickets[0.6]``, ``["taylor", 0.6]``, ``["taylor", 0.6, region]``."""
-        return Tickets(self._watched, self.settings)
+        return Tickets(self._watched, self.settings, self.attention)
 
     @property
     def settled(self) -> bool:
         """Has everything that is watched settled?"""
-        return all(watched.ticket is not None and watched.ticket.settled for watched in self._watched)
+        blocks = self.attention is None or self.attention.settled
+        return blocks and all(watched.ticket is not None and watched.ticket.settled for watched in self._watched)
 
     def history(self, key: Any) -> MaskHistory:
         """The masks drawn so far for a key as `tickets` takes it. It ends where the ticket was drawn."""
@@ -245,6 +259,10 @@ class EarlyBird:
             "running": [running.facts() for running in self._running],
             "settled": [None if watched.ticket is None else watched.ticket.settled for watched in self._watched],
         }
+        if self.attention is not None:
+            watch = self.attention.state_dict()
+            tensors |= {f"attention.{name}": tensor for name, tensor in watch["tensors"].items()}
+            facts["attention"] = watch["facts"]
         return {"tensors": tensors, "facts": facts}
 
     def _identity(self) -> dict[str, Any]:
@@ -268,6 +286,9 @@ class EarlyBird:
                 watched.history.load_state_dict({**facts["histories"][i], "bits": tensors[f"masks.{i}"]})
                 if facts["settled"][i] is not None:
                     watched.ticket = self._ticket(watched, facts["settled"][i])
+            if self.attention is not None:
+                named = {name.removeprefix("attention."): tensor for name, tensor in tensors.items()}
+                self.attention.load_state_dict({"tensors": named, "facts": facts["attention"]})
         except (KeyError, IndexError, TypeError) as error:
             raise EbdiffError(
                 "damaged state of an early-bird search", got=repr(error), remedy="start it anew"

@@ -1,11 +1,11 @@
-"""Ticket: a mask, the plan it belongs to, and where it was drawn. JSON and safetensors on disk, never pickle."""
+"""Ticket: masks, the plan they belong to, and where they were drawn. JSON and safetensors on disk, never pickle."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ..errors import EbdiffError
 from ..files import read_json, read_tensors, write_json, write_tensors
+from ..ops.block_mask import BlockMask
+from ..pruning.blocks import read_blocks, written
 from ..pruning.mask import ChannelMask
 from ..pruning.plan import ChannelPlan
 from ..timesteps.region import Region
@@ -24,7 +26,7 @@ _FACTS, _MASKS = "ticket.json", "ticket.safetensors"
 
 @dataclass(frozen=True)
 class Ticket:
-    """Which channels to keep, and how that was found.
+    """Which channels to keep, and which blocks of attention, and how that was found.
 
     Args:
         mask: the kept channels; knows its plan.
@@ -33,6 +35,7 @@ class Ticket:
         criterion: how channels were scored.
         region: the timesteps it is for, a Region or its number; None for all of them.
         settled: did it settle, or did the search end first?
+        blocks: {name of a module that computes attention: its kept blocks}; of other modules all are kept.
     """
 
     mask: ChannelMask
@@ -41,6 +44,7 @@ class Ticket:
     criterion: str
     region: Region | int | None = None
     settled: bool = True
+    blocks: Mapping[str, BlockMask] = field(default_factory=dict)
 
     @property
     def plan(self) -> ChannelPlan:
@@ -49,20 +53,25 @@ class Ticket:
 
     @property
     def achieved(self) -> dict[str, float]:
-        """{"channels": share removed, "macs": share kept, "parameters": share kept}."""
+        """{"channels": share removed, "macs": share kept, "parameters": ...}; "blocks": share kept, of attention."""
+        kept = [mask.kept for mask in self.blocks.values()]
+        blocks = {"blocks": sum(int(k.sum()) for k in kept) / sum(k.numel() for k in kept)} if kept else {}
         return {
             "channels": self.mask.removed,
             "macs": self.plan.macs(self.mask) / max(self.plan.macs(), 1e-30),
             "parameters": self.plan.parameters(self.mask) / max(self.plan.parameters(), 1),
+            **blocks,
         }
 
     def __str__(self) -> str:
         where = "all timesteps" if self.region is None else f"timesteps {self.region}"
         where = f"region {self.region}" if isinstance(self.region, int) else where
+        got = self.achieved
+        blocks = f", {got['blocks']:.1%} of the blocks in {len(self.blocks)} attention layers" if self.blocks else ""
         return (
             f"{self.criterion} ticket for {where}, {'settled' if self.settled else 'NOT settled, drawn'} at step "
-            f"{self.step}: {self.ratio:.1%} asked, {self.achieved['channels']:.1%} of the channels removed; keeps "
-            f"{self.achieved['macs']:.1%} of the MACs and {self.achieved['parameters']:.1%} of the parameters"
+            f"{self.step}: {self.ratio:.1%} asked, {got['channels']:.1%} of the channels removed; keeps "
+            f"{got['macs']:.1%} of the MACs and {got['parameters']:.1%} of the parameters{blocks}"
         )
 
     def facts(self) -> dict[str, Any]:
@@ -76,13 +85,18 @@ class Ticket:
             "settled": self.settled,
             "norm": self.mask.norm,
             "asked": dict(self.mask.asked),
+            **written(self.blocks)[1],
         }
 
     def save(self, folder: str | Path) -> None:
-        """Write ticket.json (facts, plan, fingerprint) and ticket.safetensors (bool masks, True = kept) to `folder`."""
+        """Write ticket.json (facts, plan, fingerprint) and ticket.safetensors (bool masks, True = kept) to `folder`.
+
+        Of a ticket without masks of blocks the files are those of versions that knew none.
+        """
         facts, plan = self.facts(), self.plan.to_json()
-        write_tensors(Path(folder) / _MASKS, self.mask.keep)
-        value = {"fingerprint": self.plan.fingerprint(), "digest": _digest(facts, plan, self.mask.keep), **facts}
+        masks = {**self.mask.keep, **{name: kept.cpu() for name, kept in written(self.blocks)[0].items()}}
+        write_tensors(Path(folder) / _MASKS, masks)
+        value = {"fingerprint": self.plan.fingerprint(), "digest": _digest(facts, plan, masks), **facts}
         write_json(Path(folder) / _FACTS, {**value, "plan": plan})
 
     @classmethod
@@ -96,15 +110,16 @@ class Ticket:
         Raises:
             EbdiffError: missing, damaged or edited files, or a ticket of another architecture than `plan`'s.
         """
-        value, (keep, _) = read_json(Path(folder) / _FACTS), read_tensors(Path(folder) / _MASKS)
+        value, (masks, _) = read_json(Path(folder) / _FACTS), read_tensors(Path(folder) / _MASKS)
         try:
             written, digest, stored = value.pop("fingerprint"), value.pop("digest"), value.pop("plan")
-            _same("edited ticket (digest of its content)", digest, _digest(value, stored, keep), folder)
+            _same("edited ticket (digest of its content)", digest, _digest(value, stored, masks), folder)
             found = ChannelPlan.from_json(stored)
             _same("edited ticket (plan fingerprint)", written, found.fingerprint(), folder)
             region = Region.from_json(value["region"]) if isinstance(value["region"], list) else value["region"]
             facts = {name: value[name] for name in ("ratio", "step", "criterion", "settled")}
-            mask = ChannelMask(found, keep, value["norm"], value["asked"])
+            blocks = read_blocks(masks, value)
+            mask = ChannelMask(found, masks, value["norm"], value["asked"])
         except (AttributeError, KeyError, TypeError) as error:
             raise EbdiffError(
                 f"{Path(folder) / _FACTS} is no ticket", got=repr(error), remedy="save the ticket again"
@@ -116,7 +131,7 @@ class Ticket:
                 got=written,
                 remedy="draw a ticket for this model",
             )
-        return cls(mask, region=region, **facts)
+        return cls(mask, region=region, blocks=blocks, **facts)
 
 
 def _same(problem: str, expected: str, got: str, folder: str | Path) -> None:

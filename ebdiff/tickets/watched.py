@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import EbdiffError
+from .attention_watch import AttentionWatch
 from .history import MaskHistory
 from .settings import Key, Settings
 from .ticket import Ticket
@@ -35,16 +36,30 @@ class Tickets:
 
     ``tickets[0.6]`` is the first criterion's, ``tickets["taylor", 0.6]`` another's, ``tickets["taylor", 0.6, 2]`` one
     region's. What is drawn once for all regions (magnitude) may be asked for any of them: the ticket then names it.
+
+    Where attention is watched, a ticket is there when channels and blocks have settled. It holds the blocks of its
+    region; where it is for all of several, those that some region keeps.
     """
 
-    def __init__(self, watched: Sequence[Watched], settings: Settings) -> None:
-        self._watched, self._settings = watched, settings
+    def __init__(self, watched: Sequence[Watched], settings: Settings, attention: AttentionWatch | None = None) -> None:
+        self._watched, self._settings, self._attention = watched, settings, attention
 
     def __getitem__(self, key: Any) -> Ticket | None:
         watched, region = self.find(key)
-        if watched.ticket is None or region is None or watched.region is not None or self._settings.regions is None:
-            return watched.ticket
-        return replace(watched.ticket, region=self._settings.regions[region])
+        ticket = self._with_blocks(watched, region)
+        if ticket is None or region is None or watched.region is not None or self._settings.regions is None:
+            return ticket
+        return replace(ticket, region=self._settings.regions[region])
+
+    def _with_blocks(self, watched: Watched, region: int | None = None) -> Ticket | None:
+        ticket = watched.ticket
+        if ticket is None or self._attention is None:
+            return ticket
+        found = self._attention.found(region if watched.region is None else watched.region)
+        if found is None:
+            return None
+        settled = ticket.settled and found.settled
+        return replace(ticket, blocks=found.blocks, step=max(ticket.step, found.step), settled=settled)
 
     def find(self, key: Any) -> tuple[Watched, int | None]:
         """What a key names, and the number of the region it was asked for.
@@ -75,10 +90,11 @@ class Tickets:
 
     def items(self) -> Iterator[tuple[Key, Ticket | None]]:
         """((criterion, ratio, number of the region or None), ticket or None)."""
-        return ((watched.key, watched.ticket) for watched in self._watched)
+        return ((watched.key, self._with_blocks(watched)) for watched in self._watched)
 
     def __str__(self) -> str:
-        return "\n".join(f"{_shown(watched)}: {watched.ticket or 'not settled yet'}" for watched in self._watched)
+        lines = ((_shown(watched), self._with_blocks(watched)) for watched in self._watched)
+        return "\n".join(f"{key}: {ticket or 'not settled yet'}" for key, ticket in lines)
 
 
 def _shown(watched: Watched) -> str:

@@ -1,4 +1,4 @@
-"""Masks of blocks and masks of channels in one network: of whole heads that go, the blocks go too."""
+"""Masks of blocks beside those of channels: where whole heads go, their blocks go too; and how they are written."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from ..nn.sparse_model import blocks_of, paying
 from ..ops.block_mask import BlockMask
 from .mask import ChannelMask
 
-__all__ = ["all_blocks", "of_kept_heads"]
+__all__ = ["all_blocks", "of_kept_heads", "read_blocks", "written"]
+
+_PREFIX = "blocks:"
 
 
 def all_blocks(model: nn.Module, ticket: Any) -> dict[str, BlockMask]:
@@ -36,6 +38,17 @@ def of_kept_heads(blocks: Mapping[str, BlockMask], mask: ChannelMask) -> dict[st
         kept = _kept_heads(name, each.kept.shape[1], mask)
         found[name] = each if kept is None or bool(kept.all()) else each.heads(kept)
     return found
+
+
+def written(blocks: Mapping[str, BlockMask]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors by name, facts as JSON values), both empty where there are no masks."""
+    sizes = {name: [mask.block, mask.q_len, mask.k_len] for name, mask in blocks.items()}
+    return {_PREFIX + name: mask.kept for name, mask in blocks.items()}, {"blocks": sizes} if sizes else {}
+
+
+def read_blocks(tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> dict[str, BlockMask]:
+    """The inverse of `written`; takes the masks' tensors out of `tensors`."""
+    return {name: BlockMask(tensors.pop(_PREFIX + name), *sizes) for name, sizes in facts.get("blocks", {}).items()}
 
 
 def _kept_heads(name: str, heads: int, mask: ChannelMask) -> Tensor | None:
