@@ -209,15 +209,16 @@ class Joint(Projections):
         return self.o(self.attend(*both).transpose(1, 2).flatten(2)[:, text.shape[1] :])
 
 
-class Parallel(Fused):
+class Parallel(Tokens):
     """Attention and an MLP from one projection, and one projection back (Flux's single blocks, ViT-22B)."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH + 24), nn.Linear(WIDTH + 24, WIDTH)
+        self.parts = [3 * WIDTH, 24]
+        self.both, self.proj = nn.Linear(WIDTH, sum(self.parts)), nn.Linear(WIDTH + 24, WIDTH)
 
     def mix(self, h: Tensor) -> Tensor:
-        qkv, hidden = self.qkv(h).split([3 * WIDTH, 24], -1)
+        qkv, hidden = self.both(h).split(self.parts, -1)
         q, k, v = (p.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for p in qkv.chunk(3, -1))
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         return self.proj(torch.cat((y, F.gelu(hidden)), -1))

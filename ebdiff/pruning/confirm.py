@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["confirm"]
 
-_SHARES = (0.5, 0.75, 0.625, 0.875)  # of neighbouring spaces, kept: unlike each other
+_SHARES = (0.5, 0.875, 0.625, 0.75)  # of neighbouring spaces, kept: unlike each other and their mean
 _MOST_CANDIDATES = 24
 _MOST_PASSES = 16  # trials, counted in dense forward passes, before whatever is in doubt is frozen
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from .trace import Tracer
 
 __all__ = ["Deviation", "Sizes", "Trials", "state_of"]
+
+_FAKES = logging.getLogger("torch._subclasses.fake_tensor")  # it logs every op that fails, which is what trials are for
 
 # Integers by (name of the module, path below it) that follow an axis.
 Sizes = Mapping[tuple[str, str], Axis]
@@ -55,6 +58,7 @@ class Trials:
         widths = Widths({atom: int(mask.keep[name].sum()) for atom, name in names.items() if name in mask.keep})
         walk = _Held(self.tracer, widths, until)
         with self._shrunken(mask, widths, sizes):
+            _FAKES.addFilter(_nothing)
             try:
                 self.forward(walk)
                 walk.ended()
@@ -63,6 +67,8 @@ class Trials:
             except Exception as error:
                 first = str(error).splitlines()[0] if str(error) else ""
                 walk.deviation = walk.deviation or Deviation(walk.at, f"{type(error).__name__}: {first}")
+            finally:
+                _FAKES.removeFilter(_nothing)
         self.ops += walk.at
         return walk.deviation
 
@@ -113,6 +119,10 @@ class Trials:
         for module, held in self.tracer.state:
             vars(module).clear()
             vars(module).update(_own(held))
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False
 
 
 def state_of(model: nn.Module) -> list[tuple[nn.Module, dict[str, Any]]]:
