@@ -24,6 +24,7 @@ __all__ = [
     "replace_multihead",
     "sizes_read_by",
     "splits_its_own_axes",
+    "width_of_views",
 ]
 
 _REMEDIES = {
@@ -74,6 +75,12 @@ def sizes_read_by(module: nn.Module, side: str) -> tuple[str, ...]:
     if _is_diffusers(module, "ResnetBlock2D", "ResnetBlockCondNorm2D"):
         return ("in_channels",) if side == "input" else ("out_channels",)
     return ()
+
+
+def width_of_views(module: nn.Module) -> str | None:
+    """The parameter along whose rows lies the width with which a module views its captions, whatever theirs is."""
+    names = {"PixArtTransformer2DModel": "pos_embed.proj.weight", "SanaTransformer2DModel": "patch_embed.proj.weight"}
+    return next((name for kind, name in names.items() if _is_diffusers(module, kind)), None)
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:

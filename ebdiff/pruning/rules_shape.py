@@ -6,6 +6,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from .axes import UNIT, Atom, Axis, Cat, cut, doubt, freeze, fuse, leaves, size, split, unify
+from .modules import width_of_views
 from .rules import meet, rule, tensors_in
 
 if TYPE_CHECKING:
@@ -47,6 +48,10 @@ def _view(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
             else:
                 wanted.append(after.pop(0))
         result += _divide(tr, fuse(pending), wanted)
+    width = width_of_views(tr.module)
+    if width is not None and func._schema.name == "aten::view" and args[0].shape == out.shape:
+        name = tr.names[id(tr.module)]
+        unify(result[-1], tr.axes(tr.parameters[f"{name}.{width}" if name else width])[0])
     tr.label(out, result)
 
 
