@@ -47,7 +47,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float) -> 
         found, normaliser = _aten._scaled_dot_product_flash_attention_for_cpu(*given, scale=scale)
         o[part.rows, : part.queries] = found[:, 0]
         log_sum[part.rows, : part.queries] = normaliser[:, 0]
-    return result_like(q, v).copy_(_joined(o, q.shape, v.shape[-1])), _joined(log_sum[..., None], q.shape, 1)[..., 0]
+    numbers = _joined(log_sum[..., None], q.shape, 1)[..., 0].contiguous()
+    return result_like(q, v).copy_(_joined(o, q.shape, v.shape[-1])), numbers
 
 
 def backward(
