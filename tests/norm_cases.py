@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Case:
-    """x, and the other arguments by name; small tensors in `small`'s dtype."""
+    """x, its first 200 positions `first` higher; the other arguments by name; small tensors in `small`'s dtype."""
 
     def __init__(
         self,
@@ -35,6 +36,7 @@ class Case:
         small: torch.dtype | None = None,
         mean: float = 0.0,
         std: float = 1.0,
+        first: float = 0.0,
         keep: Sequence[int] | None = None,
         only: Sequence[str] = SMALL,
         silu: bool = True,
@@ -42,7 +44,9 @@ class Case:
     ) -> None:
         n, c = shape[:2]
         seed = 100 * draw
-        self.x = (values(shape, torch.float64, seed + 1) * std + mean).to(dtype)
+        x = values(shape, torch.float64, seed + 1) * std + mean
+        x.view(n, c, prod(shape[2:]))[..., :200] += first
+        self.x = x.to(dtype)
         self.dy = values(shape, torch.float64, seed + 2).to(dtype)
         shapes = {name: (c,) if name in ("weight", "bias") else (n, c) for name in only}
         self.small = {

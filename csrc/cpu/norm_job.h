@@ -52,6 +52,9 @@ struct Sums {
   Sums(const GroupNorm& norm, const Plan& plan)
       : width(norm.channels), samples(norm.samples), pieces(plan.pieces), values(size_t(width * samples * pieces)) {}
   double* at(int64_t n, int64_t channel, int64_t piece) { return values.data() + (piece * samples + n) * width + channel; }
+  void clear(int64_t n, int64_t channel, int64_t channels) {
+    for (int64_t p = 0; p < pieces; ++p) std::fill_n(at(n, channel, p), channels, 0.0);
+  }
   double of(int64_t n, int64_t channel) const {
     double total = 0;
     for (int64_t p = 0; p < pieces; ++p) total += values[(p * samples + n) * width + channel];

@@ -54,6 +54,37 @@ EBDIFF_HD void each_vector(int64_t n, const F& body) {
   if (i < n) body(i, First{int(n - i)});
 }
 
+// use(k, make(k)) for each k below kCount, all made before any is used: a long chain of operations waits for itself, and no
+// compiler moves what is read past what is written, to do something else meanwhile.
+template <int kCount, class Make, class Use>
+EBDIFF_HD void together(const Make& make, const Use& use) {
+  decltype(make(0)) made[kCount];
+#pragma GCC unroll 8
+  for (int k = 0; k < kCount; ++k) made[k] = make(k);
+#pragma GCC unroll 8
+  for (int k = 0; k < kCount; ++k) use(k, made[k]);
+}
+
+// use(i, k, make(i, part), part) for each vector of n elements, some together, k counting up to as many as hold kCount
+// elements, and again.
+template <class C, int kCount, class Make, class Use>
+EBDIFF_HD void each_made(int64_t n, const Make& make, const Use& use) {
+  constexpr int lanes = kLanes<C>, kVectors = kCount / lanes, kTogether = kVectors > 4 ? kVectors : 4;
+  int64_t i = 0;
+  for (; i + kTogether * lanes <= n; i += kTogether * lanes)
+    together<kTogether>([&](int k) { return make(i + k * lanes, Whole()); },
+                        [&](int k, const auto& made) { use(i + k * lanes, k % kVectors, made, Whole()); });
+  if (i == n) return;
+#pragma GCC unroll 8
+  for (int k = 0; k < kTogether; ++k) {
+    const int64_t at = i + k * lanes, left = n - at;
+    if (left >= lanes)
+      use(at, k % kVectors, make(at, Whole()), Whole());
+    else if (left > 0)
+      use(at, k % kVectors, make(at, First{int(left)}), First{int(left)});
+  }
+}
+
 // body(i, k, part) for each vector of n elements, k counting up to as many as hold kCount elements, and again.
 template <class C, int kCount, class F>
 EBDIFF_HD void each_of(int64_t n, const F& body) {
