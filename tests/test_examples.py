@@ -47,3 +47,10 @@ def test_the_three_lines_are_all_there_is_of_it() -> None:
 @pytest.mark.parametrize("steps", ["2"])
 def test_the_schedule_sampler_of_dit_code(steps: str) -> None:
     assert f"step {steps}: loss" in run("dit_schedule_sampler.py", "--steps", steps, "--batch-size", "4")
+
+
+def test_super_resolution_draws_a_picture(tmp_path: Path) -> None:
+    options = ["--steps", "2", "--batch-size", "4", "--count", "2", "--out", str(tmp_path / "three.png")]
+    said = run("super_resolution.py", *options)
+    assert "drawn: PSNR" in said
+    assert (tmp_path / "three.png").read_bytes().startswith(b"\x89PNG")

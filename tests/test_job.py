@@ -264,11 +264,11 @@ def test_a_loss_that_is_not_finite_names_the_last_good_step(tmp_path: Path, monk
     """Checkpoints are written every 3 steps; what the search resumes from is there, with what watches."""
     real, calls = loop._backward, 0
 
-    def diverge(*arguments: Any) -> torch.Tensor:
+    def diverge(*arguments: Any) -> Any:
         nonlocal calls
         calls += 1
-        loss = real(*arguments)
-        return loss * float("nan") if calls == 8 else loss
+        loss, *rest = real(*arguments)
+        return loss * float("nan") if calls == 8 else loss, *rest
 
     monkeypatch.setattr(loop, "_backward", diverge)
     world = tiny(tmp_path)

@@ -151,11 +151,11 @@ def _steps(
 def _check_data(
     images: Tensor, scheduler: Any, sampler: Sampler, regions: Partition | None, conditions: Conditions | None
 ) -> None:
-    readable = images.dtype == torch.uint8 or images.is_floating_point()
-    if not readable or images.dim() != 4 or not len(images) or images.device.type != "cpu":
+    shaped = images.dim() == 4 and len(images) > 0 and images.device.type == "cpu"
+    if not shaped or not (images.dtype == torch.uint8 or _seen_by_a_model(images)):
         raise EbdiffError(
             "images",
-            expected="[N, C, H, W], uint8 or floats as the model sees them, on the CPU, N >= 1",
+            expected="uint8 [N, C, H, W] or floats as the model sees them (latents), on the CPU, N >= 1",
             got=f"{images.dtype} {list(images.shape)} on {images.device}",
             remedy="see ebdiff.data.load_images",
         )
@@ -176,6 +176,11 @@ def _check_data(
     if kind not in known:
         expected = ", ".join(known[:-1]) + f" or {known[-1]}"
         raise EbdiffError("prediction_type", expected=expected, got=str(kind), remedy="use a scheduler like DDPM's")
+
+
+def _seen_by_a_model(values: Tensor) -> bool:
+    """Floats, and not pixels of 0 to 255 that were made floats."""
+    return values.is_floating_point() and not (float(values.min()) >= 0 and float(values.max()) > 30)
 
 
 def _check_training(state: TrainState, config: TrainConfig, accelerator: Accelerator) -> None:
