@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+
+from ..errors import EbdiffError
 
 __all__ = ["AttentionCall", "AttentionCalls"]
 
@@ -40,19 +44,34 @@ class AttentionCalls(TorchFunctionMode):
     def __init__(self, serve: Callable[[AttentionCall], Tensor]) -> None:
         super().__init__()
         self.serve = serve
+        self._multi_head = _calling(self._served)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
             return self._served(*args, **(kwargs or {}))
         if func is F.multi_head_attention_forward:
-            func = self._reached(func)
+            if torch.compiler.is_compiling():  # dynamo cannot follow; without fullgraph, it leaves this out
+                raise EbdiffError(
+                    "torch.compile of nn.MultiheadAttention whose attention calls are answered",
+                    expected="fullgraph=False",
+                    got="fullgraph=True",
+                    remedy="use ebdiff.nn.SparseAttention",
+                )
+            func = self._multi_head
+        if func is Tensor.unflatten and torch.compiler.is_compiling():  # its super() is more than dynamo can follow
+            return args[0].unflatten(*args[1:], **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AttentionCalls:
+        return AttentionCalls(copy.deepcopy(self.serve, memo))  # a function would go on calling the original
 
     def _served(self, *args: Any, **kwargs: Any) -> Tensor:
         return self.serve(AttentionCall(*args, **kwargs))
 
-    def _reached(self, func: Any) -> Any:
-        """The same function calling us: inside what a mode is asked about, torch has it switched off."""
-        ours = {"scaled_dot_product_attention": self._served, "has_torch_function": lambda _: False}
-        names = {**func.__globals__, **ours}
-        return FunctionType(func.__code__, names, func.__name__, func.__defaults__, func.__closure__)
+
+def _calling(serve: Callable[..., Tensor]) -> Any:
+    """multi_head_attention_forward with `serve` as its attention: inside it, torch has switched the mode off."""
+    function: Any = F.multi_head_attention_forward
+    ours = {"scaled_dot_product_attention": serve, "has_torch_function": lambda _: False}
+    names = {**function.__globals__, **ours}
+    return FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)

@@ -227,10 +227,11 @@ class _Forward:
     def __init__(self, module: nn.Module, attend: Attend) -> None:
         self.forward, self.own = module.forward, "forward" in vars(module)
         self.attend, self.answered = attend, 0
+        self._calls = AttentionCalls(self._answer)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.answered = 0
-        with AttentionCalls(self._answer):
+        with self._calls:
             result = self.forward(*args, **kwargs)
         if not self.answered:
             raise EbdiffError(
