@@ -30,17 +30,18 @@ UNITS = ("channel", "head", "head_dim", "residual")
 # and at least this share of the parameters goes where one index of every space is kept. Freezing everything would
 # satisfy the law.
 FREE: dict[str, tuple[dict[str, int], float]] = {
-    "SD1.5 UNet": ({"channel": 22, "head": 8, "head_dim": 16}, 0.98),
-    "SDXL UNet": ({"channel": 27, "head": 16, "head_dim": 32}, 0.97),
-    "text-to-video UNet": ({"channel": 51, "head": 18, "head_dim": 36}, 0.98),
+    "SD1.5 UNet": ({"channel": 22, "head": 8, "head_dim": 16, "residual": 4}, 0.99),
+    "SDXL UNet": ({"channel": 27, "head": 16, "head_dim": 32, "residual": 4}, 0.99),
+    "text-to-video UNet": ({"channel": 51, "head": 18, "head_dim": 36, "residual": 9}, 0.99),
     "SD VAE": ({"channel": 23}, 0.99),
-    "DiT": ({"channel": 6, "head": 2, "head_dim": 4}, 0.93),
-    "SD3": ({"channel": 6}, 0.73),
-    "SD3.5": ({"channel": 8}, 0.7),
-    "Flux": ({"channel": 10}, 0.76),
-    "Wan": ({"channel": 5}, 0.32),
-    "CogVideoX-2b": ({"channel": 4}, 0.69),
-    "CogVideoX-5b": ({"channel": 4}, 0.68),
+    "DiT": ({"channel": 6, "head": 2, "head_dim": 4, "residual": 1}, 0.98),
+    "PixArt": ({"channel": 4, "head": 4, "head_dim": 8, "residual": 1}, 0.98),
+    "SD3": ({"channel": 6, "head": 2, "residual": 2}, 0.98),
+    "SD3.5": ({"channel": 8, "head": 5, "residual": 2}, 0.98),
+    "Flux": ({"channel": 10, "head": 4, "residual": 1}, 0.98),
+    "Wan": ({"channel": 5, "head": 4, "head_dim": 4, "residual": 1}, 0.98),
+    "CogVideoX-2b": ({"channel": 4, "head": 2, "residual": 1}, 0.98),
+    "CogVideoX-5b": ({"channel": 4, "head": 2, "residual": 1}, 0.98),
 }
 WITH_GROUP_NORMS = ("SD1.5 UNet", "SDXL UNet", "text-to-video UNet", "SD VAE")
 
@@ -62,7 +63,7 @@ def test_what_must_be_free_is_free(name: str) -> None:
     assert all(axis.reason for axis in plan.frozen)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("name", FREE)
 def test_law_with_random_masks_over_every_unit(name: str, seed: int) -> None:
     model, arguments, plan = traced(name)
@@ -115,4 +116,4 @@ def test_an_accelerated_model_is_traced_and_shrunken_alike(name: str) -> None:
 
 
 def test_every_family_is_held_to_it() -> None:
-    assert set(FREE) <= set(BUILDERS)
+    assert set(FREE) == set(BUILDERS)
