@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ebdiff.ops import native, timestep_loss_ops
 from ebdiff.ops.channel_mask import Axes, apply_mask_, channel_sums, compact, mask_distance, masked_adamw_, scatter_back
+from ebdiff.ops.timestep_loss_reference import Terms
 
 SHAPES = [
     ((130, 97), (97, 1)),
@@ -74,8 +75,8 @@ def losses(dtype: torch.dtype) -> list[Tensor]:
     weight, c = values((3,), seed=4), values((3,), seed=5).abs()
     found = [timestep_loss_ops.noised(x0, None, seed, table, row)]
     for huber_c, counts in ((None, None), (c, None), (None, mask), (c, mask)):
-        arguments = pred, None, x0, None, seed, table, row, weight, None, huber_c, counts, 1, True
-        found += timestep_loss_ops.forward(*arguments)
+        terms = Terms(None, x0, None, seed, table, row, weight, None, huber_c, counts, 1)
+        found += timestep_loss_ops.forward(pred, terms, True)
     return found
 
 
