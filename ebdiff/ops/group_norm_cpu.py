@@ -16,6 +16,8 @@ __all__ = ["backward", "forward"]
 
 _WIDE = {dtype: torch.promote_types(dtype, torch.float32) for dtype in FLOATS}  # what is computed in
 
+_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # asking for these takes no view
+
 _FEW = 9  # positions: rows so short are slow, and better copied to a place where the channels lie together
 
 
@@ -65,17 +67,23 @@ def _order(like: Tensor) -> tuple[bool, Tensor]:
     few = like.shape[2:].numel() <= _FEW
     if not few and like.is_contiguous():
         return False, like
-    last = like.movedim(1, -1)
-    if last.is_contiguous():
+    if _is_last(like):
         return True, like
     if few:
+        last = like.movedim(1, -1)
         return True, torch.empty_like(last, memory_format=torch.contiguous_format).movedim(-1, 1)
     return False, torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
+def _is_last(x: Tensor) -> bool:
+    """Is it contiguous with the channels last?"""
+    form = _LAST.get(x.dim())
+    return x.movedim(1, -1).is_contiguous() if form is None else x.is_contiguous(memory_format=form)
+
+
 def _dense(x: Tensor, last: bool) -> Tensor:
     """Contiguous, or with the channels last."""
-    return x.movedim(1, -1).contiguous() if last else x.contiguous()
+    return x if last and _is_last(x) else x.movedim(1, -1).contiguous() if last else x.contiguous()
 
 
 def _fits(small: Tensor, wide: torch.dtype) -> bool:
