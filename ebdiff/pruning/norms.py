@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .axes import Atom, Axis, freeze, leaves, resolve
 from .plan import Along, Norm
 from .rules import tensors_in
+from .zeros import clear
 
 if TYPE_CHECKING:
     from .trace import Tracer
@@ -82,6 +83,7 @@ class Statistics:
             call.outputs = list(self.tracer.axes(output))
         if call.outputs and call.is_norm():
             self.calls.setdefault(self.tracer.names[id(module)], []).append(call)
+            clear(output)
         else:
             call.give_up()
 
@@ -111,14 +113,17 @@ class Statistics:
         for parameter, tensor in self.tracer.parameters.items():
             for dim, axis in enumerate(self.tracer.labels(tensor)):
                 lying.setdefault(resolve(axis), []).append((parameter, dim))
+        own: dict[str, set[Atom]] = {}  # what lies along a module's own parameters
+        for axis, known in lying.items():
+            for parameter, _ in known:
+                owner, _, inner = parameter.partition(".parametrizations.")
+                own.setdefault(owner if inner else owner.rpartition(".")[0], set()).update(leaves(axis))
+        in_parameters = set().union(*own.values())
         found = []
         for name, calls in self.calls.items():
-            own = [axis for axis, known in lying.items() if any(p.startswith(f"{name}.") for p, _ in known)]
-            over = {
-                atom for axis in own + [axis for call in calls for axis, *_ in call.reduced] for atom in leaves(axis)
-            }
+            over = own.get(name, set()).union(*(leaves(axis) for call in calls for axis, *_ in call.reduced))
             sides = ([call.inputs or [] for call in calls], [call.outputs for call in calls])
-            inputs, outputs = (_along(side, lying, name, over) for side in sides)
+            inputs, outputs = (_along(side, lying, name, over & in_parameters) for side in sides)
             found.append(Norm(name, kind="statistics", inputs=inputs, outputs=outputs))
         return found
 
@@ -137,9 +142,8 @@ def _along(
     Only those that it reduces or has parameters along: it does not mix others, such as the heads beside a norm of q.
     """
     result = []
-    in_parameters = over & {atom for axis in lying for atom in leaves(axis)}
     for dim, axis in enumerate(calls[0]):
-        if not any(atom.reason is None and atom in in_parameters for atom in leaves(axis)):
+        if not any(atom.reason is None and atom in over for atom in leaves(axis)):
             continue
         place = dim if dim < len(calls[0]) - 1 else -1
         others = [axes[place] for axes in calls if place < len(axes)]

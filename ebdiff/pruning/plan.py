@@ -282,7 +282,10 @@ class ChannelPlan:
             f"{len(self.spaces)} prunable axes, "
             f"{self.parameters() / 1e6:.2f}M parameters, {self.macs() / 1e9:.3f} GMACs a sample"
         ]
-        lines += [f"  {s.name}: {s.size} {s.unit}s in {len(s.members)} slices" for s in self.spaces]
+        lines += [
+            f"  {s.name}: {s.size} {s.unit.replace('residual', 'residual channel')}s in {len(s.members)} slices"
+            for s in self.spaces
+        ]
         lines += [f"frozen ({len(self.frozen)}):"] if self.frozen else []
         lines += [f"  {axis.name}: {axis.size}, {axis.reason}" for axis in self.frozen]
         return "\n".join(lines)

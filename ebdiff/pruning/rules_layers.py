@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .axes import UNIT, Atom, Axis, freeze, fuse, leaves, size, split, unify
 from .plan import Norm
 from .rules import rule, tensors_in
+from .zeros import check_contraction
 
 if TYPE_CHECKING:
     from .trace import Tracer
@@ -86,6 +87,7 @@ def _convolution(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Non
         outward, inward = _grouped(tr, axes[1], outward, inward, groups, transposed)
     else:
         unify(axes[1], inward)
+        check_contraction(tr, x, weight, inward)
     if bias is not None:
         unify(outward, tr.axes(bias)[0])
     reason = f"positions of a convolution in {tr.where()}"
@@ -127,6 +129,7 @@ def _matrix(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         (b[1], b[:1]) if name == "linear" else (b[-2] if len(b) > 1 else b[-1], b[-1:] if len(b) > 1 else [])
     )
     unify(a[-1], contracted)
+    check_contraction(tr, args[first], args[first + 1], contracted)
     axes = [*a[:-1], *columns]
     if name in ("bmm", "baddbmm"):
         unify(a[0], b[0])
@@ -169,6 +172,7 @@ def _attention(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
             freeze(served[1], f"query heads of one key head in {tr.where()}")
         _mark_heads(q[i])
     unify(q[-1], k[-1])
+    check_contraction(tr, args[0], args[1], q[-1])
     unify(k[-2], v[-2])
     if mask is not None:
         _meet_into(tr, mask, [*q[:-1], k[-2]])

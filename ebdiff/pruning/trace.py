@@ -24,6 +24,7 @@ from .rules import rule_for, unknown
 from .stand_ins import put_stand_ins
 from .trial import state_of
 from .walk import Walk
+from .zeros import follow
 
 __all__ = ["trace"]
 
@@ -182,6 +183,7 @@ class Tracer(Walk):
             rule_for(func)(self, func, args, kwargs, out)
         except Exception:  # a use of the op that its rule does not know: freeze what it touches
             unknown(self, func, args, kwargs, out)
+        follow(func, args, kwargs, out)
         call = call_of(self, func, args, kwargs, out)
         if call is not None:
             self.calls.append(call)
