@@ -6,6 +6,7 @@ size of an axis at hand are tried, and kept where the trial then comes further. 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import combinations, islice
 from typing import TYPE_CHECKING, Any
@@ -70,7 +71,9 @@ class _Confirmation:
     def _try(self, atoms: Collection[Atom], extra: Sizes | None = None, until: int | None = None) -> Deviation | None:
         """Shrink these atoms and no others."""
         keep = {}
-        for i, (atom, name) in enumerate(self.names.items()):
+        places: dict[str, int] = {}  # the same for the same space of every block
+        for atom, name in self.names.items():
+            i = places.setdefault(re.sub(r"\d+", "", name), len(places))
             if atom in atoms and atom.length > 1:
                 kept = atom.length - 1 if self.one_short else max(1, round(_SHARES[i % 4] * atom.length))
                 keep[name] = torch.arange(atom.length) < min(kept, atom.length - 1)
@@ -89,8 +92,12 @@ class _Confirmation:
             doubted = self._in_doubt()
             return self._freeze_all((atom, atom.doubt or reason) for atom in doubted or self.names)
         call = self.tracer.calls[min(at, len(self.tracer.calls) - 1)]
+        candidates = list(islice(self._candidates(call), _MOST_CANDIDATES))
+        together = {key: axis for extra in reversed(candidates) for key, axis in extra.items()}
+        if len(candidates) > 2 and self._try(self.names, together, at + 1) == deviation:
+            candidates = []  # none of them is read
         read_here = []  # those that make a difference
-        for extra in islice(self._candidates(call), _MOST_CANDIDATES):
+        for extra in candidates:
             now = self._try(self.names, extra, at + 1)
             if now is None:
                 return self.tracer.sizes.update(extra)

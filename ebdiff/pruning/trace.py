@@ -20,10 +20,11 @@ from .modules import refuse_wrapped, sizes_read_by, splits_its_own_axes
 from .norms import Statistics
 from .plan import ChannelPlan, ChannelSpace, Frozen, Member, ModuleSize, Norm, Unit
 from .record import Call, call_of
+from .repeats import Blocks
 from .rules import rule_for, unknown
 from .stand_ins import put_stand_ins
 from .trial import state_of
-from .walk import Walk
+from .walk import Walk, uncollected
 from .zeros import follow
 
 __all__ = ["trace"]
@@ -31,6 +32,7 @@ __all__ = ["trace"]
 _LABEL, _READ, _HOOKED = "_ebdiff_axes", "_ebdiff_read", "_ebdiff_hooked"
 
 
+@uncollected()
 def trace(model: nn.Module, *args: Any, **kwargs: Any) -> ChannelPlan:
     """Find every prunable axis of `model`, from one forward pass on fake tensors.
 
@@ -87,6 +89,7 @@ class Tracer(Walk):
         self.costs: list[list[Axis]] = []  # one multiply-accumulate per position of each product of axes
         self.sizes: dict[tuple[str, str], Axis] = {}
         self.calls: list[Call] = []
+        self.blocks = Blocks()
         self.state = state_of(model)
         self.spaces: dict[Atom, str] = {}  # the names of the free axes
         self.parameters: dict[str, Tensor] = {}
@@ -149,12 +152,14 @@ class Tracer(Walk):
 
     def entered(self, module: nn.Module, args: Any) -> None:
         """A module begins to run."""
+        self.blocks.enter(module, len(self.calls))
         self.statistics.enter(module, args)
         self._watch_sizes(module, args, "input")
         self._freeze_if_hooked(module, args)
 
     def left(self, module: nn.Module, output: Any) -> None:
         """A module has run."""
+        self.blocks.leave(module, output, len(self.calls))
         self.statistics.leave(module, output)
         self._watch_sizes(module, output, "output")
         self._freeze_if_hooked(module, output)

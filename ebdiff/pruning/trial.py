@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
-from .axes import Atom, Axis, Prod, resolve
+from .axes import Atom, Axis, Prod, resolve, size
 from .integers import read, write
 from .mask import ChannelMask
 from .modules import adapt_modules, adapt_statistics
 from .record import Call, before, facts_of, kind_of, start_of, told
+from .repeats import Block, map_output, state_of_block
 from .walk import Walk
 
 if TYPE_CHECKING:
@@ -44,7 +46,14 @@ class Trials:
     def __init__(self, tracer: Tracer, forward: Callable[[Walk], Any]) -> None:
         self.tracer, self.forward = tracer, forward
         self.ops = 0  # that all trials ran together
-        self._made: dict[tuple[int, tuple[int, ...]], Tensor] = {}
+        self._owners: dict[int, list[tuple[str, nn.Module, str]]] = {}
+        for module, own in tracer.state:
+            for kind in ("_parameters", "_buffers"):
+                for key, tensor in own[kind].items():
+                    self._owners.setdefault(id(tensor), []).append((kind, module, key))
+        self._restore()
+        self.passed: set[Any] = set()  # blocks that did as they should, in which state and at which sizes
+        self._made: dict[Any, Tensor] = {}
 
     def run(self, mask: ChannelMask, names: Mapping[Atom, str], sizes: Sizes, until: int) -> Deviation | None:
         """The first deviation among the first `until` ops, None where there is none.
@@ -56,8 +65,10 @@ class Trials:
             until: how many ops to look at.
         """
         widths = Widths({atom: int(mask.keep[name].sum()) for atom, name in names.items() if name in mask.keep})
-        walk = _Held(self.tracer, widths, until)
+        walk = _Held(self.tracer, widths, until, self.passed)
         with self._shrunken(mask, widths, sizes):
+            for block in self.tracer.blocks.once():
+                vars(block.module)["forward"] = partial(walk.run_block, block, block.module.forward)
             _FAKES.addFilter(_nothing)
             try:
                 self.forward(walk)
@@ -69,25 +80,20 @@ class Trials:
                 walk.deviation = walk.deviation or Deviation(walk.at, f"{type(error).__name__}: {first}")
             finally:
                 _FAKES.removeFilter(_nothing)
-        self.ops += walk.at
+        self.ops += walk.ran
         return walk.deviation
 
     @contextmanager
     def _shrunken(self, mask: ChannelMask, widths: Widths, sizes: Sizes) -> Iterator[None]:
         model, tracer = self.tracer.model, self.tracer
-        self._restore()
         try:
-            small: dict[int, Tensor] = {}
             for name in mask.plan.by_parameter:
                 tensor = tracer.parameters[name]
                 shape = tuple(map(widths, tracer.labels(tensor)))
                 if shape != tuple(tensor.shape):
-                    small[id(tensor)] = self._tensor(tensor, shape)
-            for module in model.modules():
-                for held in (module._parameters, module._buffers):
-                    for key, old in held.items():
-                        if id(old) in small:
-                            held[key] = small[id(old)]  # type: ignore[assignment]
+                    small = self._tensor(tensor, shape)
+                    for kind, module, key in self._owners[id(tensor)]:
+                        vars(module)[kind][key] = small
             self._adapt(model, mask)
             for (name, path), axis in sizes.items():
                 module = model.get_submodule(name)
@@ -109,7 +115,7 @@ class Trials:
         adapt_modules(model, mask)
 
     def _tensor(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-        key = id(like), shape
+        key = shape, like.dtype, like.device, isinstance(like, nn.Parameter)  # one serves all: nothing is written
         if key not in self._made:
             made = like.new_empty(shape)
             self._made[key] = nn.Parameter(made, requires_grad=False) if isinstance(like, nn.Parameter) else made
@@ -160,12 +166,13 @@ class Widths:
 class _Held(Walk):
     """Compares every op with the dense trace's."""
 
-    def __init__(self, tracer: Tracer, widths: Widths, until: int) -> None:
+    def __init__(self, tracer: Tracer, widths: Widths, until: int, passed: set[Any]) -> None:
         super().__init__(tracer.model)
-        self.calls, self.widths, self.until = tracer.calls, widths, until
+        self.tracer, self.calls, self.widths, self.until, self.passed = tracer, tracer.calls, widths, until, passed
         self.loose = tracer.statistics.calls  # modules whose numbers follow their width
-        self.at = 0
+        self.at = self.ran = 0
         self.deviation: Deviation | None = None
+        self._sizes: dict[int, Any] = {}
 
     def seen(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         kind = kind_of(func, out)
@@ -175,9 +182,42 @@ class _Held(Walk):
         if what is not None:
             self.deviation = Deviation(self.at, what)
             raise _Stop
-        self.at += 1
-        if self.at >= self.until:
+        self._advance(self.at + 1)
+        self.ran += 1
+
+    def _advance(self, at: int) -> None:
+        self.at = at
+        if at >= self.until:
             raise _Stop
+
+    def run_block(self, block: Block, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a module, unless one like it has passed."""
+        if self.at != block.start:
+            return forward(*args, **kwargs)
+        key = state_of_block(block.module), *map(self._sizes_of, range(block.start, min(block.end, self.until)))
+        if key in self.passed:
+            self._advance(min(block.end, self.until))
+            return self.unseen(lambda: map_output(self._stand_in, block.output))
+        output = forward(*args, **kwargs)
+        if self.at == block.end:
+            self.passed.add(key)
+        return output
+
+    def _sizes_of(self, at: int) -> Any:
+        """An op with the dense and the predicted sizes of all that it takes and gives."""
+        if at not in self._sizes:
+            call = self.calls[at]
+            axes = [axes or [] for axes in (*call.inputs, *call.outputs)]
+            sizes = tuple(tuple((size(axis), self.widths(axis)) for axis in own) for own in axes)
+            self._sizes[at] = call.kind, call.ordinal, call.facts, sizes, call.start and call.start[1]
+        return self._sizes[at]
+
+    def _stand_in(self, dense: Tensor) -> Tensor:
+        """A tensor of the predicted shape, its dimensions in memory as the dense one's."""
+        shape = tuple(map(self.widths, self.tracer.labels(dense)))
+        order = sorted(range(dense.dim()), key=dense.stride, reverse=True)
+        made = dense.new_empty([shape[dim] for dim in order])
+        return made.permute([order.index(dim) for dim in range(dense.dim())])
 
     def ended(self) -> None:
         """The forward pass returned."""

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import gc
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Walk"]
+__all__ = ["Walk", "uncollected"]
 
 # Seen as one op each, whatever they are made of: which kernel, and so which ops, depends on sizes and strides.
 _WHOLE = {
     F.linear: torch.ops.aten.linear.default,
     F.scaled_dot_product_attention: torch.ops.aten.scaled_dot_product_attention.default,
 }
+_DEVICE = torch.ops.prim.device.default
 _ATTENTION = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
@@ -85,20 +88,26 @@ class Walk(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is _DEVICE and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # asked more often than anything is computed
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if not self._inside:
             self.seen(func, args, kwargs, out)
         return out
 
-    def run_whole(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run one of the functions that are seen as one op."""
+    def unseen(self, function: Callable[[], Any]) -> Any:
+        """Call a function whose ops are not seen."""
         self._inside = True
         try:
-            out = _linear_shape(args) if func is F.linear and not kwargs else None
-            out = func(*args, **kwargs) if out is None else out
+            return function()
         finally:
             self._inside = False
+
+    def run_whole(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one of the functions that are seen as one op."""
+        out = self.unseen(lambda: _linear_shape(args) if func is F.linear and not kwargs else None)
+        out = self.unseen(lambda: func(*args, **kwargs)) if out is None else out
         if func is not F.linear:  # every argument at its place
             given = {**dict(zip(_ATTENTION, args, strict=False)), **kwargs}
             args, kwargs = tuple(given.get(key) for key in _ATTENTION), {}
@@ -110,10 +119,22 @@ def _linear_shape(args: tuple[Any, ...]) -> Tensor | None:
     """What a linear layer on fake tensors returns, in one step instead of four; None where that is not plain."""
     x, weight = args[0], args[1]
     plain = x.dim() > 0 and weight.dim() == 2 and x.shape[-1] == weight.shape[1] and x.dtype == weight.dtype
-    if not plain or x.device != weight.device or torch._C._is_any_autocast_enabled():
+    if not plain or torch._C._is_any_autocast_enabled():
         return None
     made: Tensor = x.new_empty((*x.shape[:-1], weight.shape[0]))
     return made
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """No garbage collection within: a trace makes a million objects and drops few of them, so looking costs a fifth."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 class _AsOne(TorchFunctionMode):
