@@ -12,18 +12,19 @@ from typing import Any, TypeAlias
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from .block_sparse_attention_backward import delta_kernel, dkdv_kernel, dq_kernel
 from .block_sparse_attention_forward import forward_kernel
 from .block_sparse_attention_plan import Plan, Tile, plan_of
 
-__all__ = ["backward", "forward"]
+__all__ = ["OutOfResources", "backward", "forward"]
 
 Pattern: TypeAlias = Any  # of ops.sparse_attention_reference; the kernels know nothing of the operators
 Gradients: TypeAlias = tuple[Tensor | None, ...]  # of q, k, v
 
 _UPCAST = bool(triton.knobs.runtime.interpret)
-_DELTA = 64  # queries of a program
+_DELTA = 32  # queries of a program
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, log_sum: Tensor, pattern: Pattern, scale: float) -> None:

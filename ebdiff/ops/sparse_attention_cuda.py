@@ -22,12 +22,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float) -> 
     """As `sparse_attention_reference.forward`.
 
     Raises:
-        NotTaken: float64 or lazily negated memory.
+        NotTaken: float64, lazily negated memory, or a GPU with too little shared memory for this head_dim.
     """
     q, k, v = _readable(q, k, v)
     o, log_sum = result_like(q, v), q.new_empty(q.shape[:3], dtype=torch.float32)
-    with torch.cuda.device_of(q):
-        _triton().forward(q, k, v, o, log_sum, pattern, scale)
+    _launch("forward", q, k, v, o, log_sum, pattern, scale)
     return o, log_sum
 
 
@@ -38,19 +37,27 @@ def backward(
     """As `sparse_attention_reference.backward`.
 
     Raises:
-        NotTaken: float64 or lazily negated memory.
+        NotTaken: float64, lazily negated memory, or a GPU with too little shared memory for this head_dim.
     """
     both = needs[1] or needs[2]  # of k and v one program makes the gradients
     wanted = [torch.empty_like(t) if need else None for t, need in zip((q, k, v), (needs[0], both, both), strict=True)]
     written = [None if t is None or _is_dense(t) else t.new_empty(t.shape) for t in wanted]
     out = tuple(t if t is None or w is None else w for t, w in zip(wanted, written, strict=True))
     do, q, k, v, o = _readable(do, q, k, v, o)
-    with torch.cuda.device_of(q):
-        _triton().backward(do, q, k, v, o, log_sum.contiguous(), out, pattern, scale)
+    _launch("backward", do, q, k, v, o, log_sum.contiguous(), out, pattern, scale)
     for tensor, buffer in zip(wanted, written, strict=True):
         if tensor is not None and buffer is not None:
             tensor.copy_(buffer)
     return tuple(tensor if need else None for tensor, need in zip(wanted, needs, strict=True))
+
+
+def _launch(direction: str, x: Tensor, *arguments: Any) -> None:
+    kernels = _triton()
+    with torch.cuda.device_of(x):
+        try:
+            getattr(kernels, direction)(x, *arguments)
+        except kernels.OutOfResources as why:
+            raise NotTaken("too little shared memory") from why
 
 
 def _triton() -> Any:
