@@ -43,7 +43,7 @@ class BreakEven(NamedTuple):
 
 ALWAYS = BreakEven(0, 1.0)
 # Otherwise dense attention is as fast (the CPU: measured; CUDA: what those who have built it for H100 report).
-BREAK_EVEN = {"cuda": BreakEven(2048, 0.5), "cpu": BreakEven(1024, 0.5)}
+BREAK_EVEN = {"cuda": BreakEven(2048, 0.5), "cpu": BreakEven(512, 0.5)}
 
 
 @dataclass(frozen=True)
@@ -177,8 +177,8 @@ def _layer(model: nn.Module, name: str, mask: BlockMask) -> nn.Module:
             got=repr(name),
             remedy="use the masks of this model's own search",
         ) from None
-    heads = next((n for n in (getattr(layer, key, None) for key in ("heads", "num_heads")) if isinstance(n, int)), None)
-    if heads is not None and heads != mask.kept.shape[1]:
+    heads = layer.heads if isinstance(layer, SparseAttention) or _has_plain_processor(layer) else mask.kept.shape[1]
+    if heads != mask.kept.shape[1]:
         raise EbdiffError(
             f"block mask of {name}",
             expected=f"{heads} heads",
@@ -186,6 +186,12 @@ def _layer(model: nn.Module, name: str, mask: BlockMask) -> nn.Module:
             remedy="shrink(model, ticket) keeps the masks of the heads that stay",
         )
     return layer
+
+
+def _has_plain_processor(layer: nn.Module) -> bool:
+    """Is it diffusers' Attention, with a processor that SparseAttnProcessor can stand in for?"""
+    kind = type(getattr(layer, "processor", None)).__name__
+    return kind in (*_PLAIN, SparseAttnProcessor.__name__) and hasattr(layer, "spatial_norm")
 
 
 def paying(model: nn.Module, blocks: Mapping[str, BlockMask]) -> dict[str, BlockMask]:
@@ -210,12 +216,12 @@ def _why_dense(mask: BlockMask, limit: BreakEven) -> str | None:
 
 
 def _install(layer: Any, attend: Attend) -> None:
-    kind = type(getattr(layer, "processor", None)).__name__
     if isinstance(layer, SparseAttention):
         layer.attend = attend
-    elif kind in _PLAIN and hasattr(layer, "spatial_norm"):  # diffusers' Attention
+    elif _has_plain_processor(layer):
         # AttnProcessor reads attn.scale, AttnProcessor2_0 does not.
-        scale = layer.scale if kind == "AttnProcessor" else getattr(layer.processor, "scale", None)
+        of_its_own = type(layer.processor).__name__ == "AttnProcessor"
+        scale = layer.scale if of_its_own else getattr(layer.processor, "scale", None)
         layer.processor = SparseAttnProcessor(attend, scale, layer.processor)
     else:
         layer.forward = _Forward(layer, attend)
