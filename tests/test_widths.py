@@ -130,3 +130,18 @@ def test_latency_runs_both_networks_in_turn_and_leaves_the_model_alone() -> None
         Latency(model.requires_grad_(False), x)(mask)
     with pytest.raises(EbdiffError, match="rounds"):
         Latency(model, x, rounds=0)
+
+
+def test_latency_changes_no_statistics_calls_no_hooks_of_parameters_and_draws_nothing() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(0.5), nn.Conv2d(8, 2, 3))
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    plan = ebdiff.trace(model, x)
+    hooked: list[Tensor] = []
+    model[0].weight.register_post_accumulate_grad_hook(hooked.append)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    random = torch.get_rng_state()
+    Latency(model, x, rounds=1)(ChannelMask(plan, {plan.spaces[0].name: torch.arange(8) < 4}))
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert not hooked
+    assert x.grad is None

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from ..errors import EbdiffError
 from .mask import ChannelMask
@@ -21,7 +22,9 @@ class Latency:
     """Measures forward and backward of shrunken networks against the dense one.
 
     ``latency(mask)`` is the time of the shrunken network's step as a share of the dense network's. The two take turns,
-    so that a machine that grows slower or faster meanwhile slows both. For `ChannelMask.draw(latency=...)`, or alone.
+    so that a machine that grows slower or faster meanwhile slows both. Copies do, so that nothing of the model changes,
+    no running statistics and no hooks of parameters, and no random number is used up. For
+    `ChannelMask.draw(latency=...)`, or alone.
 
     Args:
         model: the dense network, on the device and in the dtype, memory format and mode that it will train in.
@@ -35,20 +38,20 @@ class Latency:
     def __init__(self, model: nn.Module, *args: Any, rounds: int = 5, **kwargs: Any) -> None:
         if rounds < 1:
             raise EbdiffError("rounds", expected="at least 1", got=str(rounds), remedy="e.g. rounds=5")
-        self.model, self.args, self.kwargs, self.rounds = model, args, kwargs, rounds
+        self.model, self.rounds = model, rounds
+        self.args, self.kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
 
     def __call__(self, mask: ChannelMask) -> float:
         """Time of a step of ``shrink(model, mask)``, as a share of the dense step's."""
-        small = shrink(self.model, mask)
-        gradients = [parameter.grad for parameter in self.model.parameters()]
+        nets = shrink(self.model, ChannelMask(mask.plan, {})), shrink(self.model, mask)  # both are copies
         times: list[list[float]] = [[], []]
-        for turn in range(-1, self.rounds):  # the first turn warms up
-            for net, taken in zip((self.model, small), times, strict=True):
-                seconds = self._step(net)
-                if turn >= 0:
-                    taken.append(seconds)
-        for parameter, gradient in zip(self.model.parameters(), gradients, strict=True):
-            parameter.grad = gradient
+        gpu = _device(self.model).type == "cuda"
+        with torch.random.fork_rng([_device(self.model)] if gpu else []):
+            for turn in range(-1, self.rounds):  # the first turn warms up
+                for net, taken in zip(nets, times, strict=True):
+                    seconds = self._step(net)
+                    if turn >= 0:
+                        taken.append(seconds)
         return statistics.median(times[1]) / statistics.median(times[0])
 
     def _step(self, net: nn.Module) -> float:
@@ -71,8 +74,12 @@ class Latency:
 
 
 def _wait(net: nn.Module) -> Callable[[], object]:
-    device = next((p.device for p in net.parameters()), torch.device("cpu"))
+    device = _device(net)
     return (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
+
+
+def _device(net: nn.Module) -> torch.device:
+    return next((p.device for p in net.parameters()), torch.device("cpu"))
 
 
 def _trained(output: Any) -> list[Tensor]:
