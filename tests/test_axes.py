@@ -52,3 +52,12 @@ def test_the_first_reason_stays_through_unions() -> None:
     freeze(a, "first")
     freeze(b, "second")
     assert next(iter(leaves(b))).reason == "first"
+
+
+def test_a_segment_of_no_length_is_none() -> None:
+    """Padding at one side is a concatenation with nothing at the other; it must unite with one without."""
+    tokens = Atom(4)
+    padded = Cat((Atom(1), tokens, Atom(0)))
+    unify(padded, Cat((Atom(1), tokens)))
+    assert list(leaves(padded)) == [tokens]
+    assert size(padded) == 5

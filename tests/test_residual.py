@@ -9,6 +9,7 @@ from typing import Any
 import laws
 import pytest
 import torch
+from diffusers import LTXVideoTransformer3DModel
 from diffusers.models.normalization import FP32LayerNorm
 from diffusers.models.normalization import RMSNorm as DiffusersRMSNorm
 from laws import assert_changes_the_output
@@ -157,6 +158,25 @@ def test_a_norm_in_the_middle_of_a_forward_is_frozen() -> None:
     plan = ebdiff.trace(nn.Sequential(Inline()), torch.randn(3, 4))
     assert len(plan) == 0
     assert {axis.name: axis.reason for axis in plan.frozen}["0.a.weight[0]"].startswith("reduced by mean in 0 (Inline)")
+
+
+def test_captions_are_viewed_at_the_width_of_the_stream() -> None:
+    """`view(.., -1, hidden_states.size(-1))` ties their width to the stream's; PixArt and Sana do the same."""
+    torch.manual_seed(0)
+    options: dict[str, int] = {"in_channels": 4, "out_channels": 4, "patch_size": 1, "patch_size_t": 1, "num_layers": 1}
+    widths = {"num_attention_heads": 2, "attention_head_dim": 8, "cross_attention_dim": 16, "caption_channels": 12}
+    model = scatter(LTXVideoTransformer3DModel(**options, **widths)).double().eval()
+    arguments: dict[str, Any] = {
+        "hidden_states": torch.randn(2, 8, 4).double(),
+        "encoder_hidden_states": torch.randn(2, 5, 12).double(),
+        "timestep": torch.tensor([3, 7]),
+        "encoder_attention_mask": torch.ones(2, 5, dtype=torch.bool),
+        **{"num_frames": 2, "height": 2, "width": 2},
+    }
+    plan = ebdiff.trace(model, **arguments)
+    assert [(space.name, space.size) for space in plan if space.unit == "residual"] == [("proj_in.residual", 16)]
+    assert ("caption_projection.linear_2.weight", 0) in {(m.parameter, m.dim) for m in plan["proj_in.residual"].members}
+    laws.assert_law(model, arguments, drawn(plan))
 
 
 def test_plans_of_before_there_were_kinds_still_load() -> None:

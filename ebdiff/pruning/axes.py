@@ -81,7 +81,10 @@ def resolve(axis: Axis) -> Axis:
     if isinstance(axis, Prod):
         return fuse([factor for part in map(resolve, axis.factors) for factor in _factors(part)])
     segments = [
-        s for part in map(resolve, axis.segments) for s in (part.segments if isinstance(part, Cat) else (part,))
+        s
+        for part in map(resolve, axis.segments)
+        for s in (part.segments if isinstance(part, Cat) else (part,))
+        if size(s)
     ]
     return segments[0] if len(segments) == 1 else Cat(tuple(segments))
 

@@ -79,7 +79,11 @@ def sizes_read_by(module: nn.Module, side: str) -> tuple[str, ...]:
 
 def width_of_views(module: nn.Module) -> str | None:
     """The parameter along whose rows lies the width with which a module views its captions, whatever theirs is."""
-    names = {"PixArtTransformer2DModel": "pos_embed.proj.weight", "SanaTransformer2DModel": "patch_embed.proj.weight"}
+    names = {
+        "PixArtTransformer2DModel": "pos_embed.proj.weight",
+        "SanaTransformer2DModel": "patch_embed.proj.weight",
+        "LTXVideoTransformer3DModel": "proj_in.weight",
+    }
     return next((name for kind, name in names.items() if _is_diffusers(module, kind)), None)
 
 
@@ -199,7 +203,7 @@ def _adapt_attention(module: nn.Module, name: str, mask: ChannelMask) -> None:
     attn.inner_dim, attn.query_dim = attn.to_q.weight.shape
     if attn.to_k is not None:
         attn.inner_kv_dim, attn.cross_attention_dim = attn.to_k.weight.shape
-    if attn.to_out is not None:
+    if isinstance(attn.to_out, nn.ModuleList):
         attn.out_dim = attn.to_out[0].weight.shape[0]
     head_dim, value_dim = attn.inner_dim // attn.heads, attn.to_v.weight.shape[0] // attn.heads
     takes_its_own = type(attn.processor).__name__ == "AttnProcessor2_0"  # the others scale by a constant
