@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from ..errors import EbdiffError
+from ..nn.sparse_model import densify
 from . import rules_layers, rules_shape  # noqa: F401  (they file their rules)
 from .axes import Atom, Axis, Place, freeze, places, resolve, size
 from .confirm import confirm
@@ -272,6 +273,7 @@ def _shadow(model: nn.Module, fake: FakeTensorMode) -> nn.Module:
             if isinstance(tensor, Tensor) and id(tensor) not in memo:
                 memo[id(tensor)] = _fake_like(tensor, fake)
     shadow = copy.deepcopy(model, memo)
+    densify(shadow)  # which axes belong together does not depend on blocks of attention
     for module in shadow.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key, hook in list(hooks.items()):
