@@ -1,11 +1,14 @@
-"""Unconditional training as diffusers' own scripts do it. The three lines marked SpeeD are all that ebdiff adds.
+"""Unconditional training as diffusers' own scripts do it: accelerate, a learning rate schedule, diffusers' EMA.
 
     accelerate launch examples/train_unconditional.py --steps 500
 
-Timesteps come from (seed, step) alone and are drawn for all processes together, so 1 and 4 GPUs see the same ones.
+`# ebdiff` marks all that was added or changed, `# was:` what stood there. A quarter of the steps is the search; then
+the network, its optimizer and its EMA are cut down to the ticket where they are, and the loop goes on. Timesteps come
+from (seed, step) alone and are drawn for all processes together, so 1 and 4 GPUs see the same ones.
 """
 
 import argparse
+import time
 
 import torch
 from accelerate import Accelerator
@@ -15,7 +18,7 @@ from diffusers.training_utils import EMAModel
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-import ebdiff
+from ebdiff import EarlyBird, NoiseProfile, SpeeD, Stratified, accelerate, shrink_, timesteps, trace  # ebdiff
 from ebdiff.data import load_images, to_model
 
 
@@ -29,42 +32,48 @@ def main() -> None:
     accelerator = Accelerator()
     images = TensorDataset(to_model(load_images("fashion16").train))
     loader = DataLoader(images, batch_size=args.batch_size, shuffle=True, drop_last=True)
-    model = UNet2DModel(16, 1, 1, block_out_channels=(32, 32, 64, 64), layers_per_block=1, norm_num_groups=8)
+    network = UNet2DModel(16, 1, 1, block_out_channels=(32, 32, 64, 64), layers_per_block=1, norm_num_groups=8)
     noise_scheduler = DDPMScheduler(num_train_timesteps=1000)
-    sampler = ebdiff.Stratified(ebdiff.SpeeD(ebdiff.NoiseProfile.from_scheduler(noise_scheduler)))  # SpeeD
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
+    sampler = timesteps.ScheduleSampler(Stratified(SpeeD(NoiseProfile.from_scheduler(noise_scheduler))))  # ebdiff
+    watch = EarlyBird(network, trace(network, images[:1][0], 0), [0.5], window=args.steps // 8 or 1)  # ebdiff
+    accelerate(network, optimizer, verbose=accelerator.is_main_process)  # ebdiff
     schedule = get_cosine_schedule_with_warmup(optimizer, args.steps // 10, args.steps)
-    ema = EMAModel(model.parameters(), decay=0.995, use_ema_warmup=True)
+    ema = EMAModel(network.parameters(), decay=0.995, use_ema_warmup=True)
     # Not the schedule: accelerate would step it once per process, and --steps are steps of all processes together.
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    model, optimizer, loader = accelerator.prepare(network, optimizer, loader)
     ema.to(accelerator.device)
 
     model.train()
-    step = 0
+    step, every, since = 0, args.steps // 10 or 1, time.perf_counter()
     while step < args.steps:
         for (clean,) in loader:
             noise = torch.randn_like(clean)
-            where = {"rank": accelerator.process_index, "world": accelerator.num_processes, "device": clean.device}
-            t, weight = sampler.sample(len(clean), step=step, **where)  # SpeeD, instead of torch.randint
+            # was: t = torch.randint(1000, (len(clean),), device=clean.device)
+            t, weight = sampler.sample(len(clean), clean.device)  # ebdiff
             noisy = noise_scheduler.add_noise(clean, noise, t)
-            predicted = model(noisy, t).sample
-            error = F.mse_loss(predicted, noise, reduction="none").mean((1, 2, 3))
-            loss = (weight * error).mean()  # SpeeD, instead of error.mean()
+            error = F.mse_loss(model(noisy, t).sample, noise, reduction="none").mean((1, 2, 3))
+            # was: loss = error.mean()
+            loss = (weight * error).mean()  # ebdiff
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
+            watch.step()  # ebdiff
+            if watch.steps == (args.steps // 4 or 1):  # ebdiff
+                accelerator.print(ticket := watch.finish()[0.5])  # ebdiff
+                model = accelerator.prepare(shrink_(network, ticket, optimizer=optimizer, ema=ema))  # ebdiff
             optimizer.zero_grad()
             ema.step(model.parameters())
             step += 1
-            if step % 100 == 0:
-                rate = schedule.get_last_lr()[0]
-                accelerator.print(f"step {step}: loss {loss.item():.4f}, learning rate {rate:.1e}")
+            if step % every == 0:
+                rate, took = schedule.get_last_lr()[0], (time.perf_counter() - since) / every
+                accelerator.print(f"step {step}: loss {loss:.4f}, learning rate {rate:.1e}, {took * 1e3:.1f} ms a step")
+                since = time.perf_counter()
             if step == args.steps:
                 break
 
     if accelerator.is_main_process:
-        network = accelerator.unwrap_model(model)
         ema.copy_to(network.parameters())
         DDPMPipeline(network, noise_scheduler).save_pretrained(args.out)
 

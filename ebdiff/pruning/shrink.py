@@ -67,13 +67,13 @@ def shrink(model: Module, ticket: Ticket | ChannelMask) -> Module:
 
 
 def shrink_(
-    model: nn.Module,
+    model: Module,
     ticket: Ticket | ChannelMask,
     *,
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     ema: Any = None,
-) -> None:
-    """Shrink a model in place, its training state included: the training loop just goes on.
+) -> Module:
+    """Shrink a model in place, its training state included, and return it: the training loop just goes on.
 
     Every parameter stays the same object with fewer elements, so optimizers, schedulers and lists that hold it stay
     right. `.grad`, every optimizer state of a parameter's shape (Adam's moments) and the EMA are sliced by the same
@@ -117,6 +117,7 @@ def shrink_(
     for inner in held:
         inner.shrunk(mask)
     _finish(model, mask, blocks)
+    return model
 
 
 def masked(model: Module, ticket: Ticket | ChannelMask) -> Module:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .adapter import ScheduleSampler as ScheduleSampler
+    from .adapter import install as install
     from .adaptive import Adaptive as Adaptive
     from .adaptive import LossSecondMoment as LossSecondMoment
     from .batch import Timesteps as Timesteps
@@ -39,7 +40,10 @@ if TYPE_CHECKING:
     from .weighting import soft_min_snr as soft_min_snr
 
 _ROOMS = {
-    "adapter": ("ScheduleSampler",),
+    "adapter": (
+        "ScheduleSampler",
+        "install",
+    ),
     "adaptive": (
         "Adaptive",
         "LossSecondMoment",

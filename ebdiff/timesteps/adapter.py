@@ -1,21 +1,23 @@
-"""Any sampler as guided-diffusion, improved-diffusion and DiT call theirs: `sample(n, device) -> (t, weights)`."""
+"""Any sampler in the code of others: as the object that they ask (guided-diffusion, DiT), or put into their model."""
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from ..errors import EbdiffError
 from .learned import Learned
 from .sampler import Sampler, Wrapped
 
-__all__ = ["ScheduleSampler"]
+__all__ = ["ScheduleSampler", "install"]
 
 
 class ScheduleSampler:
-    """A drop-in for what those codebases' `create_named_schedule_sampler` returns.
+    """A drop-in for what `create_named_schedule_sampler` returns in guided-diffusion, improved-diffusion and the like.
 
         schedule_sampler = ScheduleSampler(SpeeD(NoiseProfile.from_alphas_cumprod(diffusion.alphas_cumprod)))
         t, weights = schedule_sampler.sample(batch.shape[0], device)
@@ -70,3 +72,41 @@ class ScheduleSampler:
             if isinstance(sampler, Learned):
                 sampler.update(local_ts, local_losses)
             sampler = sampler.sampler
+
+
+def install(diffusion: Any, sampler: Sampler, seed: int = 0) -> None:
+    """Let a `GaussianDiffusion` of denoising_diffusion_pytorch train on a sampler's timesteps, with its weights.
+
+    Its `forward` draws timesteps uniformly and calls ``self.p_losses(images, t)``; on this instance, and on copies of
+    it, `p_losses` takes the sampler's instead. Drawing images, the state dict and `loss_weight` stay as they are.
+
+    Args:
+        diffusion: the instance, or one that has its `p_losses`, `loss_weight` and `num_timesteps`; not wrapped.
+        sampler: what to draw from.
+        seed: of the run; the same in every process.
+
+    Raises:
+        EbdiffError: it is no such thing, or has another number of timesteps.
+    """
+    missing = [name for name in ("p_losses", "loss_weight", "num_timesteps") if not hasattr(diffusion, name)]
+    if missing or diffusion.num_timesteps != sampler.T:
+        raise EbdiffError(
+            f"cannot give {type(diffusion).__name__} a sampler of {sampler.T} timesteps",
+            expected="a GaussianDiffusion of denoising_diffusion_pytorch with as many",
+            got=f"one without {', '.join(missing)}" if missing else f"{diffusion.num_timesteps} timesteps",
+            remedy="make the sampler's profile of this schedule: NoiseProfile.from_alphas_cumprod(...alphas_cumprod)",
+        )
+    diffusion._schedule_sampler = ScheduleSampler(sampler, seed)
+    diffusion.p_losses = MethodType(_p_losses, diffusion)  # a deep copy binds it to the copy
+
+
+def _p_losses(self: Any, x_start: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Its class's mean over the batch of ``loss_weight[t] * error``, at timesteps of the sampler's."""
+    t, weight = self._schedule_sampler.sample(len(x_start), x_start.device)
+    usual = self.loss_weight
+    self.loss_weight = usual.index_put((t,), usual[t] * weight.to(usual.dtype))  # the same t has the same weight
+    try:
+        loss: Tensor = type(self).p_losses(self, x_start, t, *args, **kwargs)
+    finally:
+        self.loss_weight = usual
+    return loss

@@ -1,0 +1,1 @@
+calculate_frechet_distance = None
