@@ -27,7 +27,6 @@ from ebdiff.ops import BlockMask, sparse_attention
 from ebdiff.ops.sparse_attention_ops import fallbacks
 
 ROUNDS = 11
-DENSITIES = (0.1, 0.25, 0.5)
 OURS, DENSE = "ebdiff", "dense"
 PEERS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -57,6 +56,7 @@ class Case:
 
 
 CASES = {"64_wide": Case(64, 128), "72_wide": Case(72, 64), "128_wide": Case(128, 128)}
+MEASURED = [("64_wide", 0.1), ("64_wide", 0.25), ("64_wide", 0.5), ("72_wide", 0.25), ("128_wide", 0.25)]
 
 
 def mask_of(case: Case, q: Tensor, density: float) -> BlockMask:
@@ -130,8 +130,7 @@ def forward_alone(function: Function, *inputs: Tensor) -> Tensor:
 
 
 @pytest.mark.benchmark(group="sparse attention")
-@pytest.mark.parametrize("density", DENSITIES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "density"), MEASURED)
 def test_sparse_attention(benchmark: Any, device: torch.device, report: Any, name: str, density: float) -> None:
     case = CASES[name]
     inputs = case.inputs(device)

@@ -25,6 +25,7 @@ OPTIONAL = {
 # Served by ebdiff._C where it is built, else by the plain torch beside them in ebdiff.ops.
 COMPILED_OPS = ("apply_mask_", "compact", "scatter_back_", "masked_adamw_", "channel_sums", "mask_distance")
 TRITON_OP = "group_norm_silu"
+ATTENTION_OP = "sparse_attention"  # torch's own attention on gathered blocks, on the CPU
 BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 CONTINUOUS = ("flow", "edm", "vp", "sub_vp", "ve")
 
@@ -186,9 +187,11 @@ def _gpu(index: int) -> str:
 
 
 def _served(cpu: str, cuda: str) -> list[str]:
+    gpu = "Triton" if find_spec("triton") else "reference"
     return [
         f"    {', '.join(COMPILED_OPS)}: {cpu} on the CPU, {cuda} on a GPU",
-        f"    {TRITON_OP}: {cpu} on the CPU, {'Triton' if find_spec('triton') else 'reference'} on a GPU",
+        f"    {TRITON_OP}: {cpu} on the CPU, {gpu} on a GPU",
+        f"    {ATTENTION_OP}: torch on the CPU, {gpu} on a GPU",
     ]
 
 

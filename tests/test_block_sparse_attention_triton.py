@@ -199,3 +199,16 @@ def test_the_operator_reaches_them_and_falls_back_for_float64_alone(dtype: torch
     assert operator.fallbacks == before
     run(torch.float64)
     assert operator.fallbacks - before == {"float64 on a GPU": 2}
+
+
+def test_too_little_shared_memory_leaves_it_to_the_specification(
+    kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*arguments: Any) -> None:
+        raise kernels.attention.OutOfResources(1 << 18, 1 << 17, "shared memory")
+
+    monkeypatch.setattr(kernels.attention, "forward", fails)
+    case, before = NARROW.tensors(torch.float32), operator.fallbacks.copy()
+    o = sparse_attention(*case[:3], case.mask)
+    assert operator.fallbacks - before == {"too little shared memory": 1}
+    torch.testing.assert_close(o.double(), truth_of(case)["o"], rtol=1e-5, atol=1e-5)
