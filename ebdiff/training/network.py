@@ -83,7 +83,7 @@ def _told(kind: Any, known: list[str], given: Mapping[str, Any], by: str, size: 
     # A row more for "no class": UNets count it among theirs, DiT's label embedding adds it by itself.
     wanted = {
         "labels": {"num_class_embeds": size + 1, "num_embeds_ada_norm": size},
-        "embeddings": {"cross_attention_dim": size, "caption_channels": size},
+        "embeddings": {"cross_attention_dim": size},
     }[by]
     place = {name: value for name, value in wanted.items() if name in known}
     for name, value in place.items():

@@ -27,6 +27,7 @@ from ..timesteps.region import Partition, Region
 from ..timesteps.sampler import Sampler, Stratified, Within
 from .conditions import Conditions, call_of
 from .network import build, in_channels
+from .told import check_vae, classes_of, conditions_of
 
 __all__ = ["World"]
 
@@ -72,7 +73,7 @@ class World:
                 remedy="use ragged norms, or branch_at=0",
             )
         if images and isinstance(self.data, Latents):
-            self._check_vae(self.data)
+            check_vae(self.vae, self.data)
         _ = self.plan, self.device, [Within(region, self.sampler).weights() for region in self.partition]
         shape = tuple(self.data.train.shape[1:]) if images else self.image_shape
         if shape != self.image_shape:
@@ -83,22 +84,6 @@ class World:
                 remedy="set data.size and data.channels, or the model's",
             )
         _ = images and (self.extractor, self.held_out_conditions)
-
-    def _check_vae(self, data: Latents) -> None:
-        channels, wanted, got = int(self.vae.config.latent_channels), data.test.shape[1], ""
-        if channels != wanted:
-            got = f"latents of {channels}"
-        elif data.pictures is not None:
-            made = self.to_images(data.test[:1]).shape[1:]
-            got = f"images {list(made)}" if made != data.pictures.shape[1:] else ""
-        if got:
-            size = "" if data.pictures is None else f", images {list(data.pictures.shape[1:])}"
-            raise EbdiffError(
-                f"{self.config.data.vae} did not make {data.name}",
-                expected=f"latents of {wanted} channels{size}",
-                got=got,
-                remedy="set data.vae to the VAE that did",
-            )
 
     @cached_property
     def partition(self) -> Partition:
@@ -204,36 +189,12 @@ class World:
 
     def _conditions(self, held_out: bool) -> Conditions:
         c = self.config.conditional
-        if c is None:
-            return Conditions()
-        if c.by == "low_res":
-            return Conditions(dropout=c.dropout, factor=c.factor)
-        labels = self.data.test_labels if held_out else self.data.labels
-        embeddings = self.data.test_embeddings if held_out else self.data.embeddings
-        if c.by == "labels" and labels is not None:
-            return Conditions.of_labels(labels, self.classes, c.dropout)
-        if c.by == "embeddings" and embeddings is not None:
-            return Conditions.of_embeddings(embeddings, self.data.null_embedding, c.dropout)
-        raise EbdiffError(
-            f"{self.data.name} has no {c.by}",
-            expected=f"{c.by} of training and of held-out images",
-            got="none",
-            remedy="see ebdiff.data.load_images for where they are kept, or train without conditional",
-        )
+        return Conditions() if c is None else conditions_of(c, self.data, held_out)  # without, data are not read
 
     @cached_property
     def classes(self) -> int:
-        """How many labels there are; 0 where none are told."""
-        c = self.config.conditional
-        if c is None or c.by != "labels" or self.data.labels is None:
-            return 0
-        if c.classes != "auto":
-            return c.classes
-        highest = int(self.data.labels.max())
-        if highest < 1:
-            expected, got = "at least 2 classes", f"none above {highest}"
-            raise EbdiffError(f"labels of {self.data.name}", expected=expected, got=got, remedy="check them")
-        return highest + 1
+        """How many labels the networks are told; 0 where they are told none."""
+        return classes_of(self.config.conditional, self.data)
 
     def told_about(self, numbers: Tensor) -> dict[str, Tensor]:
         """What the network is told about the held-out images of these numbers, int64 [N]."""

@@ -1,0 +1,73 @@
+"""What the networks of a run are told, out of its configuration and its data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..config import Conditional
+from ..data import Images, Latents, decode
+from ..errors import EbdiffError
+from .conditions import Conditions
+
+__all__ = ["check_vae", "classes_of", "conditions_of"]
+
+
+def conditions_of(c: Conditional, data: Images | Latents, held_out: bool) -> Conditions:
+    """What they are told about each training image, or about each held-out one.
+
+    Raises:
+        EbdiffError: the data have nothing of the kind, or labels outside the classes.
+    """
+    if c.by == "low_res":
+        return Conditions(dropout=c.dropout, factor=c.factor)
+    labels = data.test_labels if held_out else data.labels
+    embeddings = data.test_embeddings if held_out else data.embeddings
+    if c.by == "labels" and labels is not None:
+        return Conditions.of_labels(labels, classes_of(c, data), c.dropout)
+    if c.by == "embeddings" and embeddings is not None:
+        return Conditions.of_embeddings(embeddings, data.null_embedding, c.dropout)
+    raise EbdiffError(
+        f"{data.name} has no {c.by}",
+        expected=f"{c.by} of training and of held-out images",
+        got="none",
+        remedy="see ebdiff.data.load_images for where they are kept, or train without conditional",
+    )
+
+
+def classes_of(c: Conditional | None, data: Images | Latents) -> int:
+    """How many labels there are; 0 where none are told.
+
+    Raises:
+        EbdiffError: to be counted, and fewer than 2.
+    """
+    if c is None or c.by != "labels" or data.labels is None:
+        return 0
+    if c.classes != "auto":
+        return c.classes
+    highest = int(data.labels.max())
+    if highest < 1:
+        expected, got = "at least 2 classes", f"none above {highest}"
+        raise EbdiffError(f"labels of {data.name}", expected=expected, got=got, remedy="check them")
+    return highest + 1
+
+
+def check_vae(vae: Any, data: Latents) -> None:
+    """Refuse a VAE that did not make these latents, by their channels and the size of their images.
+
+    Raises:
+        EbdiffError: it did not.
+    """
+    channels, wanted, got = int(vae.config.latent_channels), data.test.shape[1], ""
+    if channels != wanted:
+        got = f"latents of {channels}"
+    elif data.pictures is not None:
+        made = decode(data.test[:1], vae, data.scaling, data.shift).shape[1:]
+        got = f"images {list(made)}" if made != data.pictures.shape[1:] else ""
+    if got:
+        size = "" if data.pictures is None else f", images {list(data.pictures.shape[1:])}"
+        raise EbdiffError(
+            f"the VAE did not make {data.name}",
+            expected=f"latents of {wanted} channels{size}",
+            got=got,
+            remedy="set data.vae to the VAE that did",
+        )
