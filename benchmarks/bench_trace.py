@@ -1,7 +1,7 @@
 """What finding and removing channels costs: trace, score, draw and shrink, next to Torch-Pruning's one step.
 
 Targets: under 1 s for google/ddpm-cifar10-32's network; under 5 s for Stable Diffusion 1.5's UNet, of which the trace
-takes under 1 s and under 100 MB.
+takes under 1 s and under 100 MB; under 2 s for the trace of every published network in benchmarks.families.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 import ebdiff
 from benchmarks import SideBySide, ddpm_cifar10, halved_by_torch_pruning
+from benchmarks.families import FULL_SIZE, build
 
 
 def stable_diffusion_unet() -> tuple[nn.Module, dict[str, Tensor]]:
@@ -123,3 +125,11 @@ def test_trace_draw_shrink_sd15(benchmark: Any, device: torch.device, report: An
         theirs()
         rows.append({"what": "torch-pruning", "seconds": theirs.median("torch-pruning")})
     report(rows, {"rounds": rounds, "trace_peak_mb": peak})
+
+
+@pytest.mark.benchmark(group="trace")
+def test_trace_full_size(benchmark: Any, device: torch.device, report: Any) -> None:
+    built = {name: build(name) for name in FULL_SIZE}
+    timing, rounds = SideBySide({name: partial(ebdiff.trace, model, **a) for name, (model, a) in built.items()}), 3
+    timing.run(benchmark, rounds)
+    report([{"what": name, "seconds": timing.median(name)} for name in built], {"rounds": rounds})
