@@ -203,8 +203,9 @@ def _adapt_attention(module: nn.Module, name: str, mask: ChannelMask) -> None:
     attn.inner_dim, attn.query_dim = attn.to_q.weight.shape
     if attn.to_k is not None:
         attn.inner_kv_dim, attn.cross_attention_dim = attn.to_k.weight.shape
-    if isinstance(attn.to_out, nn.ModuleList):
-        attn.out_dim = attn.to_out[0].weight.shape[0]
+    out = next(iter(attn.to_out.children()), None) if attn.to_out is not None else None  # none in an nn.Identity
+    if out is not None:
+        attn.out_dim = out.weight.shape[0]
     head_dim, value_dim = attn.inner_dim // attn.heads, attn.to_v.weight.shape[0] // attn.heads
     takes_its_own = type(attn.processor).__name__ == "AttnProcessor2_0"  # the others scale by a constant
     changed = head_dim != dense_head_dim or value_dim != mask.plan.shapes[value][0] // (before[0] // dense_head_dim)
