@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["confirm"]
 
 _SHARES = (0.5, 0.875, 0.625, 0.75)  # of neighbouring spaces, kept: unlike each other and their mean
+_ODD_FROM = 16  # a forward that works at multiples only (halves, even pairs) is not to pass
+_MOST_EXCEPTIONS = 4
 _MOST_CANDIDATES = 24
 _MOST_PASSES = 16  # trials, counted in dense forward passes, before whatever is in doubt is frozen
 
@@ -75,7 +77,8 @@ class _Confirmation:
         for atom, name in self.names.items():
             i = places.setdefault(re.sub(r"\d+", "", name), len(places))
             if atom in atoms and atom.length > 1:
-                kept = atom.length - 1 if self.one_short else max(1, round(_SHARES[i % 4] * atom.length))
+                kept = atom.length - 1 if self.one_short else round(_SHARES[i % 4] * atom.length)
+                kept |= atom.length >= _ODD_FROM
                 keep[name] = torch.arange(atom.length) < min(kept, atom.length - 1)
         mask = ChannelMask(self.plan, keep)
         sizes = {**self.tracer.sizes, **(extra or {})}
@@ -84,14 +87,14 @@ class _Confirmation:
     def _repair(self, deviation: Deviation) -> None:
         """Let the model pass the op at which it deviated: by integers, else by freezing."""
         at = deviation.at
-        if self.repeatable is None:
-            self.repeatable = self._try((), until=at + 1) is None
+        if self.repeatable is not False:  # first the whole of it, then as far as it matters
+            self.repeatable = self._try((), until=None if self.repeatable is None else at + 1) is None
         spent = self.trials.ops > _MOST_PASSES * len(self.tracer.calls)
         if not self.repeatable or spent:
             reason = "trials of it came to no end" if self.repeatable else "two forward passes differ: no trial tells"
             doubted = self._in_doubt()
             return self._freeze_all((atom, atom.doubt or reason) for atom in doubted or self.names)
-        call = self.tracer.calls[min(at, len(self.tracer.calls) - 1)]
+        call = self._call_at(deviation)
         candidates = list(islice(self._candidates(call), _MOST_CANDIDATES))
         together = {key: axis for extra in reversed(candidates) for key, axis in extra.items()}
         if len(candidates) > 2 and self._try(self.names, together, at + 1) == deviation:
@@ -107,6 +110,10 @@ class _Confirmation:
             if not a.keys() & b.keys() and self._try(self.names, {**a, **b}, at + 1) is None:
                 return self.tracer.sizes.update({**a, **b})
         self._blame(call, deviation)
+
+    def _call_at(self, deviation: Deviation) -> Call:
+        """The dense op at which a trial deviated; the last one where it went on."""
+        return self.tracer.calls[min(deviation.at, len(self.tracer.calls) - 1)]
 
     # Integers ---------------------------------------------------------------------------------------------------------
 
@@ -148,13 +155,26 @@ class _Confirmation:
         found = False
         for i, atom in enumerate(self._involved(call)):
             alike = [own[i] for other in self.sites[call.site] if len(own := self._involved(other)) > i] or [atom]
-            alone = self._try(set(alike), until=until)
+            alone = self._try({atom}, until=until)
             if alone is not None:
                 found = True
-                self._freeze_all((other, self._reason(call, alone)) for other in alike)
+                self._freeze_all((other, self._reason(call, alone)) for other in self._guilty(call, alike, i))
         if not found:
             suspects = self._bisected(until)
             self._freeze_all((atom, self._reason(call, deviation)) for atom in suspects)
+
+    def _guilty(self, call: Call, alike: list[Atom], index: int) -> Collection[Atom]:
+        """Those of the same space in blocks of one class that deviate there: a few by themselves, or all."""
+        rest = dict.fromkeys(alike)
+        helping = {key: axis for extra in self._candidates(call) for key, axis in extra.items()}  # others may need it
+        for _ in range(_MOST_EXCEPTIONS):
+            own = self._involved(call)
+            rest.pop(own[index] if index < len(own) else next(iter(rest)), None)
+            deviation = self._try(rest, helping) if rest else None
+            if deviation is None or self._call_at(deviation).site != call.site:
+                return [atom for atom in alike if atom not in rest]
+            call = self._call_at(deviation)
+        return alike
 
     def _bisected(self, until: int) -> list[Atom]:
         """A small group of atoms that by itself is enough to deviate."""
