@@ -1,7 +1,8 @@
-"""A model that none of us wrote: denoising_diffusion_pytorch's Unet, from PyPI."""
+"""Models that none of us wrote: those of denoising_diffusion_pytorch, from PyPI."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 import warnings
@@ -23,20 +24,28 @@ STAND_INS = {
 
 def foreign_unet(**options: Any) -> Any:
     """A Unet of denoising_diffusion_pytorch; skips the test where the package is not installed."""
+    return _module("denoising_diffusion_pytorch").Unet(**options)
+
+
+def karras_unet(kind: str = "", **options: Any) -> Any:
+    """Its KarrasUnet; `kind` is "", "1D" or "3D". Skips as above."""
+    return getattr(_module("karras_unet" + (kind and f"_{kind.lower()}")), f"KarrasUnet{kind}")(**options)
+
+
+def _module(name: str) -> ModuleType:
     missing = [n for n in ("denoising_diffusion_pytorch", "einops", "ema_pytorch") if not importlib.util.find_spec(n)]
     if missing:
         pytest.skip(f"not installed: {', '.join(missing)}")
-    added = [name for name in STAND_INS if name not in sys.modules]
+    added = [stand_in for stand_in in STAND_INS if stand_in not in sys.modules]
     try:
-        for name in added:
-            sys.modules[name] = ModuleType(name)
-        for name in added:
-            for attribute in STAND_INS[name]:
-                setattr(sys.modules[name], attribute, sys.modules.get(f"{name}.{attribute}"))
+        for stand_in in added:
+            sys.modules[stand_in] = ModuleType(stand_in)
+        for stand_in in added:
+            for attribute in STAND_INS[stand_in]:
+                setattr(sys.modules[stand_in], attribute, sys.modules.get(f"{stand_in}.{attribute}"))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            from denoising_diffusion_pytorch.denoising_diffusion_pytorch import Unet
+            return importlib.import_module(f"denoising_diffusion_pytorch.{name}")
     finally:  # diffusers would take them for the real ones
-        for name in added:
-            del sys.modules[name]
-    return Unet(**options)
+        for stand_in in added:
+            del sys.modules[stand_in]

@@ -11,8 +11,8 @@ import foreign_nets as nets
 import foreign_widths as widths
 import pytest
 import torch
-from foreign import foreign_unet
-from laws import assert_comes_back, assert_law, assert_trains, random_keep
+from foreign import foreign_unet, karras_unet
+from laws import assert_comes_back, assert_law, assert_trains, random_keep, thinnest
 from test_law import random_mask
 from torch import nn
 from unets import scatter
@@ -124,12 +124,40 @@ def test_what_a_hidden_layer_returns_stays_whole() -> None:
 
 def test_denoising_diffusion_pytorch() -> None:
     model = scatter(foreign_unet(dim=8, dim_mults=(1, 2), resnet_block_groups=4)).double().eval()
-    arguments = {
-        "x": torch.randn(2, 3, 8, 8, dtype=torch.float64),
-        "time": torch.tensor([3.0, 7.0], dtype=torch.float64),
-    }
+    time = torch.tensor([3.0, 7.0], dtype=torch.float64)
+    arguments = {"x": torch.randn(2, 3, 8, 8, dtype=torch.float64), "time": time}
     plan = ebdiff.trace(model, **arguments)
-    for seed in range(3):
+    assert_removable(plan, 0.95)
+    for seed in range(2):
         assert_law(model, arguments, random_keep(plan, seed))
     assert_law(model, arguments, random_mask(plan, 4, norm="balanced"))
     assert_trains(model, arguments, random_mask(plan, 5))
+
+
+@pytest.mark.parametrize(("kind", "shape"), [("", (2, 4, 8, 8)), ("3D", (2, 4, 2, 8, 8))])
+def test_magnitude_preserving_unets(kind: str, shape: tuple[int, ...]) -> None:
+    """EDM2's: the convolutions normalise their weights, and concatenations are weighed by their widths, which stay."""
+    size: dict[str, Any] = {"frames": 2} if kind else {}
+    small = {
+        "image_size": 8,
+        "dim": 8,
+        "dim_max": 16,
+        "num_downsamples": 1,
+        "num_blocks_per_stage": 1,
+        "fourier_dim": 4,
+    }
+    model = karras_unet(kind, **size, **small, attn_res=(4,), attn_dim_head=4)
+    model = scatter(model).double().eval()
+    time = torch.tensor([3.0, 7.0], dtype=torch.float64)
+    arguments = {"x": torch.randn(shape, dtype=torch.float64), "time": time}
+    plan = ebdiff.trace(model, **arguments)
+    assert_removable(plan, 0.85)
+    assert any("MPCat" in axis.reason for axis in plan.frozen)
+    for seed in range(2):
+        assert_law(model, arguments, random_keep(plan, seed))
+
+
+def assert_removable(plan: ebdiff.ChannelPlan, share: float) -> None:
+    """At least this share of the parameters goes where one index of every space is kept."""
+    least = thinnest(plan, ("channel", "head", "head_dim", "residual"))
+    assert 1 - plan.parameters(least) / plan.parameters() >= share, str(plan)
