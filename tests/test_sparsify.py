@@ -226,7 +226,7 @@ def test_torchs_own_encoder_layer_uses_the_mask_also_without_gradients(train):
 
 
 @pytest.mark.parametrize("family", ["SD1.5 UNet", "Flux"])
-def test_copies_compile_and_checkpointing_keep_the_masks(family):
+def test_copies_and_checkpointing_keep_the_masks(family):
     model, arguments = families.build(family, torch.float32)
     sizes = attention_of(model, arguments)
     sparsify(model, {name: random_blocks(*each, seed=1) for name, each in sizes.items()}, ALWAYS)

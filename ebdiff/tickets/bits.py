@@ -87,12 +87,14 @@ class BitHistory:
 
     def heatmap(self, corrected: bool = False) -> tuple[tuple[int, ...], Tensor]:
         """(steps, float64 [n, n]): the distances between all pairs of masks, the first mask included."""
-        packed = self.state_dict()["bits"].numpy()
-        kept = torch.from_numpy(np.unpackbits(packed, axis=1, count=self._size)).double()
-        both = kept.sum(1)[:, None] + kept.sum(1)
-        share = (both - 2 * kept @ kept.T) / max(self._size, 1)
+        rows, size = self.state_dict()["bits"], max(self._size, 1)
+        share = torch.zeros(len(rows), len(rows), dtype=torch.float64)
+        for i in range(len(rows) if self._size else 0):  # row by row: of blocks of attention, one may be megabytes
+            share[i] = mask_distance(rows, i) / size
+        kept = torch.tensor([int(_ONES[row].sum()) for row in rows.numpy()], dtype=torch.float64)
+        both = kept[:, None] + kept
         if corrected:
-            removed = 1 - both / (2 * max(self._size, 1))
+            removed = 1 - both / (2 * size)
             chance = 2 * removed * (1 - removed)
             share = torch.where(chance > 1e-12, share / chance.clamp_min(1e-12), 0.0)
         return self.steps, share
