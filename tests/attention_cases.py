@@ -23,8 +23,8 @@ class Case(NamedTuple):
         tokens: of queries, of keys.
         width: head_dim of q and k; of v where it is another.
         heads: of q; of k and v.
-        density: the share of blocks that are kept; the first row and the last column of the first head never are, but
-            where everything is.
+        density: the share of blocks that are kept. Of the first head the first row and the first column never are, and
+            the last block of the last row is: but for densities of 0 and 1.
         per_sample: a mask for each sample.
         size: of the numbers in q, k and v.
         laid: "heads" as [B, H, S, D], "tokens" as [B, S, H, D], "fused" as a third of [B, S, H, 3, D].
@@ -48,8 +48,9 @@ class Case(NamedTuple):
         blocks = [-(-length // self.block) for length in self.tokens]
         made = torch.Generator().manual_seed(1)
         kept = torch.rand(self.samples if self.per_sample else 1, self.heads[0], *blocks, generator=made) < self.density
-        if self.density < 1:
-            kept[:, 0, 0], kept[:, 0, :, -1] = False, False
+        if 0 < self.density < 1:
+            kept[:, 0, 0], kept[:, 0, :, 0] = False, False
+            kept[:, 0, -1, -1] = True
         return BlockMask(kept, self.block, *self.tokens)
 
     def tensors(self, dtype: torch.dtype, device: str = "cpu") -> Tensors:

@@ -44,10 +44,6 @@ class Variant(NamedTuple):
     shared: int = 8
     tokens: int = 4096
 
-    @property
-    def is_aligned(self) -> bool:
-        return self.width * self.dtype.itemsize % 16 == 0
-
     def pattern(self) -> Pattern:
         blocks = -(-self.tokens // self.block)
         rows = torch.empty(8 * blocks + 1, dtype=torch.int32, device="meta")
@@ -98,16 +94,13 @@ def test_compiled_kernels(name: str, architecture: int) -> None:
     found = everything(name, architecture)
     assert len(found) == 4
     for kernel, (launch, made) in found.items():
-        # ptxas may park two numbers to fit twice as many programs; where rows are not aligned it does.
-        allowed = SPILLS.get((name, kernel, architecture), 0 if variant.is_aligned else 8)
-        assert made.stack <= allowed, f"{kernel} spills {made.stack} bytes"
+        assert made.stack <= SPILLS.get((name, kernel, architecture), 0), f"{kernel} spills {made.stack} bytes"
         assert ".f64" not in made.ptx, kernel
         assert ".tf32" not in made.ptx, kernel
         assert not re.search(r"\b(atom|red)\.", made.ptx), kernel
-        if variant.is_aligned:
-            assert made.loads > 0, kernel
-            assert kernel == "delta_kernel" or made.copies > 0, kernel
-            assert kernel == "delta_kernel" or made.stores > 0, kernel
+        assert made.loads > 0, kernel
+        assert kernel == "delta_kernel" or made.copies > 0, kernel
+        assert kernel == "delta_kernel" or made.stores > 0, kernel
         if kernel != "delta_kernel" and variant.dtype != FP32:
             rows = launch.constants["TN" if kernel == "dkdv_kernel" else "TM"]
             assert made.matrix[MATRIX[architecture] if rows >= 64 else "HMMA"] > 0, f"{kernel}: {made.matrix}"

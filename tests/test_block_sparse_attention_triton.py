@@ -66,7 +66,7 @@ CASES = {
     "one token": Case((1, 1), 8, density=1.0, **ONE),
     "everything kept": Case((40, 33), 48, density=1.0, **ONE),
     "nothing kept": Case((20, 20), 16, density=0.0, **ONE),
-    "laid out by tokens": Case((20, 33), 40, laid="tokens", samples=1),
+    "laid out by tokens, a mask for all samples": Case((20, 33), 40, laid="tokens", heads=(1, 1)),
     "thirds of wider tensors": Case((20, 33), 24, laid="fused", samples=1),
 }
 NARROW = Case((40, 33), 24, samples=1)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .native_cpu import NotTaken, is_lazy
 from .sparse_attention_reference import Gradients, Pattern, result_like
@@ -24,10 +25,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float) -> 
     Raises:
         NotTaken: float64, lazily negated memory, or a GPU with too little shared memory for this head_dim.
     """
-    q, k, v = _readable(q, k, v)
     o, log_sum = result_like(q, v), q.new_empty(q.shape[:3], dtype=torch.float32)
-    _launch("forward", q, k, v, o, log_sum, pattern, scale)
-    return o, log_sum
+    q, k, v = _readable(q, k, v)
+    written = o if _is_aligned(o) else result_like(q, v)
+    _launch("forward", q, k, v, written, log_sum, pattern, scale)
+    return _delivered(written, o), log_sum
 
 
 def backward(
@@ -41,14 +43,11 @@ def backward(
     """
     both = needs[1] or needs[2]  # of k and v one program makes the gradients
     wanted = [torch.empty_like(t) if need else None for t, need in zip((q, k, v), (needs[0], both, both), strict=True)]
-    written = [None if t is None or _is_dense(t) else t.new_empty(t.shape) for t in wanted]
-    out = tuple(t if t is None or w is None else w for t, w in zip(wanted, written, strict=True))
+    written = [t if t is None or _is_aligned(t) else t.new_empty((*t.shape[:3], _wide(t))) for t in wanted]
     do, q, k, v, o = _readable(do, q, k, v, o)
-    _launch("backward", do, q, k, v, o, log_sum.contiguous(), out, pattern, scale)
-    for tensor, buffer in zip(wanted, written, strict=True):
-        if tensor is not None and buffer is not None:
-            tensor.copy_(buffer)
-    return tuple(tensor if need else None for tensor, need in zip(wanted, needs, strict=True))
+    _launch("backward", do, q, k, v, o, log_sum.contiguous(), tuple(written), pattern, scale)
+    found = [w if w is None or t is None else _delivered(w, t) for w, t in zip(written, wanted, strict=True)]
+    return tuple(tensor if need else None for tensor, need in zip(found, needs, strict=True))
 
 
 def _launch(direction: str, x: Tensor, *arguments: Any) -> None:
@@ -65,13 +64,27 @@ def _triton() -> Any:
 
 
 def _readable(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """With channels that lie contiguous, copied only where they do not."""
+    """Copied, with zeros behind, where a token does not begin at a multiple of 16 bytes or its channels lie apart."""
     if tensors[0].dtype == torch.float64:
         raise NotTaken("float64 on a GPU")
     if is_lazy(tensors):
         raise NotTaken("lazily negated memory")
-    return tuple(tensor if _is_dense(tensor) else tensor.contiguous() for tensor in tensors)
+    return tuple(t if _is_aligned(t) else F.pad(t, (0, _wide(t) - t.shape[-1])).contiguous() for t in tensors)
 
 
-def _is_dense(tensor: Tensor) -> bool:
-    return tensor.stride(-1) == 1 or tensor.shape[-1] == 1
+def _is_aligned(tensor: Tensor) -> bool:
+    size = tensor.element_size()
+    apart = (stride * size % 16 for stride, count in zip(tensor.stride()[:-1], tensor.shape, strict=False) if count > 1)
+    return (
+        tensor.stride(-1) == 1 and _wide(tensor) == tensor.shape[-1] and tensor.data_ptr() % 16 == 0 and not any(apart)
+    )
+
+
+def _wide(tensor: Tensor) -> int:
+    """Channels, filled up to a multiple of 16 bytes."""
+    unit = 16 // tensor.element_size()
+    return -(-tensor.shape[-1] // unit) * unit
+
+
+def _delivered(written: Tensor, result: Tensor) -> Tensor:
+    return result if written is result else result.copy_(written[..., : result.shape[-1]])
