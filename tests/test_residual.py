@@ -160,6 +160,24 @@ def test_a_norm_in_the_middle_of_a_forward_is_frozen() -> None:
     assert {axis.name: axis.reason for axis in plan.frozen}["0.a.weight[0]"].startswith("reduced by mean in 0 (Inline)")
 
 
+def test_a_norm_that_is_called_in_two_ways_is_frozen_in_both() -> None:
+    """It has no weights that would tie the two axes; one of its calls is not followed."""
+
+    class Twice(nn.Module):
+        def __init__(self, keyword: bool) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.d = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+            self.norm, self.keyword = nn.LayerNorm(6, elementwise_affine=False), keyword
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.b(self.norm(self.a(x)))
+            y: Tensor = self.d(self.c(self.norm(input=h) if self.keyword else h))
+            return y
+
+    assert "a" in {space.name for space in ebdiff.trace(Twice(False), torch.randn(3, 4))}
+    assert [space.name for space in ebdiff.trace(Twice(True), torch.randn(3, 4))] == ["c"]
+
+
 def test_captions_are_viewed_at_the_width_of_the_stream() -> None:
     """`view(.., -1, hidden_states.size(-1))` ties their width to the stream's; PixArt and Sana do the same."""
     torch.manual_seed(0)

@@ -52,6 +52,7 @@ class Statistics:
         self.tracer = tracer
         self.running: list[_Call] = []
         self.calls: dict[str, list[_Call]] = {}
+        self.refused: set[str] = set()  # modules of which some call is no norm
         self.sums: list[Axis] = []
         for module in tracer.model.modules():
             if self._may_be_norm(module):
@@ -86,10 +87,13 @@ class Statistics:
             clear(output)
         else:
             call.give_up()
+            self.refused.add(self.tracer.names[id(module)])
 
     def over(self, axis: Axis, reason: str) -> None:
         """A reduction over an axis: it is frozen where no module can take it over the kept channels alone."""
         call = self.running[-1] if self.running else None
+        if call is not None and call.inputs is None:
+            self.refused.add(self.tracer.names[id(call.module)])
         if call is None or call.inputs is None:
             return freeze(axis, reason)
         own = {atom for of_input in call.inputs for atom in leaves(of_input)}
@@ -109,6 +113,9 @@ class Statistics:
 
     def norms(self) -> list[Norm]:
         """The modules found, each with the parameters along which its axes lie; freezes what lies along none."""
+        for name in self.refused & self.calls.keys():
+            for call in self.calls.pop(name):
+                call.give_up()
         lying: dict[Axis, list[tuple[str, int]]] = {}
         for parameter, tensor in self.tracer.parameters.items():
             for dim, axis in enumerate(self.tracer.labels(tensor)):
