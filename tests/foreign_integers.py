@@ -128,12 +128,32 @@ class OfTheParent(nn.Module):
         return self.inner(x, self.num_heads)
 
 
-HONEST: list[type[nn.Module]] = [Namesakes, InTuple, InList, OnObject, ByWidth, Both, OfTheParent]
+class Lazy(Attention):
+    """The number is found out in the first forward pass, and remembered."""
+
+    def remember(self) -> None:
+        self.count: int | None = None
+
+    def heads(self, x: Tensor) -> int:
+        if self.count is None:
+            self.count = self.qkv.out_features // (3 * HEAD_DIM)
+        return self.count
+
+
+HONEST: list[type[nn.Module]] = [Namesakes, InTuple, InList, OnObject, ByWidth, Both, OfTheParent, Lazy]
 
 
 class Literal(Attention):
     def heads(self, x: Tensor) -> int:
         return HEADS
+
+
+class Absorbed(Literal):
+    """The view takes the missing heads out of head_dim, which stays whole, and no scale gives that away."""
+
+    def scale(self, q: Tensor) -> float:
+        q[..., ::2]
+        return 0.5
 
 
 class Squared(Attention):
@@ -174,7 +194,7 @@ class WeighedByTensor(Weighed):
         return Attention.forward(self, x) / torch.tensor(float(self.num_heads))
 
 
-LYING: list[type[nn.Module]] = [Literal, Squared, InDictionary, Weighed, WeighedByTensor]
+LYING: list[type[nn.Module]] = [Literal, Absorbed, Squared, InDictionary, Weighed, WeighedByTensor]
 
 
 class Blocks(nn.Module):

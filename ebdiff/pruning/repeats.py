@@ -81,9 +81,7 @@ def state_of_block(module: nn.Module) -> tuple[Any, ...]:
             tuple(inner._modules),
             tuple((key, None if t is None else tuple(t.shape)) for key, t in inner._parameters.items()),
             tuple((key, None if t is None else tuple(t.shape)) for key, t in inner._buffers.items()),
-            tuple(
-                (key, _told(value, 3)) for key, value in vars(inner).items() if key not in _UNTOLD and key != "forward"
-            ),
+            tuple((key, _told(value, 3)) for key, value in vars(inner).items() if key not in _UNTOLD),
             inner.training,
         )
         for inner in module.modules()
