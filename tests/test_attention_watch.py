@@ -49,7 +49,7 @@ def test_the_mass_of_two_heads_by_hand():
 @pytest.mark.parametrize("held", [1, 1 << 12, 1 << 24])
 @pytest.mark.parametrize("kind", ["plain", "bool", "added", "causal", "scale", "shared keys"])
 def test_the_mass_is_that_of_torchs_attention_however_it_is_cut(held, kind, monkeypatch):
-    monkeypatch.setattr(module, "_HELD", held)
+    monkeypatch.setattr(module, "_HELD", {"cpu": held, "cuda": held})
     torch.manual_seed(0)
     keys = 2 if kind == "shared keys" else 4
     q, k = torch.randn(2, 4, 70, 8), torch.randn(2, keys, 70 if kind == "causal" else 37, 8)

@@ -15,7 +15,7 @@ from .bits import BitHistory
 
 __all__ = ["Attention", "BlockHistory", "Grid", "attention_mass", "union"]
 
-_HELD = 1 << 24  # scores that are in memory at a time
+_HELD = {"cpu": 1 << 20, "cuda": 1 << 24}  # scores that are in memory at a time: on the CPU, in its cache
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,8 @@ def attention_mass(
     k_len = key.shape[-1]
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     mask = None if mask is None else mask.expand(*torch.broadcast_shapes(mask.shape, (q_len, k_len)))
-    rows = max(1, _HELD // (samples * heads * block * k_len)) * block
+    held = _HELD.get(query.device.type, _HELD["cuda"])
+    rows = max(1, held // (samples * heads * block * k_len)) * block
     found = []
     for start in range(0, q_len, rows):
         part = slice(start, min(start + rows, q_len))
