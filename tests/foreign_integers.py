@@ -148,8 +148,14 @@ class Literal(Attention):
         return HEADS
 
 
-class Absorbed(Literal):
-    """The view takes the missing heads out of head_dim, which stays whole, and no scale gives that away."""
+class Absorbed(Attention):
+    """Of two heads: a view takes a missing one out of head_dim, which stays whole, and no scale gives that away."""
+
+    def remember(self) -> None:
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * 2 * HEAD_DIM), nn.Linear(2 * HEAD_DIM, WIDTH)
+
+    def heads(self, x: Tensor) -> int:
+        return 2
 
     def scale(self, q: Tensor) -> float:
         q[..., ::2]
@@ -194,7 +200,7 @@ class WeighedByTensor(Weighed):
         return Attention.forward(self, x) / torch.tensor(float(self.num_heads))
 
 
-LYING: list[type[nn.Module]] = [Literal, Absorbed, Squared, InDictionary, Weighed, WeighedByTensor]
+LYING: list[type[nn.Module]] = [Literal, Squared, InDictionary, Weighed, WeighedByTensor]
 
 
 class Blocks(nn.Module):
