@@ -5,7 +5,7 @@
 
 `# ebdiff` marks all that was added or changed, `# was:` what stood there. The Trainer stops after a quarter of the
 steps; its network, optimizer and EMA are cut down to the ticket where they are; and it goes on, draws and saves as
-ever. With several processes, `trainer.model = trainer.accelerator.prepare(ddpm)` belongs before it goes on.
+ever. To `trainer.load` that in a later run, keep the ticket (`ticket.save(folder)`) and cut down to it first.
 """
 
 import argparse
@@ -30,8 +30,8 @@ def main() -> None:
     unet = Unet(dim=args.dim, dim_mults=(1, 2, 4))
     ddpm = GaussianDiffusion(unet, image_size=args.size, sampling_timesteps=20)
     timesteps.install(ddpm, Stratified(SpeeD(NoiseProfile.from_alphas_cumprod(ddpm.alphas_cumprod))))  # ebdiff
-    plan = trace(unet, torch.zeros(1, 3, args.size, args.size), torch.tensor([0]))  # ebdiff
-    watch = EarlyBird(unet, plan, ratios=[0.5], window=args.steps // 8 or 1)  # ebdiff
+    plan = trace(ddpm, torch.zeros(1, 3, args.size, args.size))  # ebdiff
+    watch = EarlyBird(ddpm, plan, ratios=[0.5], window=args.steps // 8 or 1)  # ebdiff
     trainer = Trainer(
         ddpm,
         args.images,
@@ -46,7 +46,7 @@ def main() -> None:
     trainer.opt.optimizer.register_step_post_hook(lambda *_: watch.step())  # ebdiff
     trainer.train()
     print(ticket := watch.finish()[0.5])  # ebdiff
-    accelerate(shrink_(unet, ticket, optimizer=trainer.opt, ema=trainer.ema.ema_model.model))  # ebdiff
+    accelerate(shrink_(ddpm, ticket, optimizer=trainer.opt, ema=trainer.ema))  # ebdiff
     trainer.train_num_steps = args.steps  # ebdiff
     trainer.train()  # ebdiff
     trainer.save("last")

@@ -172,3 +172,10 @@ def test_a_router_is_loaded_like_any_network(small: UNet2DModel, tmp_path: Path)
     ebdiff.save(router, tmp_path)
     x, t = inputs(small)[0]
     assert torch.equal(ebdiff.load(tmp_path)(x, t).sample, router(x, t).sample)
+
+
+def test_a_class_that_is_gone_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ebdiff.save(Ours(4), tmp_path)
+    monkeypatch.delattr(sys.modules[__name__], "Ours")
+    with pytest.raises(ebdiff.EbdiffError, match=r"has no Ours: .* define or import Ours in"):
+        ebdiff.load(tmp_path)

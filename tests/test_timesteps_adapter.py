@@ -14,16 +14,17 @@ from ebdiff.timesteps import ScheduleSampler, install
 
 
 class GaussianDiffusion(nn.Module):
-    """As in denoising_diffusion_pytorch, with the identity for a network."""
+    """As in denoising_diffusion_pytorch."""
 
     def __init__(self, T: int = 10) -> None:
         super().__init__()
         self.num_timesteps, self.seen = T, list[Tensor]()
+        self.model = nn.Sequential(nn.Linear(3, 4), nn.SiLU(), nn.Linear(4, 3))
         self.register_buffer("loss_weight", torch.arange(1.0, T + 1))
 
     def p_losses(self, x_start: Tensor, t: Tensor, power: int = 1) -> Tensor:
         self.seen.append(t)
-        return (x_start.abs().pow(power).mean(1) * self.loss_weight[t]).mean()
+        return (self.model(x_start).abs().pow(power).mean(1) * self.loss_weight[t]).mean()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self.p_losses(x, torch.randint(0, self.num_timesteps, (len(x),)), *args, **kwargs)
@@ -43,7 +44,7 @@ def test_its_loss_is_that_of_the_samplers_timesteps_and_weights() -> None:
         t, weight = expected.sample(64, "cpu")
         loss = diffusion(x, power=2)
         assert torch.equal(diffusion.seen[-1], t)
-        torch.testing.assert_close(loss, (x.square().mean(1) * (t + 1) * weight).mean())
+        torch.testing.assert_close(loss, (diffusion.model(x).square().mean(1) * (t + 1) * weight).mean())
         assert diffusion.state_dict().keys() == before.keys()
         assert torch.equal(diffusion.loss_weight, before["loss_weight"])
 
@@ -54,6 +55,14 @@ def test_a_copy_is_itself_and_draws_for_itself() -> None:
     average = copy.deepcopy(diffusion)
     average(torch.randn(4, 3))
     assert (len(average.seen), len(diffusion.seen)) == (1, 0)
+    assert diffusion._schedule_sampler.calls == 0
+
+
+def test_it_is_traced_whole_and_that_is_no_step() -> None:
+    diffusion = GaussianDiffusion()
+    install(diffusion, speed())
+    plan = ebdiff.trace(diffusion, torch.zeros(1, 3))
+    assert [(space.name, space.size) for space in plan] == [("model.0", 4)]
     assert diffusion._schedule_sampler.calls == 0
 
 

@@ -85,7 +85,15 @@ def _find(path: str) -> Any:
         )
     found: Any = sys.modules[module]
     for part in qualname.split("."):
-        found = getattr(found, part)
+        found = getattr(found, part, None)
+    if found is None:
+        script = "the script that is run now; better, keep it in a module, import that, and save the network again"
+        raise EbdiffError(
+            f"{module} has no {qualname}",
+            expected="the class where it stood when the network was saved",
+            got="nothing by this name",
+            remedy=f"define or import {qualname} in {script if module == '__main__' else module}",
+        )
     home = (getattr(found, "__module__", None) or "").split(".")[0]
     if root in _FORBIDDEN or home not in (root, *_TRUSTED):  # not through torch.os.system either
         raise EbdiffError(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import EbdiffError
 from .learned import Learned
@@ -102,6 +103,9 @@ def install(diffusion: Any, sampler: Sampler, seed: int = 0) -> None:
 
 def _p_losses(self: Any, x_start: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Its class's mean over the batch of ``loss_weight[t] * error``, at timesteps of the sampler's."""
+    if isinstance(x_start, FakeTensor):  # traced: no step of training
+        traced: Tensor = type(self).p_losses(self, x_start, t, *args, **kwargs)
+        return traced
     t, weight = self._schedule_sampler.sample(len(x_start), x_start.device)
     usual = self.loss_weight
     self.loss_weight = usual.index_put((t,), usual[t] * weight.to(usual.dtype))  # the same t has the same weight
