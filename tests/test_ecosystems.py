@@ -124,6 +124,7 @@ def test_a_network_of_ones_own_is_saved_small(main: Main, tmp_path: Path) -> Non
     assert small(torch.randn(1, 1, 16, 16), torch.tensor([3])).isfinite().all()
 
 
+@pytest.mark.slow
 def test_the_trainer_draws_and_saves_a_small_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ema_pytorch")
     if not importlib.util.find_spec("torchvision"):
