@@ -171,6 +171,8 @@ class _Confirmation:
             own = self._involved(call)
             rest.pop(own[index] if index < len(own) else next(iter(rest)), None)
             deviation = self._try(rest, helping) if rest else None
+            if deviation is not None and self._call_at(deviation).site != call.site:  # no help: it fails elsewhere
+                deviation = self._try(rest)
             if deviation is None or self._call_at(deviation).site != call.site:
                 return [atom for atom in alike if atom not in rest]
             call = self._call_at(deviation)
