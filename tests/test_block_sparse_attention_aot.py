@@ -26,9 +26,10 @@ from ebdiff.ops.sparse_attention_reference import Pattern
 TABLE = Path(__file__).with_suffix(".json")
 # Instructions of tensor cores, where the rows of a tile fill those of an architecture.
 MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
-# Bytes that a kernel spills on an architecture: two numbers that ptxas parks, to fit more programs.
+# Bytes that a kernel spills on an architecture, with some versions of Triton: two numbers that ptxas parks.
 SPILLS = {
     ("head_dim 64, blocks of 64, shorter last ones, keys for several heads", "dkdv_kernel", 100): 8,
+    ("head_dim 88, blocks of 128", "dkdv_kernel", 80): 8,
     ("float32, head_dim 256", "dq_kernel", 80): 8,
 }
 
