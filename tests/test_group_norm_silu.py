@@ -33,6 +33,13 @@ HARD = {
     "removed": {"shape": (2, 40, 13), "groups": [0, 8, 9, 25, 40], "keep": [0, 8, 9, 24, 30, 39]},
     "an emptied group": {"shape": (2, 9, 5, 5), "groups": 3, "keep": [3, 4, 5]},
     "first positions unlike the others": {"shape": (1, 4, 100, 400), "groups": 2, "first": 1000.0, "only": ()},
+    "long sums, mostly of their first terms": {
+        "shape": (1, 4, 100, 400),
+        "groups": 2,
+        "first": 1000.0,
+        "only": SMALL[:4],
+        "draw": 4,
+    },
     "one pixel": {"shape": (4, 24, 1, 1), "groups": 3},
     "vectors": {"shape": (5, 24), "groups": 3},
     "one channel per group": {"shape": (2, 8, 11, 3), "groups": 8},
@@ -82,6 +89,18 @@ def test_constant_channels(dtype: torch.dtype) -> None:
     assert torch.equal(y, case.small["bias"][:, None, None].expand_as(y))
     assert all(gradient.isfinite().all() for gradient in gradients)
     assert not gradients[1].any()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+@pytest.mark.parametrize("place", [0, 500])
+def test_a_value_whose_square_is_infinite_leaves_its_group_the_bias(place: int, layout: str) -> None:
+    """The mean is still finite, though it is far from all values: no sum of deviations may be lost to infinity."""
+    case = Case((2, 6, 30, 31), 3, only=("weight", "bias"), silu=False)
+    case.x.view(2, 6, -1)[0, 0, place] = 3e38
+    case.x = LAYOUTS[layout](case.x)
+    y = case.ours(case.x, case.small)
+    assert torch.equal(y[0, :2], case.small["bias"][:2, None, None].expand(2, 30, 31))
+    assert y.isfinite().all()
 
 
 # Every layout, every combination of arguments, every number of threads ------------------------------------------------

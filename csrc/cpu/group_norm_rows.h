@@ -10,7 +10,7 @@ constexpr int kStrip = 4;       // rows that are worked on together, a vector of
 constexpr int64_t kTile = 512;  // channels of a strip
 constexpr int64_t kRows = 32;   // added up in float32 before they go to float64
 constexpr int64_t kRun = 8192;  // elements added up in float32, in 64 lanes, before they go to float64
-constexpr int64_t kShortRun = 1024;  // in 16 lanes
+constexpr int64_t kShortRun = 256;  // in 16 lanes
 
 template <bool First, class A, class B>
 struct Either {

@@ -240,9 +240,11 @@ struct Total {
   EBDIFF_HD double value() const {
     C lanes[kCount];
     __builtin_memcpy(lanes, parts, sizeof lanes);
+    double sums[kCount];  // wide, so that no sum of theirs is too large
+    for (int j = 0; j < kCount; ++j) sums[j] = double(lanes[j]);
     for (int width = kCount / 2; width > 0; width /= 2)
-      for (int j = 0; j < width; ++j) lanes[j] += lanes[j + width];
-    return double(lanes[0]);
+      for (int j = 0; j < width; ++j) sums[j] += sums[j + width];
+    return sums[0];
   }
 };
 
