@@ -129,6 +129,18 @@ def test_a_state_dict_is_a_copy_and_another_samplers_is_refused() -> None:
             sampler.load_state_dict(wrong)
 
 
+@pytest.mark.parametrize("t", [-21, -5, -1, 20, 400])
+@pytest.mark.parametrize("schedule", [20, NoiseProfile.from_alphas_cumprod(torch.linspace(0.99, 0.01, 20))])
+def test_what_is_no_timestep_is_refused_and_nothing_learned(schedule: NoiseProfile | int, t: int) -> None:
+    samplers: list[Learned] = [LossSecondMoment(schedule)]
+    samplers += [] if isinstance(schedule, int) else [Adaptive(schedule)]
+    for sampler in samplers:
+        before = sampler.state_dict()
+        with pytest.raises(EbdiffError, match="no timestep"):
+            sampler.update(torch.tensor([3, t]), torch.ones(2))
+        assert all(torch.equal(tensor, before[name]) for name, tensor in sampler.state_dict().items())
+
+
 def test_a_region_of_it_trains_what_the_priors_region_would() -> None:
     prior = Weighted(Uniform(LINEAR), torch.linspace(1, 2, 1000))
     sampler = taught(Adaptive(LINEAR, prior), torch.linspace(5, 0.1, 1000))

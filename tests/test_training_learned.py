@@ -117,3 +117,10 @@ def test_what_another_has_learned_is_refused_and_nothing_changes(tmp_path: Path)
     plain = TrainState.begin(net(), CONFIG)
     plain.restore(whole(checkpoints))
     assert plain.step == 2
+
+
+def test_what_is_learned_lies_where_the_model_does_from_the_first_draw_on() -> None:
+    """Another device rounds otherwise: a run that goes on would begin with a draw that the whole one had not."""
+    sampler = adaptive()
+    begin(sampler).to(torch.device("meta"))
+    assert {tensor.device.type for tensor in sampler.state.tensors.values()} == {"meta"}

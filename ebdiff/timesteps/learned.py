@@ -79,7 +79,8 @@ class Learned(Wrapped):
             losses: [B], each sample's loss, without its weight.
 
         Raises:
-            EbdiffError: unless both have one entry per sample.
+            EbdiffError: unless both have one entry per sample; on the CPU, for what is no timestep. Nothing is learned
+                then.
         """
         if t.dim() != 1 or t.shape != losses.shape:
             raise EbdiffError(
@@ -91,9 +92,17 @@ class Learned(Wrapped):
         losses = losses.detach()
         self.state.to(losses.device)
         cell = t.to(losses.device) if self.profile is None else self.profile.cells(t.to(losses.device))
-        self.state.updates += 1
         everyone = of_all_ranks(torch.stack([cell.to(torch.float64), losses.to(torch.float64)]))
-        self.state.version += self.learn(everyone[:, 0].flatten().long(), everyone[:, 1].flatten())
+        cell = everyone[:, 0].flatten().long()
+        if cell.is_cpu and not torch.equal(cell, cell.clamp(0, self.T - 1)):
+            raise EbdiffError(
+                "losses of what is no timestep",
+                expected=f"t in [0, {self.T})",
+                got=f"{int(cell.min())} to {int(cell.max())}",
+                remedy="pass t as the sampler drew it",
+            )
+        self.state.updates += 1
+        self.state.version += self.learn(cell, everyone[:, 1].flatten())
 
     def state_dict(self) -> dict[str, Tensor]:
         """What has been learned, the same on all ranks, on the CPU. Waits for the device."""

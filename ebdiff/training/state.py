@@ -96,6 +96,8 @@ class TrainState:
         """Move everything to a device, in place."""
         self.model.to(device)
         self.ema.to(device)
+        if self.learner is not None:  # before the first draw, which is to be the same after a checkpoint
+            self.learner.state.to(device)
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 state = self.optimizer.state.get(parameter, {})
