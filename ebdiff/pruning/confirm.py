@@ -170,10 +170,13 @@ class _Confirmation:
         for _ in range(_MOST_EXCEPTIONS):
             own = self._involved(call)
             rest.pop(own[index] if index < len(own) else next(iter(rest)), None)
-            deviation = self._try(rest, helping) if rest else None
-            if deviation is not None and self._call_at(deviation).site != call.site:  # no help: it fails elsewhere
-                deviation = self._try(rest)
-            if deviation is None or self._call_at(deviation).site != call.site:
+            deviation = self._try(rest) if rest else None
+            if deviation is None:
+                return [atom for atom in alike if atom not in rest]
+            if self._call_at(deviation).site != call.site:
+                return alike
+            helped = self._try(rest, helping, deviation.at + 1) if helping else deviation
+            if helped is None:
                 return [atom for atom in alike if atom not in rest]
             call = self._call_at(deviation)
         return alike
