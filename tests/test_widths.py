@@ -49,6 +49,13 @@ def test_a_module_stands_for_every_space_its_layers_make() -> None:
     assert widths(ChannelMask.draw(scores, plan=plan, ratio={"two": 0.3})) == {"one.a": 10, "one.b": 7, "two.a": 7}
 
 
+def test_a_transposed_convolution_makes_its_outputs() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ConvTranspose2d(8, 6, 3), nn.GroupNorm(2, 6), nn.Conv2d(6, 4, 1))
+    plan = ebdiff.trace(model, torch.randn(1, 3, 4, 4))
+    mask = ChannelMask.draw(ebdiff.importance(model, plan), plan=plan, ratio={"0": 0.25, "1": 0.5})
+    assert [conv.weight.shape[:2] for conv in ebdiff.shrink(model, mask)[:2]] == [(6, 3), (6, 3)]
+
+
 @pytest.mark.parametrize("asked", [{"one": 0.1, "two": 0.9}, {"one.b": 0.1, "two": 0.9}, {"one*": 0.1, "one.b": 0.2}])
 def test_contradictory_ratios_of_layers_that_shrink_together_are_refused(asked: dict[str, float]) -> None:
     plan = tied()

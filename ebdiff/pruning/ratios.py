@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from ..errors import EbdiffError
@@ -53,5 +53,17 @@ def ratios_by_space(plan: ChannelPlan, spaces: Sequence[ChannelSpace], asked: Ma
 def _matches(plan: ChannelPlan, space: ChannelSpace, key: str) -> bool:
     if fnmatchcase(space.name, key):
         return True
-    made_by = (m.parameter for m in space.members if m.dim == 0 and len(plan.shapes[m.parameter]) > 1)
-    return any(parameter.startswith(f"{key}.") for parameter in made_by)
+    return any(parameter.startswith(f"{key}.") for parameter in _made_by(plan, space))
+
+
+def _made_by(plan: ChannelPlan, space: ChannelSpace) -> Iterator[str]:
+    """The weights that make a space: their bias follows it, or, where they have none, their rows do.
+
+    The rows of a transposed convolution are its inputs; without a bias it counts as a maker of these.
+    """
+    following = {member.parameter for member in space.members}
+    for member in space.members:
+        bias = f"{member.parameter.removesuffix('weight')}bias"
+        makes = bias in following if bias in plan.shapes else member.dim == 0
+        if makes and len(plan.shapes[member.parameter]) > 1:
+            yield member.parameter
