@@ -7,7 +7,7 @@ size of an axis at hand are tried, and kept where the trial then comes further. 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from itertools import combinations, islice
 from typing import TYPE_CHECKING, Any
 
@@ -153,33 +153,38 @@ class _Confirmation:
         """Freeze what alone is enough to deviate at this op; in every module of its class."""
         until = deviation.at + 1
         found = False
+        involved = [(other, self._involved(other)) for other in self.sites[call.site]]
         for i, atom in enumerate(self._involved(call)):
-            alike = [own[i] for other in self.sites[call.site] if len(own := self._involved(other)) > i] or [atom]
+            alike = {id(other): own[i] for other, own in involved if len(own) > i}
             alone = self._try({atom}, until=until)
             if alone is not None:
                 found = True
-                self._freeze_all((other, self._reason(call, alone)) for other in self._guilty(call, alike, i))
+                self._freeze_all((other, self._reason(call, alone)) for other in self._guilty(call, alike))
         if not found:
             suspects = self._bisected(until)
             self._freeze_all((atom, self._reason(call, deviation)) for atom in suspects)
 
-    def _guilty(self, call: Call, alike: list[Atom], index: int) -> Collection[Atom]:
-        """Those of the same space in blocks of one class that deviate there: a few by themselves, or all."""
-        rest = dict.fromkeys(alike)
+    def _guilty(self, call: Call, alike: Mapping[int, Atom]) -> Collection[Atom]:
+        """Those of the same space in blocks of one class that deviate there: a few by themselves, or all.
+
+        Args:
+            call: where the first of them deviated.
+            alike: the space at each call of the same line of code.
+        """
         helping = {key: axis for extra in self._candidates(call) for key, axis in extra.items()}  # others may need it
+        guilty: set[Atom] = set()
         for _ in range(_MOST_EXCEPTIONS):
-            own = self._involved(call)
-            rest.pop(own[index] if index < len(own) else next(iter(rest)), None)
+            guilty.add(alike[id(call)])
+            rest = set(alike.values()) - guilty
             deviation = self._try(rest) if rest else None
             if deviation is None:
-                return [atom for atom in alike if atom not in rest]
-            if self._call_at(deviation).site != call.site:
-                return alike
-            helped = self._try(rest, helping, deviation.at + 1) if helping else deviation
-            if helped is None:
-                return [atom for atom in alike if atom not in rest]
+                return guilty
+            if id(self._call_at(deviation)) not in alike:
+                break
+            if helping and self._try(rest, helping, deviation.at + 1) is None:
+                return guilty
             call = self._call_at(deviation)
-        return alike
+        return alike.values()
 
     def _bisected(self, until: int) -> list[Atom]:
         """A small group of atoms that by itself is enough to deviate."""
