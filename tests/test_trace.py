@@ -326,3 +326,18 @@ def test_wrapped_and_broken_models_are_refused() -> None:
         ebdiff.trace(nn.DataParallel(model), torch.randn(2, 3))
     with pytest.raises(ebdiff.EbdiffError, match=r"0 \(Linear\)"):
         ebdiff.trace(model, torch.randn(2, 7))
+
+
+def test_the_default_device_is_for_the_user_s_tensors() -> None:
+    model = unet("AttnDownBlock2D", "AttnUpBlock2D")
+    args = inputs(model)[0]
+    plan = ebdiff.trace(model, *args)
+    scores = {space.name: torch.rand(space.size) for space in plan}
+    budgets: list[dict[str, Any]] = [{"ratio": 0.5, "scope": "global"}, {"ratio": 0.5, "norm": "balanced"}]
+    with torch.device("meta"):
+        assert ebdiff.trace(model, *args).spaces == plan.spaces
+        drawn = [ebdiff.ChannelMask.draw(scores, plan=plan, **budget) for budget in budgets]
+        small = [ebdiff.shrink(model, mask) for mask in drawn]
+    for mask, net, budget in zip(drawn, small, budgets, strict=True):
+        assert mask == ebdiff.ChannelMask.draw(scores, plan=plan, **budget)
+        torch.testing.assert_close(net(*args).sample, ebdiff.shrink(model, mask)(*args).sample, rtol=0, atol=0)

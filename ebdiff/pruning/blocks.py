@@ -58,7 +58,7 @@ def _kept_heads(name: str, heads: int, mask: ChannelMask) -> Tensor | None:
         for members in mask.plan.by_parameter.get(parameter, {}).values():
             # Of heads that share keys, an axis of heads is two: those of the keys, and within these the sharing ones.
             inner = {space.name: member.inner for space, member in members if space.unit == "head"}
-            kept = torch.ones(1, dtype=torch.bool)
+            kept = torch.ones(1, dtype=torch.bool, device="cpu")
             for space in sorted(inner, key=lambda space: -inner[space]):
                 kept = (kept[:, None] & mask.keep[space]).flatten()
             cut = cut or not bool(kept.all())

@@ -109,7 +109,7 @@ def _global(
     if not spaces:
         return {}
     ranked = [torch.sort(scores[s.name].detach().double().cpu())[0][:-1] for s in spaces]
-    owner = torch.cat([torch.full((len(r),), i) for i, r in enumerate(ranked)])
+    owner = torch.cat([torch.full((len(r),), i, device="cpu") for i, r in enumerate(ranked)])
     order = owner[torch.argsort(torch.cat(ranked), stable=True)]
 
     def at(count: int) -> Widths:

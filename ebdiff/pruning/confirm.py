@@ -79,7 +79,7 @@ class _Confirmation:
             if atom in atoms and atom.length > 1:
                 kept = atom.length - 1 if self.one_short else round(_SHARES[i % 4] * atom.length)
                 kept |= atom.length >= _ODD_FROM
-                keep[name] = torch.arange(atom.length) < min(kept, atom.length - 1)
+                keep[name] = torch.arange(atom.length, device="cpu") < min(kept, atom.length - 1)
         mask = ChannelMask(self.plan, keep)
         sizes = {**self.tracer.sizes, **(extra or {})}
         return self.trials.run(mask, self.names, sizes, len(self.tracer.calls) + 1 if until is None else until)

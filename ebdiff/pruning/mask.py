@@ -52,7 +52,7 @@ class ChannelMask:
     def __post_init__(self) -> None:
         for name, kept in self.keep.items():
             self._check(name, kept)
-        whole = {s.name: torch.ones(s.size, dtype=torch.bool) for s in self.plan}
+        whole = {s.name: torch.ones(s.size, dtype=torch.bool, device="cpu") for s in self.plan}
         keep = {
             name: self.keep[name].detach().cpu().clone() if name in self.keep else kept for name, kept in whole.items()
         }
@@ -229,13 +229,13 @@ class ChannelMask:
         return (
             torch.cat([self.keep[space.name] for space in self.plan])
             if len(self.plan)
-            else torch.empty(0, dtype=torch.bool)
+            else torch.empty(0, dtype=torch.bool, device="cpu")
         )
 
     def kept_by(self, norm: Norm) -> Tensor:
         """bool [channels]: which channels of a group normalisation are kept."""
         name = self.plan.aliases.get(norm.weight, norm.weight)
-        whole = torch.ones(self.plan.shapes[name][0], dtype=torch.bool)
+        whole = torch.ones(self.plan.shapes[name][0], dtype=torch.bool, device="cpu")
         return self.plan.kept(self.keep, name).get(0, whole)
 
     def kept_along(self, sides: Iterable[Along]) -> dict[int, Tensor]:
@@ -250,9 +250,10 @@ class ChannelMask:
         """int64 [channels]: the group each channel's statistics are taken over, -1 where it is removed."""
         kept = self.kept_by(norm)
         count = len(norm.group_sizes)
-        groups = torch.repeat_interleave(torch.arange(count), torch.tensor(norm.group_sizes))
+        sizes = torch.tensor(norm.group_sizes, device="cpu")
+        groups = torch.repeat_interleave(torch.arange(count, device="cpu"), sizes)
         if self.norm == "balanced":
-            groups[kept] = torch.arange(int(kept.sum())) // (int(kept.sum()) // count)
+            groups[kept] = torch.arange(int(kept.sum()), device="cpu") // (int(kept.sum()) // count)
         return groups.masked_fill(~kept, -1)
 
     def regroups(self, norm: Norm) -> bool:
@@ -280,7 +281,7 @@ class ChannelMask:
 
 def _top(scores: Tensor, count: int) -> Tensor:
     """bool: the `count` highest scores; of equal ones the first."""
-    kept = torch.zeros(len(scores), dtype=torch.bool)
+    kept = torch.zeros(len(scores), dtype=torch.bool, device="cpu")
     kept[torch.argsort(scores.detach().cpu(), descending=True, stable=True)[:count]] = True
     return kept
 

@@ -42,8 +42,8 @@ class Member:
 
     def positions(self, size: int) -> Tensor:
         """int64 [outer, size, inner]: where the channels of a space of this size lie along the dimension."""
-        outer = torch.arange(self.outer)[:, None, None] * self.period
-        return self.offset + outer + torch.arange(size)[:, None] * self.inner + torch.arange(self.inner)
+        outer, channel, inner = (torch.arange(n, device="cpu") for n in (self.outer, size, self.inner))
+        return self.offset + outer[:, None, None] * self.period + channel[:, None] * self.inner + inner
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ class ChannelPlan:
         """{dim: bool [size of dim], True = kept} for each dimension of a parameter that some space covers."""
         result = {}
         for dim, slices in self.by_parameter.get(parameter, {}).items():
-            alive = torch.ones(self.shapes[parameter][dim], dtype=torch.bool)
+            alive = torch.ones(self.shapes[parameter][dim], dtype=torch.bool, device="cpu")
             for space, member in slices:
                 alive[member.positions(space.size)] &= keep[space.name][:, None]
             result[dim] = alive
