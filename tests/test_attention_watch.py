@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
 
 from ebdiff import EarlyBird, Partition, trace
@@ -152,6 +153,20 @@ def test_the_mass_of_a_layer_is_the_mean_over_the_steps_of_what_its_queries_and_
         expected.append(averaged(probabilities(q, k), 16))
         watch.step()
     torch.testing.assert_close(watch.mass()["first"], torch.stack(expected).mean(0).double())
+
+
+def test_an_interrupted_forward_leaves_nothing_behind_once_the_watch_lets_go():
+    def interrupted(module, args):
+        raise KeyboardInterrupt
+
+    net = Net()
+    watch = AttentionWatch(net, Attention(0.5, **SMALL))
+    hook = net.second.register_forward_pre_hook(interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        net(batch(0))
+    hook.remove()
+    watch.detach()
+    assert not _get_current_function_mode_stack()
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

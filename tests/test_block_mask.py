@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ebdiff import EbdiffError
-from ebdiff.ops import BlockMask
+from ebdiff.ops import BlockMask, sparse_attention
 
 
 def test_rows_and_columns_of_a_mask_by_hand() -> None:
@@ -28,6 +28,14 @@ def test_dense_expands_blocks_to_tokens_and_cuts_the_last() -> None:
     assert dense.shape == (2, 3, 40, 70)
     for i, j in ((0, 0), (31, 31), (32, 32), (39, 69), (0, 64)):
         assert torch.equal(dense[:, :, i, j], kept[:, :, i // 32, j // 32])
+
+
+def test_a_mask_made_while_sampling_serves_training() -> None:
+    with torch.inference_mode():
+        mask = BlockMask.local(1, 40, 40, 16, 0)
+    x = torch.randn(1, 1, 40, 8, requires_grad=True)
+    sparse_attention(x, x, x, mask).sum().backward()
+    assert x.grad is not None
 
 
 @pytest.mark.parametrize("window", [0, 1, 32, 33])

@@ -212,3 +212,12 @@ def test_too_little_shared_memory_leaves_it_to_the_specification(
     o = sparse_attention(*case[:3], case.mask)
     assert operator.fallbacks - before == {"too little shared memory": 1}
     torch.testing.assert_close(o.double(), truth_of(case)["o"], rtol=1e-5, atol=1e-5)
+
+
+def test_tokens_that_32_bits_cannot_reach_are_copied() -> None:
+    far, near = ((1 << 31) // 128, True), ((1 << 31) // 128 - 8, False)
+    for stride, copied in (far, near):
+        x = torch.empty_strided((1, 1, 2, 8), (2 * stride, 2 * stride, stride, 1), device="meta")
+        (found,) = sparse_attention_cuda._readable(x)
+        assert (found is not x) == copied
+        assert found.is_contiguous() == copied

@@ -1,6 +1,7 @@
 """Block masks in the attention layers of any model: the same function as the mask written out, and out again."""
 
 import copy
+import pickle
 
 import families
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from laws import tensors_of
 from torch import nn
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from ebdiff.errors import EbdiffError
 from ebdiff.nn import SparseAttention, blocks_of, densify, sparsify
@@ -195,6 +197,52 @@ def test_a_forward_that_does_not_use_its_mask_raises():
         layer(torch.randn(2, 70, 8))
     densify(layer)
     assert "forward" not in vars(layer)
+
+
+class Checkpointed(nn.Module):
+    """Checkpoints its own attention."""
+
+    def forward(self, x):
+        return checkpoint(lambda x: F.scaled_dot_product_attention(x, x, x), x, use_reentrant=self.training)
+
+
+def test_a_layer_that_runs_its_attention_again_without_its_mask_is_refused():
+    layer, x = Checkpointed(), torch.randn(2, 3, 70, 8, requires_grad=True)
+    sparsify(layer, {"": random_blocks(3, 70, 70)}, ALWAYS)
+    with pytest.raises(EbdiffError, match=r"checkpointing inside.*around the whole layer"):
+        layer(x)
+    with torch.no_grad():
+        layer(x)
+    outside = checkpoint(layer.eval(), x, use_reentrant=False)
+    with pytest.raises(CheckpointError):
+        outside.sum().backward()
+
+
+def test_two_masks_of_one_layer_are_refused_before_anything_changes():
+    layer = nn.MultiheadAttention(8, 2, batch_first=True)
+    model = nn.ModuleDict({"first": layer, "again": layer})
+    mask = random_blocks(2, 70, 70)
+    sparsify(model, {"first": mask}, ALWAYS)
+    with pytest.raises(EbdiffError, match=r"several block masks of one layer.*got first, again"):
+        sparsify(model, {"first": mask, "again": mask}, ALWAYS)
+    assert blocks_of(model) == {"first": mask}
+
+
+def test_a_pickled_layer_keeps_its_mask():
+    layer, x = nn.MultiheadAttention(24, 3, batch_first=True), torch.randn(2, 70, 24)
+    sparsify(layer, {"": random_blocks(3, 70, 70)}, ALWAYS)
+    again = pickle.loads(pickle.dumps(layer))
+    assert blocks_of(again) == blocks_of(layer)
+    assert torch.equal(*(each(x, x, x, need_weights=False)[0] for each in (again, layer)))
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["all by blocks", "one head full"])
+def test_without_samples_without_error(head):
+    kept = random_blocks(3, 70, 70).kept
+    x = torch.randn(0, 3, 70, 8)
+    assert Attend(BlockMask(kept & (torch.arange(3) < 2 + head)[:, None, None], 16, 70, 70))(
+        AttentionCall(x, x, x[..., :5])
+    ).shape == (0, 3, 70, 5)
 
 
 def test_a_forward_of_the_modules_own_comes_back():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -62,8 +61,8 @@ class AttentionCalls(TorchFunctionMode):
             return args[0].unflatten(*args[1:], **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> AttentionCalls:
-        return AttentionCalls(copy.deepcopy(self.serve, memo))  # a function would go on calling the original
+    def __reduce__(self) -> tuple[Any, ...]:
+        return AttentionCalls, (self.serve,)  # copied as it is, the function would go on calling the original
 
     def _served(self, *args: Any, **kwargs: Any) -> Tensor:
         return self.serve(AttentionCall(*args, **kwargs))

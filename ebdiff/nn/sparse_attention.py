@@ -62,7 +62,7 @@ class Attend:
             found = sparse_attention(query, key, value, self.blocks, call.scale)
         else:
             found = self._divided(query, key, value, self._some, call.scale)
-        return found.reshape(*call.query.shape[:-1], -1)
+        return found.reshape(*call.query.shape[:-1], value.shape[-1])
 
     def _check(self, call: AttentionCall) -> None:
         blocks = self.blocks

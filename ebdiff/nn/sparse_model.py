@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 import ebdiff
@@ -95,10 +96,18 @@ def sparsify(
         written_out: compute the masks with torch's attention: the same function, slower. For comparisons.
 
     Raises:
-        EbdiffError: a name that is no module of the model, or a mask for another number of heads. Nothing is changed.
+        EbdiffError: a name that is no module of the model, two names of the same one, or a mask for another number of
+            heads. Nothing is changed.
     """
     masks: Mapping[str, BlockMask] = getattr(blocks, "blocks", blocks)
     layers = {name: _layer(model, name, mask) for name, mask in masks.items()}
+    if len(set(map(id, layers.values()))) < len(layers):
+        raise EbdiffError(
+            "several block masks of one layer",
+            expected="one name of each layer that is used in several places",
+            got=", ".join(layers),
+            remedy="leave the other names out: the mask holds wherever the layer is used",
+        )
     attends = {name: Attend(mask, name, written_out) for name, mask in masks.items()}
     densify(model)
     dense = {name: why for name, mask in masks.items() if (why := _why_dense(mask, break_even or _limit(model)))}
@@ -232,11 +241,11 @@ class _Forward:
 
     def __init__(self, module: nn.Module, attend: Attend) -> None:
         self.forward, self.own = module.forward, "forward" in vars(module)
-        self.attend, self.answered = attend, 0
+        self.attend, self.answered, self._learns = attend, 0, False
         self._calls = AttentionCalls(self._answer)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.answered = 0
+        self.answered, self._learns = 0, torch.is_grad_enabled()
         with self._calls:
             result = self.forward(*args, **kwargs)
         if not self.answered:
@@ -249,6 +258,13 @@ class _Forward:
         return result
 
     def _answer(self, call: AttentionCall) -> Any:
+        if self._learns and not torch.is_grad_enabled():  # the pass that is run again is run without this mask
+            raise EbdiffError(
+                f"activation checkpointing inside {self.attend.name or 'a layer'}, which has a block mask",
+                expected="checkpoints around the whole layer",
+                got="attention without gradients in a forward with",
+                remedy="checkpoint the layer's own caller, or take the mask out: ebdiff.nn.densify(model)",
+            )
         self.answered += 1
         return self.attend(call)
 

@@ -68,9 +68,10 @@ class BlockMask:
             _refuse("kept", f"bool [samples or 1, heads, {shape[0]}, {shape[1]}]", f"{kept.dtype} {list(kept.shape)}")
         if kept.numel() >= 1 << 31:
             _refuse("kept", "fewer than 2^31 blocks", str(kept.numel()))
-        object.__setattr__(self, "kept", kept.detach().clone(memory_format=torch.contiguous_format))
-        object.__setattr__(self, "rows", _compressed(self.kept))
-        object.__setattr__(self, "columns", _compressed(self.kept.transpose(-1, -2)))
+        with torch.inference_mode(False):  # a mask that sampling has made or moved serves training too
+            object.__setattr__(self, "kept", kept.detach().clone(memory_format=torch.contiguous_format))
+            object.__setattr__(self, "rows", _compressed(self.kept))
+            object.__setattr__(self, "columns", _compressed(self.kept.transpose(-1, -2)))
 
     @classmethod
     def full(cls, heads: int, q_len: int, k_len: int, block: int) -> BlockMask:

@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .block_mask import BLOCKS
 from .native_cpu import NotTaken, is_lazy
 from .sparse_attention_reference import Gradients, Pattern, result_like
 
 __all__ = ["backward", "forward"]
+
+_FARTHEST = (1 << 31) // BLOCKS[-1]  # elements between tokens: places within a block are counted in 32 bits
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float) -> tuple[Tensor, Tensor]:
@@ -64,7 +67,7 @@ def _triton() -> Any:
 
 
 def _readable(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Copied, with zeros behind, where a token does not begin at a multiple of 16 bytes or its channels lie apart."""
+    """Copied, with zeros behind, where tokens begin at no multiple of 16 bytes or lie far apart, or channels apart."""
     if tensors[0].dtype == torch.float64:
         raise NotTaken("float64 on a GPU")
     if is_lazy(tensors):
@@ -75,9 +78,8 @@ def _readable(*tensors: Tensor) -> tuple[Tensor, ...]:
 def _is_aligned(tensor: Tensor) -> bool:
     size = tensor.element_size()
     apart = (stride * size % 16 for stride, count in zip(tensor.stride()[:-1], tensor.shape, strict=False) if count > 1)
-    return (
-        tensor.stride(-1) == 1 and _wide(tensor) == tensor.shape[-1] and tensor.data_ptr() % 16 == 0 and not any(apart)
-    )
+    near = tensor.stride(-1) == 1 and (tensor.shape[-2] == 1 or tensor.stride(-2) < _FARTHEST)
+    return near and _wide(tensor) == tensor.shape[-1] and tensor.data_ptr() % 16 == 0 and not any(apart)
 
 
 def _wide(tensor: Tensor) -> int:

@@ -45,6 +45,10 @@ class Look:
             self._calls.enter_context(AttentionCalls(self._serve))
 
     def _leave(self, module: nn.Module, args: Any, result: Any) -> None:
+        self.leave()
+
+    def leave(self) -> None:
+        """Answer no more calls, also where an interrupt (KeyboardInterrupt runs no hook) has ended a forward."""
         if self._calls is not None:
             self._calls.close()
             self._calls = None

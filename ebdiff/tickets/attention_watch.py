@@ -87,6 +87,7 @@ class AttentionWatch:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        self._look.leave()
 
     def _take(self, part: int) -> None:
         seen = self._look.take(self.grids)
