@@ -15,9 +15,9 @@ __all__ = ["Conditional", "Config"]
 
 
 class Section(BaseModel):
-    """Unknown keys are refused, values never change."""
+    """Unknown keys are refused, so are infinity and NaN; values never change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Data(Section):

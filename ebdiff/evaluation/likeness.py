@@ -6,7 +6,9 @@ from torch import Tensor
 
 from ..errors import EbdiffError
 
-__all__ = ["likeness"]
+__all__ = ["SMALLEST", "likeness"]
+
+SMALLEST = 11  # side of SSIM's window, in pixels
 
 
 def likeness(real: Tensor, made: Tensor) -> dict[str, float]:
@@ -20,8 +22,11 @@ def likeness(real: Tensor, made: Tensor) -> dict[str, float]:
     """
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-    if real.shape != made.shape or min(real.shape[-2:]) < 11:
-        expected, got = f"images like {list(real.shape)}, at least 11 pixels wide and high", str(list(made.shape))
+    if real.shape != made.shape or min(real.shape[-2:]) < SMALLEST:
+        expected, got = (
+            f"images like {list(real.shape)}, at least {SMALLEST} pixels wide and high",
+            str(list(made.shape)),
+        )
         raise EbdiffError("images to compare", expected=expected, got=got)
     a, b = made.float(), real.float()
     psnr = peak_signal_noise_ratio(a, b, data_range=(0.0, 255.0), reduction="elementwise_mean", dim=(1, 2, 3))

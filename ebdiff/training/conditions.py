@@ -95,7 +95,14 @@ class Conditions:
 
 
 def low_resolution(clean: Tensor, factor: int) -> Tensor:
-    """float [B, C, H, W] averaged over squares of `factor` pixels, and scaled up again (bicubic)."""
+    """float [B, C, H, W] averaged over squares of `factor` pixels, and scaled up again (bicubic).
+
+    Raises:
+        EbdiffError: sides that are no multiples of `factor`: a part of the image would be lost, and the rest stretched.
+    """
+    if clean.shape[-2] % factor or clean.shape[-1] % factor:
+        got = f"{clean.shape[-1]}x{clean.shape[-2]}"
+        raise EbdiffError("low resolution", expected=f"sides that are multiples of the factor, {factor}", got=got)
     small = F.avg_pool2d(clean, factor)
     return F.interpolate(small, clean.shape[-2:], mode="bicubic").clamp(-1, 1)
 

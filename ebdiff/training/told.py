@@ -7,6 +7,7 @@ from typing import Any
 from ..config import Conditional
 from ..data import Images, Latents, decode
 from ..errors import EbdiffError
+from ..evaluation.likeness import SMALLEST
 from .conditions import Conditions
 
 __all__ = ["check_vae", "classes_of", "conditions_of"]
@@ -16,9 +17,17 @@ def conditions_of(c: Conditional, data: Images | Latents, held_out: bool) -> Con
     """What they are told about each training image, or about each held-out one.
 
     Raises:
-        EbdiffError: the data have nothing of the kind, or labels outside the classes.
+        EbdiffError: the data have nothing of the kind, labels outside the classes, or images too small to be judged.
     """
     if c.by == "low_res":
+        height, width = data.test.shape[-2:]
+        if min(height, width) < SMALLEST:
+            raise EbdiffError(
+                f"{data.name}: SSIM cannot judge images so small",
+                expected=f"at least {SMALLEST} pixels wide and high",
+                got=f"{width}x{height}",
+                remedy="set data.size",
+            )
         return Conditions(dropout=c.dropout, factor=c.factor)
     labels = data.test_labels if held_out else data.labels
     embeddings = data.test_embeddings if held_out else data.embeddings
