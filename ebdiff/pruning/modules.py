@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import isclose, sqrt
 from typing import Any
 
@@ -19,6 +20,7 @@ __all__ = [
     "adapt",
     "adapt_modules",
     "adapt_statistics",
+    "keeps_sizes",
     "refuse_wrapped",
     "replace",
     "replace_multihead",
@@ -37,6 +39,8 @@ _REMEDIES = {
 _PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "PinnedScaleProcessor")
 # What norms call the number of their channels.
 _WIDTHS = ("normalized_shape", "dim", "dims", "size", "hidden_size", "features", "num_features", "num_channels")
+# What keeps the shapes of its weights.
+_SIZED = (nn.Linear, nn.Embedding, nn.modules.batchnorm._BatchNorm, nn.modules.conv._ConvNd)
 
 
 def refuse_wrapped(model: nn.Module) -> None:
@@ -106,19 +110,24 @@ def adapt(model: nn.Module, mask: ChannelMask) -> None:
             adapt_statistics(model.get_submodule(norm.module), norm, mask)
         elif mask.regroups(norm):
             _adapt_norm(model, norm.module, mask.groups_of(norm))
-    adapt_modules(model, mask)
+    adapt_modules(model.named_modules(), mask)
     for size in plan.sizes:
         module = model.get_submodule(size.module)
         if read(module, size.attribute) is not None:
             write(module, size.attribute, round(plan.value(size.terms, widths)))
 
 
-def adapt_modules(model: nn.Module, mask: ChannelMask) -> None:
+def adapt_modules(named: Iterable[tuple[str, nn.Module]], mask: ChannelMask) -> None:
     """Update what modules of known classes keep about their sliced parameters."""
-    for name, module in model.named_modules():
+    for name, module in named:
         _adapt_torch(module)
         if _is_diffusers(module, "Attention"):
             _adapt_attention(module, name, mask)
+
+
+def keeps_sizes(module: nn.Module) -> bool:
+    """Is there anything that `adapt_modules` updates in this module?"""
+    return isinstance(module, _SIZED) or _is_diffusers(module, "Attention")
 
 
 def replace_multihead(model: nn.Module, mask: ChannelMask) -> None:

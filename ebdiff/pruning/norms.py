@@ -156,8 +156,8 @@ def _along(
         others = [axes[place] for axes in calls if place < len(axes)]
         found = lying.get(resolve(axis), [])
         if found and len(others) == len(calls) and all(resolve(other) == resolve(axis) for other in others):
-            own = [entry for entry in found if entry[0].startswith(f"{name}.")]
-            result.append(Along(place, *(own or found)[0]))
+            own = f"{name}."
+            result.append(Along(place, *next((entry for entry in found if entry[0].startswith(own)), found[0])))
         else:
             for other in others:
                 freeze(other, f"statistics over it in {name}, along which no parameter lies")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .axes import Atom, Axis, Prod, resolve, size
 from .integers import read, write
 from .mask import ChannelMask
-from .modules import adapt_modules, adapt_statistics
+from .modules import adapt_modules, adapt_statistics, keeps_sizes
 from .record import Call, before, facts_of, kind_of, start_of, told
 from .repeats import Block, map_output, state_of_block
 from .walk import Walk
@@ -52,7 +52,12 @@ class Trials:
                 for key, tensor in own[kind].items():
                     self._owners.setdefault(id(tensor), []).append((kind, module, key))
         self._restore()
-        self.passed: set[Any] = set()  # blocks that did as they should, in which state and at which sizes
+        self._held = [
+            (name, module, {id(tensor) for tensor in (*module.parameters(), *module.buffers())})
+            for name, module in tracer.model.named_modules()
+            if keeps_sizes(module)
+        ]
+        self.passed = _Passed(tracer.calls)
         self._made: dict[Any, Tensor] = {}
 
     def run(self, mask: ChannelMask, names: Mapping[Atom, str], sizes: Sizes, until: int) -> Deviation | None:
@@ -66,7 +71,8 @@ class Trials:
         """
         widths = Widths({atom: int(mask.keep[name].sum()) for atom, name in names.items() if name in mask.keep})
         walk = _Held(self.tracer, widths, until, self.passed)
-        with self._shrunken(mask, widths, sizes):
+        cut = [name for atom, name in names.items() if widths(atom) < atom.length]
+        with self._shrunken(mask, cut, widths, sizes):
             for block in self.tracer.blocks.once():
                 vars(block.module)["forward"] = partial(walk.run_block, block, block.module.forward)
             _FAKES.addFilter(_nothing)
@@ -84,17 +90,16 @@ class Trials:
         return walk.deviation
 
     @contextmanager
-    def _shrunken(self, mask: ChannelMask, widths: Widths, sizes: Sizes) -> Iterator[None]:
+    def _shrunken(self, mask: ChannelMask, cut: list[str], widths: Widths, sizes: Sizes) -> Iterator[None]:
         model, tracer = self.tracer.model, self.tracer
+        names = {member.parameter for space in cut for member in mask.plan[space].members}
+        changed = {id(tracer.parameters[name]): tracer.parameters[name] for name in names}
         try:
-            for name in mask.plan.by_parameter:
-                tensor = tracer.parameters[name]
-                shape = tuple(map(widths, tracer.labels(tensor)))
-                if shape != tuple(tensor.shape):
-                    small = self._tensor(tensor, shape)
-                    for kind, module, key in self._owners[id(tensor)]:
-                        vars(module)[kind][key] = small
-            self._adapt(model, mask)
+            for tensor in changed.values():
+                small = self._tensor(tensor, tuple(map(widths, tracer.labels(tensor))))
+                for kind, module, key in self._owners[id(tensor)]:
+                    vars(module)[kind][key] = small
+            self._adapt(model, mask, set(changed))
             for (name, path), axis in sizes.items():
                 module = model.get_submodule(name)
                 if read(module, path) is not None:
@@ -103,7 +108,7 @@ class Trials:
         finally:
             self._restore()
 
-    def _adapt(self, model: nn.Module, mask: ChannelMask) -> None:
+    def _adapt(self, model: nn.Module, mask: ChannelMask, changed: set[int]) -> None:
         for norm in mask.plan.norms:
             module: Any = model.get_submodule(norm.module)
             if not mask.regroups(norm):
@@ -112,7 +117,7 @@ class Trials:
                 module.num_channels, module.num_groups = int(mask.kept_by(norm).sum()), 1
             else:
                 adapt_statistics(module, norm, mask)
-        adapt_modules(model, mask)
+        adapt_modules(((name, own) for name, own, held in self._held if not held.isdisjoint(changed)), mask)
 
     def _tensor(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
         key = shape, like.dtype, like.device, isinstance(like, nn.Parameter)  # one serves all: nothing is written
@@ -148,9 +153,10 @@ class Widths:
         self._known: dict[int, tuple[Axis, int]] = {}
 
     def __call__(self, axis: Axis) -> int:
-        if id(axis) not in self._known:
-            self._known[id(axis)] = axis, self._of(resolve(axis))  # holds the axis: no other gets its id
-        return self._known[id(axis)][1]
+        known = self._known.get(id(axis))
+        if known is None:  # it holds the axis: no other gets its id
+            known = self._known[id(axis)] = axis, self._of(resolve(axis))
+        return known[1]
 
     def _of(self, axis: Axis) -> int:
         if isinstance(axis, Atom):
@@ -163,11 +169,42 @@ class Widths:
         return sum(map(self._of, axis.segments))
 
 
+class _Passed:
+    """Blocks that did as they should, by their state and the sizes of all that their ops take and give."""
+
+    def __init__(self, calls: list[Call]) -> None:
+        self.calls = calls
+        self.blocks: set[Any] = set()
+        self._dense: dict[int, tuple[int, list[Axis]]] = {}
+        self._numbers: dict[Any, int] = {}
+        self._outputs: dict[Any, tuple[Tensor, Tensor]] = {}
+
+    def dense(self, at: int) -> tuple[int, list[Axis]]:
+        """A number, the same for ops that are alike in the dense forward pass, and the axes of what the op handles."""
+        if at not in self._dense:
+            call = self.calls[at]
+            axes = [axes or [] for axes in (*call.inputs, *call.outputs)]
+            sizes = tuple(tuple(map(size, own)) for own in axes)
+            alike = call.kind, call.ordinal, call.facts, sizes, call.start and call.start[1]
+            number = self._numbers.setdefault(alike, len(self._numbers))
+            self._dense[at] = number, [axis for own in axes for axis in own]
+        return self._dense[at]
+
+    def output(self, dense: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """A tensor of another shape for an output of a block, its dimensions in memory as the dense one's."""
+        key = id(dense), shape
+        if key not in self._outputs or self._outputs[key][1].shape != shape:  # reshaped in place since
+            order = sorted(range(dense.dim()), key=dense.stride, reverse=True)
+            made = dense.new_empty([shape[dim] for dim in order])
+            self._outputs[key] = dense, made.permute([order.index(dim) for dim in range(dense.dim())])
+        return self._outputs[key][1]
+
+
 class _Held(Walk):
     """Compares every op with the dense trace's."""
 
-    def __init__(self, tracer: Tracer, widths: Widths, until: int, passed: set[Any]) -> None:
-        super().__init__(tracer.model)
+    def __init__(self, tracer: Tracer, widths: Widths, until: int, passed: _Passed) -> None:
+        super().__init__(tracer.model, tracer.names)
         self.tracer, self.calls, self.widths, self.until, self.passed = tracer, tracer.calls, widths, until, passed
         self.loose = tracer.statistics.calls  # modules whose numbers follow their width
         self.at = self.ran = 0
@@ -195,29 +232,24 @@ class _Held(Walk):
         if self.at != block.start:
             return forward(*args, **kwargs)
         key = state_of_block(block.module), *map(self._sizes_of, range(block.start, min(block.end, self.until)))
-        if key in self.passed:
+        if key in self.passed.blocks:
             self._advance(min(block.end, self.until))
             return self.unseen(lambda: map_output(self._stand_in, block.output))
         output = forward(*args, **kwargs)
         if self.at == block.end:
-            self.passed.add(key)
+            self.passed.blocks.add(key)
         return output
 
     def _sizes_of(self, at: int) -> Any:
         """An op with the dense and the predicted sizes of all that it takes and gives."""
         if at not in self._sizes:
-            call = self.calls[at]
-            axes = [axes or [] for axes in (*call.inputs, *call.outputs)]
-            sizes = tuple(tuple((size(axis), self.widths(axis)) for axis in own) for own in axes)
-            self._sizes[at] = call.kind, call.ordinal, call.facts, sizes, call.start and call.start[1]
+            number, axes = self.passed.dense(at)
+            self._sizes[at] = number, *map(self.widths, axes)
         return self._sizes[at]
 
     def _stand_in(self, dense: Tensor) -> Tensor:
-        """A tensor of the predicted shape, its dimensions in memory as the dense one's."""
-        shape = tuple(map(self.widths, self.tracer.labels(dense)))
-        order = sorted(range(dense.dim()), key=dense.stride, reverse=True)
-        made = dense.new_empty([shape[dim] for dim in order])
-        return made.permute([order.index(dim) for dim in range(dense.dim())])
+        """A tensor of the predicted shape."""
+        return self.passed.output(dense, tuple(map(self.widths, self.tracer.labels(dense))))
 
     def ended(self) -> None:
         """The forward pass returned."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,10 +29,10 @@ _ATTENTION = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "s
 class Walk(TorchDispatchMode):
     """Calls `seen` with every op of a forward pass, and keeps track of the module that runs it."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, names: Mapping[int, str] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.model = model
-        self.names = {id(module): name for name, module in model.named_modules()}
+        self.names = names or {id(module): name for name, module in model.named_modules()}
         self.path: tuple[nn.Module, ...] = ()  # the modules that run, outermost first
         self._ordinals: list[int] = [0]
         self._inside = False
