@@ -155,6 +155,22 @@ def test_the_mass_of_a_layer_is_the_mean_over_the_steps_of_what_its_queries_and_
     torch.testing.assert_close(watch.mass()["first"], torch.stack(expected).mean(0).double())
 
 
+@pytest.mark.parametrize("samples", [(2, 3), (3,), (1, 3), (2, 1)], ids=str)
+def test_a_mask_by_sample_counts_also_where_samples_have_two_dimensions(samples):
+    class Masked(nn.Module):
+        def forward(self, x):
+            return F.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+
+    torch.manual_seed(0)
+    mask = torch.rand(*samples, 1, 1, 40) < 0.7
+    x = torch.randn(2, 3, 4, 40, 8)
+    watch = AttentionWatch(Masked(), Attention(0.5, **SMALL))
+    watch.model(x)
+    watch.step()
+    whole, flat = mask.expand(2, 3, 1, 1, 40).flatten(0, 1), x.flatten(0, 1)
+    torch.testing.assert_close(watch.mass()[""], averaged(probabilities(flat, flat, whole), 16).double())
+
+
 def test_an_interrupted_forward_leaves_nothing_behind_once_the_watch_lets_go():
     def interrupted(module, args):
         raise KeyboardInterrupt

@@ -147,6 +147,16 @@ def test_full_heads_by_torch_and_the_others_by_blocks_for_any_batch_shape(keys, 
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("shared", ["key", "value"])
+def test_keys_or_values_that_samples_share_go_through_torch(shared):
+    torch.manual_seed(0)
+    attend, call = Attend(random_blocks(4, 70, 70)), AttentionCall(*torch.randn(3, 2, 4, 70, 8))
+    call = call._replace(**{shared: getattr(call, shared)[:1]})
+    whole = call._replace(**{shared: getattr(call, shared).expand(2, -1, -1, -1)})
+    torch.testing.assert_close(attend(call), attend(whole))
+    assert attend.fallbacks == {"keys that samples share": 1}
+
+
 def test_other_sizes_and_other_heads_are_refused_by_name():
     layer = nn.Sequential(SparseAttention(24, 3))
     sparsify(layer, {"0": random_blocks(3, 70, 70)}, ALWAYS)

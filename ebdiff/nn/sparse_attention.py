@@ -88,7 +88,8 @@ class Attend:
             return "causal"
         if max(call.query.shape[-1], call.value.shape[-1]) > 256:
             return "a head_dim above 256"
-        return "keys that samples share" if call.key.shape[:-3] != call.query.shape[:-3] else None
+        samples = call.query.shape[:-3]
+        return None if call.key.shape[:-3] == call.value.shape[:-3] == samples else "keys that samples share"
 
     def _through_torch(self, call: AttentionCall) -> Tensor:
         mask = self.blocks.to(call.query.device).dense()[0]

@@ -68,8 +68,11 @@ class Look:
             return call.run()
         if self.grids.setdefault(name, grid) != grid:
             _refuse_sizes(name, self.grids[name], grid)
+        mask, samples = call.attn_mask, call.query.shape[:-3]
+        if mask is not None and mask.dim() > 3 and samples:  # by sample: joined as those of the queries
+            mask = mask.expand(*samples, *mask.shape[-3:]).reshape(-1, *mask.shape[-3:])
         with torch.no_grad():
-            mass = attention_mass(query, key, block, call.scale, call.attn_mask, call.is_causal)
+            mass = attention_mass(query, key, block, call.scale, mask, call.is_causal)
         self._sums[name] = self._sums[name] + mass if name in self._sums else mass
         self._counts[name] = self._counts.get(name, 0) + 1
         return call.run()
