@@ -19,6 +19,10 @@ KEEPING: dict[str, Callable[[Tensor], Tensor]] = {
     "relu squared": lambda x: x.relu() ** 2,
     "gated": lambda x: x * x.sigmoid(),
     "scaled": lambda x: 0.5 * x / (1 + x.abs()),
+    "times a number": lambda x: x * torch.ones(1, dtype=x.dtype),
+    "less itself": lambda x: torch.add(x, x, alpha=-0.5),
+    "normalised over tokens": lambda x: F.normalize(x, dim=1),
+    "root with epsilon": lambda x: x * (x.square().sum(1, keepdim=True) + 1e-6).rsqrt(),
 }
 LEAKING: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
@@ -26,7 +30,27 @@ LEAKING: dict[str, Callable[[Tensor], Tensor]] = {
     "exp": torch.exp,
     "1 - tanh": lambda x: 1 - x.tanh(),
     "reciprocal": lambda x: 1 / (1 + x.square()),
+    "plus a number in a tensor": lambda x: x + torch.ones(1, dtype=x.dtype),
+    "at least a number": lambda x: torch.maximum(x, torch.tensor(0.2, dtype=x.dtype)),
+    "ones_like": lambda x: torch.ones_like(x) - x,
+    "full_like": lambda x: x + torch.full_like(x, 0.5),
+    "softmax over tokens": lambda x: x.softmax(1),
+    "log softmax over tokens": lambda x: x.log_softmax(1),
+    "logsumexp over tokens": lambda x: x + x.logsumexp(1, keepdim=True),
+    "written in place": lambda x: _first_set(x.clone()),
 }
+SINGULAR: dict[str, Callable[[Tensor], Tensor]] = {
+    "div": lambda x: x / x.sum(1, keepdim=True),
+    "sqrt": lambda x: x * x.square().sum(1, keepdim=True).sqrt(),
+    "rsqrt": lambda x: x * x.square().sum(1, keepdim=True).rsqrt(),
+    "pow": lambda x: x * x.square().sum(1, keepdim=True) ** -0.5,
+    "log": lambda x: x.abs().log(),
+}
+
+
+def _first_set(x: Tensor) -> Tensor:
+    x[:, 0] = 1.0
+    return x
 
 
 class LinearAttention(nn.Module):
@@ -37,6 +61,32 @@ class LinearAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.out(self.feature(self.q(x)) @ self.feature(self.k(x)).transpose(1, 2) @ x)
+        return y
+
+
+class Mixed(LinearAttention):
+    """Queries and keys whose tokens a linear layer mixes: its bias is there in every channel."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__(F.relu)
+        self.tokens = nn.Linear(5, 5, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = (self.tokens(made(x).transpose(1, 2)).transpose(1, 2) for made in (self.q, self.k))
+        y: Tensor = self.out(q @ k.transpose(1, 2) @ x)
+        return y
+
+
+class Shifted(LinearAttention):
+    """A learned number that every channel is shifted by, as StarReLU's."""
+
+    def __init__(self) -> None:
+        super().__init__(F.relu)
+        self.shift = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = (self.feature(made(x)) + self.shift for made in (self.q, self.k))
+        y: Tensor = self.out(q @ k.transpose(1, 2) @ x)
         return y
 
 
@@ -64,6 +114,30 @@ def test_zero_to_something_is_frozen_with_the_reason(feature: str) -> None:
     plan = ebdiff.trace(LinearAttention(LEAKING[feature]), torch.randn(2, 5, 4))
     assert len(plan) == 0
     assert "zero does not map to zero" in {axis.name: axis.reason for axis in plan.frozen}["q.weight[0]"]
+
+
+@pytest.mark.parametrize("name", SINGULAR)
+def test_what_has_no_value_at_zero_is_frozen_with_the_reason(name: str) -> None:
+    """The masked model would be NaN, or its gradients."""
+    plan = ebdiff.trace(LinearAttention(SINGULAR[name]), torch.randn(2, 5, 4))
+    assert len(plan) == 0
+    reason = {axis.name: axis.reason for axis in plan.frozen}["q.weight[0]"]
+    assert reason.startswith(f"{name} in LinearAttention")
+    assert "no value or no slope at the zeros" in reason
+
+
+@pytest.mark.parametrize("model", [Shifted(), Mixed(bias=True)], ids=["shifted", "mixed"])
+def test_what_is_added_to_every_channel_is_there_in_removed_ones(model: nn.Module) -> None:
+    plan = ebdiff.trace(model, torch.randn(2, 5, 4))
+    assert "q" not in plan
+    assert "zero does not map to zero" in {axis.name: axis.reason for axis in plan.frozen}["q.weight[0]"]
+
+
+def test_tokens_that_are_mixed_without_a_bias_leave_channels_zero() -> None:
+    model, x = Mixed(bias=False).double(), torch.randn(2, 5, 4).double()
+    plan = ebdiff.trace(model, x)
+    assert [space.name for space in plan] == ["q"]
+    laws.assert_law(model, {"x": x}, drawn(plan))
 
 
 def test_weights_made_of_parameters_count_as_activations() -> None:
