@@ -210,11 +210,13 @@ def sample(
     import torch
 
     from .plots import grid
-    from .training.sampling import draw_images, drawn_about, of_labels
+    from .training.sampling import draw_images, drawn_about, in_turn, of_labels
 
     seed, about = world.config.seed, drawn_about(world, n, world.config.seed)
-    if label is not None or "class_labels" in world.held_out_conditions.rows:
-        about = of_labels(world, torch.arange(n) * world.classes // n if label is None else torch.full((n,), label))
+    if label is not None:
+        about = of_labels(world, torch.full((n,), label))
+    elif "class_labels" in world.held_out_conditions.rows:
+        about = in_turn(world, n)
     images = torch.cat(list(draw_images(world, network.to(world.device), about, seed)))
     grid({"": images}, to)
     console.print(f"{n} images: {to}", highlight=False)
@@ -273,7 +275,8 @@ def encode(
     steps = encoded(images, network, out, batch_size)
     if not dry_run:
         follow((Tick("encode", number, "images") for number in steps), [Work("encode", count)], console)
-    console.print(f"latents of {count} images: {out}", highlight=False, soft_wrap=True)
+    touched = "; nothing was touched" if dry_run else ""
+    console.print(f"latents of {count} images: {out}{touched}", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -23,7 +23,7 @@ from ebdiff.pruning.save import load
 from ebdiff.pruning.shrink import shrinks_of
 from ebdiff.training import job
 from ebdiff.training.judge import draw_images, macs_per_image
-from ebdiff.training.sampling import drawn_about, of_labels
+from ebdiff.training.sampling import drawn_about, in_turn, of_labels
 
 TWO = ("regions.bounds=[0, 440, 1000]", "search.ratios=[0.3, 0.6]", "regions.steps=[3, 4]", "search.steps=8")
 TEXT = (
@@ -100,6 +100,18 @@ def test_images_are_drawn_about_held_out_ones(tmp_path: Path) -> None:
     assert torch.equal(world.told_about(about)["class_labels"], held_out[about])
     labels = torch.tensor([5, 0, 5])
     assert held_out[of_labels(world, labels)].tolist() == [5, 0, 5]
+
+
+def test_labels_that_only_some_images_have(tmp_path: Path) -> None:
+    """Of six images in either split not every class is there: all are counted, and those held out are drawn."""
+    world = tiny(tmp_path, "conditional={}", "data.limit=6")
+    assert world.data.labels is not None
+    assert world.data.test_labels is not None
+    known = world.data.test_labels.unique()
+    assert int(world.data.labels.max()) < int(known.max()) == world.classes - 1
+    drawn = world.told_about(in_turn(world, 2 * len(known)))["class_labels"]
+    assert torch.equal(drawn, known.repeat_interleave(2))
+    assert len(known) < world.classes
 
 
 def test_without_anything_told_drawing_is_the_ddim_pipeline(tmp_path: Path) -> None:
@@ -207,3 +219,15 @@ def test_what_cannot_be_told_is_refused_before_anything_is_written(
     with pytest.raises(EbdiffError, match=words):
         run(tiny(tmp_path / "out", *overrides))
     assert not (tmp_path / "out").exists()
+
+
+def test_other_data_under_the_same_name_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "cats.npz"
+    images = np.arange(20 * 256, dtype=np.int64).reshape(20, 16, 16).astype(np.uint8)
+    settings = [f"data.source={file}", "evaluate.extractor=none"]
+    np.savez(file, x=images)
+    for _ in range(2):
+        job.prepare(tiny(tmp_path / "run", *settings))
+    np.savez(file, x=images[:-1])
+    with pytest.raises(EbdiffError, match="results of other images"):
+        job.prepare(tiny(tmp_path / "run", *settings))

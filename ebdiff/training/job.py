@@ -11,6 +11,7 @@ from typing import Any
 
 from .. import config as configuration
 from ..errors import EbdiffError
+from ..files import read_json, write_json
 from ..nn.router import TimestepRouter
 from ..pruning.save import load
 from ..timesteps.region import Partition, Region
@@ -23,6 +24,8 @@ from .world import World
 
 __all__ = ["find", "merge", "parts", "prepare", "run", "train", "work"]
 
+DATA = "data.json"
+
 
 def prepare(world: World) -> None:
     """Check everything, then keep the configuration beside the results.
@@ -34,7 +37,20 @@ def prepare(world: World) -> None:
     if kept.exists():
         configuration.refuse_other(world.config, kept)
     world.check()
+    _refuse_other_data(world)
     configuration.keep(world.config, world.out)
+    write_json(world.out / DATA, {"name": world.data.name, "fingerprint": world.data.fingerprint})
+
+
+def _refuse_other_data(world: World) -> None:
+    """A configuration names its data, and what lies there may have changed since the run began."""
+    if (world.out / DATA).exists() and read_json(world.out / DATA)["fingerprint"] != world.data.fingerprint:
+        raise EbdiffError(
+            f"{world.out} holds results of other {world.data.noun}",
+            expected=f"{world.data.name} as it was when the run began",
+            got="another fingerprint",
+            remedy="give another --out, or the same data",
+        )
 
 
 def run(world: World, parallel: int = 1) -> Iterator[Tick]:

@@ -13,7 +13,7 @@ from .conditions import guided
 from .seeds import DataOrder
 from .world import World
 
-__all__ = ["draw_images", "drawn_about", "of_labels", "passes"]
+__all__ = ["draw_images", "drawn_about", "in_turn", "of_labels", "passes"]
 
 
 def drawn_about(world: World, count: int, seed: int) -> Tensor:
@@ -39,6 +39,12 @@ def of_labels(world: World, labels: Tensor) -> Tensor:
         expected = f"one of {', '.join(map(str, held_out.unique().tolist()))}"
         raise EbdiffError("no such label", expected=expected, got=str(int(absent[0])), remedy="choose one of these")
     return found.int().argmax(1)
+
+
+def in_turn(world: World, count: int) -> Tensor:
+    """int64 [count]: held-out images of every label that they have, equally many of each, labels ascending."""
+    known = world.held_out_conditions.rows["class_labels"].unique()
+    return of_labels(world, known[torch.arange(count) * len(known) // count])
 
 
 @torch.no_grad()

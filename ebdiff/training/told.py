@@ -53,7 +53,7 @@ def classes_of(c: Conditional | None, data: Images | Latents) -> int:
         return 0
     if c.classes != "auto":
         return c.classes
-    highest = int(data.labels.max())
+    highest = max(int(labels.max()) for labels in (data.labels, data.test_labels) if labels is not None)
     if highest < 1:
         expected, got = "at least 2 classes", f"none above {highest}"
         raise EbdiffError(f"labels of {data.name}", expected=expected, got=got, remedy="check them")
