@@ -6,12 +6,12 @@ Never run on a GPU so far; the same kernels are interpreted in test_group_norm_t
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from kernels_only import only_kernels_of
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -36,13 +36,7 @@ SHAPES = {
 OTHERS = [("ragged", torch.float32), ("two passes", torch.float32), ("ragged, two passes", torch.float16)]
 
 
-@pytest.fixture(autouse=True)
-def only_kernels() -> Iterator[None]:
-    """A fall back to the reference is a failure."""
-    pytest.importorskip("triton")
-    before = operator.fallbacks.copy()
-    yield
-    assert operator.fallbacks == before
+only_kernels = only_kernels_of(operator)
 
 
 def tensors(name: str, dtype: torch.dtype, last: bool, mean: float = 0.0) -> tuple[Tensor, Tensor, Norm]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -25,6 +24,8 @@ from ebdiff.training import job
 from ebdiff.training.judge import draw_images, macs_per_image
 from ebdiff.training.sampling import drawn_about, in_turn, of_labels
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TWO = ("regions.bounds=[0, 440, 1000]", "search.ratios=[0.3, 0.6]", "regions.steps=[3, 4]", "search.steps=8")
 TEXT = (
     "model={class: UNet2DConditionModel, sample_size: 8, in_channels: 1, out_channels: 1, layers_per_block: 1, "
@@ -35,15 +36,6 @@ DIT = (
     "model={class: DiTTransformer2DModel, sample_size: 8, in_channels: 2, num_attention_heads: 2, "
     "attention_head_dim: 4, num_layers: 1, norm_num_groups: 2}"
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sums over several threads may differ in the last bit."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def weights(out: Path) -> dict[str, Tensor]:

@@ -6,12 +6,12 @@ Never run on a GPU so far; the same kernels are interpreted in test_block_sparse
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from attention_cases import NAMES, Case, Tensors, errs_no_more, torchs, truth_of
+from kernels_only import only_kernels_of
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -40,13 +40,7 @@ CASES = {
 OTHERS = [("blocks of 64", torch.float32), ("head_dim 128", torch.float32), ("head_dim 88", torch.float16)]
 
 
-@pytest.fixture(autouse=True)
-def only_kernels() -> Iterator[None]:
-    """A fall back to the reference is a failure."""
-    pytest.importorskip("triton")
-    before = operator.fallbacks.copy()
-    yield
-    assert operator.fallbacks == before
+only_kernels = only_kernels_of(operator)
 
 
 def by_the_operators(case: Tensors) -> dict[str, Tensor]:

@@ -6,11 +6,11 @@ Never run on a GPU so far; the same kernels are interpreted in test_timestep_los
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from kernels_only import only_kernels_of
 from timestep_loss_cases import CASES, Case, Looked, check, compare, exact
 from torch import Tensor
 
@@ -30,13 +30,7 @@ LARGE = {
 }
 
 
-@pytest.fixture(autouse=True)
-def only_kernels() -> Iterator[None]:
-    """A fall back to the reference is a failure."""
-    pytest.importorskip("triton")
-    before = operator.fallbacks.copy()
-    yield
-    assert operator.fallbacks == before
+only_kernels = only_kernels_of(operator)
 
 
 class Step:

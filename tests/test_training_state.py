@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,17 +23,10 @@ from ebdiff.timesteps.sampler import Sampler
 from ebdiff.training.checkpoint import Checkpoints
 from ebdiff.training.loop import StepReport, TrainConfig, TrainState, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 T = 50
 CONFIG = TrainConfig(batch_size=4, lr=1e-2)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sums over several threads may differ in the last bit."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Net(nn.Module):
