@@ -28,6 +28,8 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=16, help="images to draw")
     parser.add_argument("--out", default="super-resolution.png")
     args = parser.parse_args()
+    if min(args.steps, args.batch_size, args.factor, args.count) < 1:
+        parser.error("all numbers are at least 1")
 
     torch.manual_seed(0)
     data, schedule = load_images("fashion16"), DDPMScheduler()

@@ -25,6 +25,8 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=32, help="channels at the highest resolution")
     parser.add_argument("--out", default="results")
     args = parser.parse_args()
+    if min(args.steps, args.batch_size) < 1:
+        parser.error("--steps and --batch-size are at least 1")
 
     torch.manual_seed(0)
     unet = Unet(dim=args.dim, dim_mults=(1, 2, 4))

@@ -83,6 +83,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--out", default="runs/plain")
     args = parser.parse_args()
+    if min(args.steps, args.batch_size) < 1:
+        parser.error("--steps and --batch-size are at least 1")
 
     torch.manual_seed(0)
     images, model = to_model(load_images("fashion16").train), UNet()

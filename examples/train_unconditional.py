@@ -28,9 +28,13 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--out", default="runs/unconditional")
     args = parser.parse_args()
+    if min(args.steps, args.batch_size) < 1:
+        parser.error("--steps and --batch-size are at least 1")
 
     accelerator = Accelerator()
     images = TensorDataset(to_model(load_images("fashion16").train))
+    if args.batch_size * accelerator.num_processes > len(images):
+        parser.error(f"--batch-size is of each process: at most {len(images) // accelerator.num_processes}")
     loader = DataLoader(images, batch_size=args.batch_size, shuffle=True, drop_last=True)
     network = UNet2DModel(16, 1, 1, block_out_channels=(32, 32, 64, 64), layers_per_block=1, norm_num_groups=8)
     noise_scheduler = DDPMScheduler(num_train_timesteps=1000)

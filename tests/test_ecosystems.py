@@ -50,7 +50,7 @@ def main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Capture
         return capsys.readouterr().out
 
     yield call
-    for name in (*LOOPS, *(f"{name}_before" for name in LOOPS)):
+    for name in (*LOOPS, *(f"{name}_before" for name in LOOPS), "super_resolution"):
         sys.modules.pop(name, None)
 
 
@@ -90,6 +90,22 @@ def test_the_script_runs_without_ebdiff(name: str, main: Main, tmp_path: Path) -
     said = main(tmp_path, f"{name}_before", steps=2, batch_size=2)
     assert "step 2: loss" in said
     assert "ticket" not in said
+
+
+@pytest.mark.parametrize("name", [*LOOPS, "super_resolution"])
+@pytest.mark.parametrize("wrong", [{"steps": -3}, {"batch_size": 0}])
+def test_numbers_that_make_no_sense_are_refused_in_a_sentence(
+    name: str, wrong: dict[str, int], main: Main, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(EXAMPLES, name, **wrong)
+    assert "at least 1" in capsys.readouterr().err
+
+
+def test_a_batch_larger_than_the_data_is_refused(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(EXAMPLES, "train_unconditional", batch_size=100_000)
+    assert "--batch-size is of each process: at most" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("steps", [1, 8])
