@@ -109,17 +109,25 @@ def draw(world: World, facts: Mapping[str, Any]) -> dict[str, str]:
     plots.lines(_curves(facts), world.out / names["curves"])
     plots.lines([_losses(world, facts)], world.out / names["loss-per-timestep"])
     plots.lines(_timesteps(world), world.out / names["timesteps"])
-    maps = facts["search"]["heatmaps"]
-    top = max((max(map(max, m["distances"])) for m in maps if m["distances"]), default=0.0) or 1.0
-    titles = [f"region {world.partition[k]}, ratio {m['ratio']:g}" for k, m in enumerate(maps)]
-    squares = [(title, m["steps"], m["distances"]) for title, m in zip(titles, maps, strict=True)]
-    plots.heatmaps(squares, top, world.out / names["mask-distance"])
+    if facts["search"]["heatmaps"]:
+        _draw_distances(world, facts, world.out / names["mask-distance"])
+    else:
+        del names["mask-distance"]
     grids = {NAMES[arm]: _grid(world, arm) for arm in NAMES}
     if all(images is not None for images in grids.values()):
         plots.grid(grids, world.out / names["samples"])
     else:
         del names["samples"]
     return names
+
+
+def _draw_distances(world: World, facts: Mapping[str, Any], path: Path) -> None:
+    """A square for each region; all on one scale."""
+    maps = facts["search"]["heatmaps"]
+    top = max(max(map(max, each["distances"])) for each in maps) or 1.0
+    titles = [f"region {world.partition[k]}, ratio {each['ratio']:g}" for k, each in enumerate(maps)]
+    squares = [(title, each["steps"], each["distances"]) for title, each in zip(titles, maps, strict=True)]
+    plots.heatmaps(squares, top, path)
 
 
 def _grid(world: World, arm: str) -> Any:

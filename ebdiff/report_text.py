@@ -116,8 +116,7 @@ def markdown(facts: Facts, pictures: Mapping[str, str]) -> str:
             ],
             [_ticket(facts, ticket) for ticket in facts["tickets"]],
         ),
-        f"![mask distances]({pictures['mask-distance']})",
-        _between(facts),
+        *_distances(facts, pictures),
         "## Timesteps",
         f"![how often timesteps are drawn, and their weights]({pictures['timesteps']})",
         _timesteps(facts),
@@ -256,11 +255,17 @@ def _ticket(facts: Facts, ticket: Facts) -> list[str]:
         "[{}, {})".format(*ticket["trained"]),
         asked,
         *(f"{achieved[key]:.1%}" for key in ("channels", "macs", "parameters")),
-        f"{'settled' if ticket['settled'] else 'NOT settled'}, step {ticket['step']}",
+        _drawn(facts, ticket),
         f"{_per_step(ticket['cost'])} (dense {_per_step(facts['cost']['dense'])})",
         str(ticket["cost"]["steps"]),
         f"{ticket['mass']:.1%}",
     ]
+
+
+def _drawn(facts: Facts, ticket: Facts) -> str:
+    if not facts["search"]["heatmaps"]:
+        return f"by {ticket['criterion']}, step {ticket['step']}"
+    return f"{'settled' if ticket['settled'] else 'NOT settled'}, step {ticket['step']}"
 
 
 def _timesteps(facts: Facts) -> str:
@@ -275,8 +280,17 @@ def _timesteps(facts: Facts) -> str:
     )
 
 
-def _between(facts: Facts) -> str:
+def _distances(facts: Facts, pictures: Mapping[str, str]) -> list[str]:
+    """How masks moved during the search, and how far the regions' are from each other; what there is of it."""
     search, criterion = facts["search"], facts["config"]["search"]["criterion"]
+    parts = []
+    if search["heatmaps"]:
+        kind = "Chance-corrected Hamming" if search["corrected"] else "Normalised Hamming"
+        parts = [
+            f"![mask distances]({pictures['mask-distance']})",
+            f"{kind} distance between the masks drawn during the search, by {criterion} scores; masks settle at "
+            f"{search['eta']:g}, and a map ends where its ticket was drawn.",
+        ]
     pairs = search["between_regions"]
     rows = [
         [f"{a} and {b}", f"{own:.3f}", f"{same:.3f}", f"{corrected:.2f}"]
@@ -284,16 +298,13 @@ def _between(facts: Facts) -> str:
             pairs["pairs"], pairs["tickets"], pairs["at_common_ratio"], pairs["corrected"], strict=True
         )
     ]
-    common = f"both at ratio {pairs['common_ratio']:.2f}"
-    kind = "Chance-corrected Hamming" if search["corrected"] else "Normalised Hamming"
-    return "\n\n".join(
-        [
-            f"{kind} distance between the masks drawn during the search, by {criterion} scores; masks settle at "
-            f"{search['eta']:g}, and a map ends where its ticket was drawn.",
+    if rows:
+        common = f"both at ratio {pairs['common_ratio']:.2f}"
+        parts += [
             "How far the regions' masks are from each other; 1 in the last column is no more in common than chance:",
             table(["regions", "of the tickets", common, "of this, corrected for chance"], rows),
         ]
-    )
+    return parts
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

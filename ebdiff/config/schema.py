@@ -107,11 +107,12 @@ class Train(Section):
 class Search(Section):
     """The dense run that tickets are drawn from; see `ebdiff.EarlyBird`.
 
+    `steps`: with 0 masks are drawn from the network as it is before its first step, which has no gradients yet.
     `ratios` is the share of channels REMOVED per region; "auto" splits `macs`, the share of the dense MACs KEPT on
     average over all timesteps, by each region's predicted loss increase.
     """
 
-    steps: int = Field(ge=1)
+    steps: int = Field(ge=0)
     ratios: list[float] | Literal["auto"] = [0.3, 0.6, 0.8]
     macs: float | None = Field(default=None, gt=0, lt=1)
     criterion: Literal["magnitude", "magnitude-l1", "taylor", "random"] = "taylor"
@@ -128,6 +129,8 @@ class Search(Section):
             raise ValueError("ratios: auto goes with macs, the share of the dense MACs to keep; a list goes without")
         if self.ratios == "auto" and self.criterion != "taylor":
             raise ValueError("ratios: auto predicts the loss from gradients, so it needs criterion: taylor")
+        if self.criterion == "taylor" and not self.steps:
+            raise ValueError("criterion: taylor reads the gradients of training, so it needs steps of at least 1")
         return self
 
 

@@ -65,7 +65,7 @@ def control_steps(world: World, share: float) -> int:
     for number in range(len(world.partition)):
         needed(region_folder(world.out, number), f"ebdiff train --region {number}")
         spent += cost_of(region_folder(world.out, number), share).macs if share > 0 else 0
-    return max(1, round(spent / cost_per_step(world, world.plan.macs())))
+    return round(spent / cost_per_step(world, world.plan.macs()))
 
 
 def watcher(world: World, state: TrainState) -> EarlyBird:
@@ -98,7 +98,7 @@ def conclude(world: World, watch: EarlyBird) -> dict[str, Any]:
 
     write_folder(world.out / "search" / "tickets", write)
     pictures = []
-    for number, ratio in enumerate(watched_ratios(world)):
+    for number, ratio in enumerate(watched_ratios(world)) if watch.steps else ():
         steps, distances = watch.heatmap((world.config.search.criterion, ratio, number))
         pictures.append({"ratio": ratio, "steps": list(steps), "distances": distances.tolist()})
     return {

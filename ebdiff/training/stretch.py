@@ -35,7 +35,7 @@ class Stretch:
         name: of the stage.
         folder: where everything goes.
         macs: of one image's forward pass.
-        steps: how many to take.
+        steps: how many to take; 0 leaves what was started from.
         sampler: which timesteps.
         seed: of data order, noise and timesteps.
         start: makes the state that the first step starts from.
@@ -81,18 +81,22 @@ class Stretch:
             images = (step - begun) * world.config.train.batch_size * world.config.train.accumulate
             return meter.read(steps=step - begun, images=images, macs=(step - begun) * per_step)
 
+        def keep() -> None:
+            taken = state.step - first
+            for share, steps in self.marks.items():
+                if taken == steps:
+                    keep_network(self.folder, share, state, cost(state.step))
+            if taken == self.steps or (taken and taken % world.config.train.checkpoint_every == 0):
+                store(checkpoints, state, watch, cost(state.step))
+
+        if saved is None:
+            keep()
         with StepLog(self.folder, begun, world.config.train.log_every) as log:
             for report in self._steps(world, state, first + self.steps, checkpoints):
                 if watch is not None:
                     watch.step(report.region)
-                for share, steps in self.marks.items():
-                    if report.step - first == steps:
-                        keep_network(self.folder, share, state, cost(report.step))
+                keep()
                 log.add(report, cost(report.step).device_seconds)
-                if (
-                    report.step - first
-                ) % world.config.train.checkpoint_every == 0 or report.step - first == self.steps:
-                    store(checkpoints, state, watch, cost(report.step))
                 yield Tick(self.name, per_step, f"loss {report.loss:.4f}")
         conclusion = self.conclude(watch) if self.conclude and watch is not None else {}
         finish(self.folder, {**self.facts, **conclusion, "cost": cost(state.step).to_json()})
