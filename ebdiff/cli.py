@@ -210,14 +210,15 @@ def sample(
     import torch
 
     from .plots import grid
-    from .training.sampling import draw_images, drawn_about, in_turn, of_labels
+    from .training.sampling import draw_images, drawn_about, in_turn, of_label
 
-    seed, about = world.config.seed, drawn_about(world, n, world.config.seed)
+    seed, labels = world.config.seed, None
     if label is not None:
-        about = of_labels(world, torch.full((n,), label))
-    elif "class_labels" in world.held_out_conditions.rows:
-        about = in_turn(world, n)
-    images = torch.cat(list(draw_images(world, network.to(world.device), about, seed)))
+        labels = of_label(world, label, n)
+    elif world.classes:
+        labels = in_turn(world, n)
+    about = drawn_about(world, n, seed)
+    images = torch.cat(list(draw_images(world, network.to(world.device), about, seed, labels)))
     grid({"": images}, to)
     console.print(f"{n} images: {to}", highlight=False)
 

@@ -22,7 +22,7 @@ from ebdiff.pruning.save import load
 from ebdiff.pruning.shrink import shrinks_of
 from ebdiff.training import job
 from ebdiff.training.judge import draw_images, macs_per_image
-from ebdiff.training.sampling import drawn_about, in_turn, of_labels
+from ebdiff.training.sampling import drawn_about, in_turn, of_label
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,6 +36,8 @@ DIT = (
     "model={class: DiTTransformer2DModel, sample_size: 8, in_channels: 2, num_attention_heads: 2, "
     "attention_head_dim: 4, num_layers: 1, norm_num_groups: 2}"
 )
+GREY = DIT.replace("in_channels: 2", "in_channels: 1").replace("groups: 2", "groups: 1")
+ODD = ("data.size=15", "evaluate.extractor=none")
 
 
 def weights(out: Path) -> dict[str, Tensor]:
@@ -80,7 +82,7 @@ def test_labels_from_the_search_to_the_pictures_and_again_after_an_interruption(
     assert len(set(drawn)) == 4
     capsys.readouterr()
     assert command(monkeypatch, "sample", "--out", out, "--label", "10") == 2
-    assert "no such label: expected one of 0, 1, 2" in capsys.readouterr().err
+    assert "no such label: expected 0 to 9, got 10" in capsys.readouterr().err
 
 
 def test_images_are_drawn_about_held_out_ones(tmp_path: Path) -> None:
@@ -90,8 +92,6 @@ def test_images_are_drawn_about_held_out_ones(tmp_path: Path) -> None:
     about = drawn_about(world, 60, 3)
     assert sorted(about.tolist()) == sorted([*range(30)] * 2)
     assert torch.equal(world.told_about(about)["class_labels"], held_out[about])
-    labels = torch.tensor([5, 0, 5])
-    assert held_out[of_labels(world, labels)].tolist() == [5, 0, 5]
 
 
 def test_labels_that_only_some_images_have(tmp_path: Path) -> None:
@@ -101,9 +101,16 @@ def test_labels_that_only_some_images_have(tmp_path: Path) -> None:
     assert world.data.test_labels is not None
     known = world.data.test_labels.unique()
     assert int(world.data.labels.max()) < int(known.max()) == world.classes - 1
-    drawn = world.told_about(in_turn(world, 2 * len(known)))["class_labels"]
-    assert torch.equal(drawn, known.repeat_interleave(2))
-    assert len(known) < world.classes
+    assert torch.equal(in_turn(world, 2 * len(known)), known.repeat_interleave(2))
+    (absent, *_) = set(range(world.classes)) - set(known.tolist())
+    network, about = world.network().eval(), drawn_about(world, 4, 0)
+    ours, others = (
+        torch.cat(list(draw_images(world, network, about, 0, of_label(world, label, 4))))
+        for label in (absent, int(known[0]))
+    )
+    assert not torch.equal(ours, others), "an image of a class that no held-out image has"
+    with pytest.raises(EbdiffError, match="told no labels"):
+        of_label(tiny(tmp_path), 0, 4)
 
 
 def test_without_anything_told_drawing_is_the_ddim_pipeline(tmp_path: Path) -> None:
@@ -203,6 +210,11 @@ def test_latents_of_a_vae_by_a_class_conditional_transformer(
         (["data.source=latents:/nowhere.npz", "data.vae=/nowhere", "train.flip=false"], "no latents there"),
         (["data.source=latents:/nowhere.npz", "data.vae=/nowhere"], "train.flip"),
         (["model.class=UNet2D"], "model.class"),
+        ([TEXT], "cannot do without encoder_hidden_states: expected conditional.by=embeddings, got no conditional"),
+        ([TEXT, "conditional={}"], "conditional.by=embeddings, got conditional.by=labels"),
+        ([GREY], r"cannot be called with images of 8x8: expected an answer to \(x, t\), got TypeError"),
+        ([GREY, "conditional={}", "model.sample_size=15", *ODD], r"\[1, 15, 15\], got \[1, 14, 14\]"),
+        (["model.sample_size=15", *ODD], "cannot be called with images of 15x15"),
     ],
 )
 def test_what_cannot_be_told_is_refused_before_anything_is_written(

@@ -8,12 +8,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import diffusers
+import torch
 from diffusers import ModelMixin
 from diffusers.models.embeddings import LabelEmbedding
+from torch import Tensor
 
 from ..errors import EbdiffError
+from .conditions import Told, ask
 
-__all__ = ["build", "in_channels"]
+__all__ = ["build", "check_call", "in_channels"]
 
 DEFAULT = "UNet2DModel"
 KEYWORDS = {"labels": "class_labels", "embeddings": "encoder_hidden_states"}
@@ -29,7 +32,7 @@ def build(model: Mapping[str, Any], by: str | None = None, size: int = 0) -> Any
         size: classes, numbers per token of an embedding, or channels of an image.
 
     Raises:
-        EbdiffError: no such class, one that cannot be told so, or arguments that it refuses.
+        EbdiffError: no such class, one that cannot be told so or has to be told more, or arguments that it refuses.
     """
     arguments = dict(model)
     kind = class_named(arguments.pop("class", DEFAULT))
@@ -45,6 +48,7 @@ def build(model: Mapping[str, Any], by: str | None = None, size: int = 0) -> Any
             )
     if by is not None:
         arguments |= _told(kind, known, arguments, by, size)
+    _refuse_untold(kind, by)
     try:
         network = kind(**arguments)
     except (ValueError, TypeError, IndexError, ZeroDivisionError) as error:
@@ -74,6 +78,52 @@ def in_channels(model: Mapping[str, Any]) -> int:
     """Channels of an image, before those of a low resolution are added."""
     default = inspect.signature(class_named(model.get("class", DEFAULT)).__init__).parameters["in_channels"].default
     return int(model.get("in_channels", default))
+
+
+def check_call(network: Any, x: Tensor, t: Tensor, told: Told) -> None:
+    """Refuse a network that does not answer an image and what it is told with an image of the same shape.
+
+    Args:
+        network: on the meta device, where calling it takes no memory.
+        x: float [1, C, H, W].
+        t: int64 [1].
+        told: one row each.
+
+    Raises:
+        EbdiffError: it fails, or its answer has another shape.
+    """
+    name, words = type(network).__name__, ", ".join(["x", "t", *told])
+    try:
+        with torch.no_grad():
+            made = ask(network, x.to("meta"), t.to("meta"), {key: rows.to("meta") for key, rows in told.items()})
+    except Exception as error:
+        raise EbdiffError(
+            f"{name} cannot be called with images of {x.shape[-1]}x{x.shape[-2]}",
+            expected=f"an answer to ({words})",
+            got=f"{type(error).__name__}: {' '.join(str(error).split())}",
+            remedy="choose sides that all its halvings and patches divide, and tell it what it needs (conditional)",
+        ) from None
+    if made.shape != x.shape:
+        raise EbdiffError(
+            f"what {name} predicts has another size than its images",
+            expected=str(list(x.shape[1:])),
+            got=str(list(made.shape[1:])),
+            remedy="choose a model.sample_size that its patches divide",
+        )
+
+
+def _refuse_untold(kind: Any, by: str | None) -> None:
+    """Some networks cannot do without what they are told."""
+    _, _, _, *further = inspect.signature(kind.forward).parameters.values()  # self, x, t
+    needed = {p.name for p in further if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+    for missing in sorted(needed - {KEYWORDS.get(str(by))}):
+        told = next((name for name, keyword in KEYWORDS.items() if keyword == missing), None)
+        raise EbdiffError(
+            f"{kind.__name__} cannot do without {missing}",
+            expected=f"conditional.by={told}" if told else "a network that can",
+            got=f"conditional.by={by}" if by else "no conditional",
+            remedy="choose another model.class: UNet2DModel does with nothing and with labels",
+        )
 
 
 def _told(kind: Any, known: list[str], given: Mapping[str, Any], by: str, size: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from .conditions import guided
 from .seeds import DataOrder
 from .world import World
 
-__all__ = ["draw_images", "drawn_about", "in_turn", "of_labels", "passes"]
+__all__ = ["draw_images", "drawn_about", "in_turn", "of_label", "passes"]
 
 
 def drawn_about(world: World, count: int, seed: int) -> Tensor:
@@ -24,47 +24,48 @@ def drawn_about(world: World, count: int, seed: int) -> Tensor:
     return DataOrder(len(world.data.test), seed)(0, count)
 
 
-def of_labels(world: World, labels: Tensor) -> Tensor:
-    """int64 [N]: for each label the number of a held-out image that has it.
+def of_label(world: World, label: int, count: int) -> Tensor:
+    """int64 [count]: this label for every image, whether or not a held-out image has it.
 
     Raises:
-        EbdiffError: the network is told no labels, or no held-out image has such a one.
+        EbdiffError: the network is told no labels, or knows none of that number.
     """
-    held_out, c = world.data.test_labels, world.config.conditional
-    if held_out is None or c is None or c.by != "labels":
+    if not world.classes:
         raise EbdiffError("the network is told no labels", remedy="leave --label out, or train with --conditional")
-    found = held_out == labels[:, None]
-    absent = labels[~found.any(1)]
-    if len(absent):
-        expected = f"one of {', '.join(map(str, held_out.unique().tolist()))}"
-        raise EbdiffError("no such label", expected=expected, got=str(int(absent[0])), remedy="choose one of these")
-    return found.int().argmax(1)
+    if not 0 <= label < world.classes:
+        raise EbdiffError(
+            "no such label", expected=f"0 to {world.classes - 1}", got=str(label), remedy="choose another"
+        )
+    return torch.full((count,), label)
 
 
 def in_turn(world: World, count: int) -> Tensor:
-    """int64 [count]: held-out images of every label that they have, equally many of each, labels ascending."""
-    known = world.held_out_conditions.rows["class_labels"].unique()
-    return of_labels(world, known[torch.arange(count) * len(known) // count])
+    """int64 [count]: every label that held-out images have, equally often, ascending."""
+    known: Tensor = world.held_out_conditions.rows["class_labels"].unique()
+    return known[torch.arange(count) * len(known) // count]
 
 
 @torch.no_grad()
-def draw_images(world: World, network: Any, about: Tensor, seed: int) -> Iterator[Tensor]:
+def draw_images(world: World, network: Any, about: Tensor, seed: int, labels: Tensor | None = None) -> Iterator[Tensor]:
     """uint8 [N, C, H, W] batches by DDIM. Batch i starts from noise that depends on (seed, i) alone.
 
     Args:
-        about: int64: an image for each of these held-out ones, with what the network is told about it.
+        about: int64 [N]: an image for each of these held-out ones, with what the network is told about it.
+        labels: int64 [N], told instead.
 
     Raises:
         EbdiffError: the network's predictions are not finite.
     """
     network, told_nothing = network.eval(), world.held_out_conditions.silenced
     size = world.config.sample.batch_size
-    for number, chosen in enumerate(about[first : first + size] for first in range(0, len(about), size)):
-        told = {key: rows.to(world.device) for key, rows in world.told_about(chosen).items()}
+    for number, start in enumerate(range(0, len(about), size)):
+        chosen = about[start : start + size]
+        known = world.told_about(chosen) if labels is None else {"class_labels": labels[start : start + size]}
+        told = {key: rows.to(world.device) for key, rows in known.items()}
         silent = told_nothing(told, torch.ones(len(chosen), dtype=torch.bool))
         predict = guided(network, told, silent, world.guidance)
-        start = torch.Generator().manual_seed(seed * 100_003 + number)
-        x = torch.randn(len(chosen), *world.image_shape, generator=start).to(world.device)
+        chance = torch.Generator().manual_seed(seed * 100_003 + number)
+        x = torch.randn(len(chosen), *world.image_shape, generator=chance).to(world.device)
         scheduler = world.sampling_scheduler()
         for t in scheduler.timesteps:
             x = scheduler.step(predict(x, t), t, x).prev_sample

@@ -26,7 +26,7 @@ from ..timesteps.profile import NoiseProfile
 from ..timesteps.region import Partition, Region
 from ..timesteps.sampler import Sampler, Stratified, Within
 from .conditions import Conditions, call_of
-from .network import build, in_channels
+from .network import build, check_call, in_channels
 from .told import check_vae, classes_of, conditions_of
 
 __all__ = ["World"]
@@ -74,6 +74,7 @@ class World:
             )
         if images and isinstance(self.data, Latents):
             check_vae(self.vae, self.data)
+        check_call(self._meta, *self._example())
         _ = self.plan, self.device, [Within(region, self.sampler).weights() for region in self.partition]
         shape = tuple(self.data.train.shape[1:]) if images else self.image_shape
         if shape != self.image_shape:
@@ -276,10 +277,14 @@ class World:
 
     def trace(self, network: nn.Module) -> ChannelPlan:
         """The plan of a network of this run, which is called as network(x, t) with what it is told."""
-        x = torch.zeros(1, *self.image_shape)
-        first = torch.zeros(1, dtype=torch.int64)
-        x, keywords = call_of(x, self.conditions.of(first, x))
-        return trace(network, x, first, **keywords)
+        x, t, told = self._example()
+        x, keywords = call_of(x, told)
+        return trace(network, x, t, **keywords)
+
+    def _example(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """An image, its timestep, and what is told about it."""
+        x, first = torch.zeros(1, *self.image_shape), torch.zeros(1, dtype=torch.int64)
+        return x, first, self.conditions.of(first, x)
 
     def example_masks(self) -> list[ChannelMask]:
         """For each region a mask as wide as its ticket will be: widths do not depend on the scores.
