@@ -293,6 +293,35 @@ def test_an_interrupted_watch_ends_as_an_uninterrupted_one(stop):
         AttentionWatch(net, Attention(0.5, 16, 1, every=2)).load_state_dict(state)
 
 
+class Twice(nn.Module):
+    """Attends to its own tokens, and then to few others."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.others = net, nn.Parameter(torch.randn(2, 2, 5, 4))
+
+    def forward(self, x):
+        q = self.net(x).unflatten(-1, (2, 4)).transpose(1, 2)
+        own, to_others = (F.scaled_dot_product_attention(q, other, other) for other in (q, self.others))
+        return own + to_others
+
+
+def test_a_layer_of_several_sizes_in_one_forward_stays_dense():
+    """Whether short calls are watched or not: its mask would refuse one of the two."""
+    for tokens in (1, 10):
+        net = Twice(Net())
+        watch = AttentionWatch(net, Attention(0.5, 16, tokens, every=1))
+        for step in range(2):
+            net(batch(step))
+            watch.step()
+        assert set(watch.mass()) == {"net.first", "net.second"}
+    alone = Twice(nn.Identity())
+    watch = AttentionWatch(alone, Attention(0.5, **SMALL))
+    alone(batch(0))
+    with pytest.raises(EbdiffError, match="got only layers of several sizes in one forward: the model"):
+        watch.step()
+
+
 def test_what_cannot_be_watched_is_refused_with_the_reason():
     for wrong in ({"density": 0.0}, {"density": 0.5, "block": 48}, {"density": 0.5, "every": 0}):
         with pytest.raises(EbdiffError, match="expected"):

@@ -22,6 +22,9 @@ _HELD = {"cpu": 1 << 20, "cuda": 1 << 24}  # scores that are in memory at a time
 class Attention:
     """What is watched of attention.
 
+    A layer that attends at several sizes in one forward (to its own tokens, and to those of a text) stays dense: no
+    mask fits them all.
+
     Args:
         density: the share of each head's blocks that tickets KEEP.
         block: tokens in a block: 16, 32, 64 or 128.

@@ -26,12 +26,14 @@ class Look:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._short: dict[str, int] = {}  # layers too short to watch, and their tokens
+        self._sizes: dict[str, Grid] = {}  # of this forward
+        self._several: set[str] = set()  # layers of several sizes in one forward: no mask fits them all
         self._running: list[str] = []  # names of the modules whose forward runs, the innermost last
         self._calls: ExitStack | None = None
 
     def attach(self, model: nn.Module) -> list[Any]:
         """Look at every forward from now on, until these hooks are removed."""
-        self.grids, self._sums, self._counts, self._short = {}, {}, {}, {}
+        self.grids, self._sums, self._counts, self._short, self._several = {}, {}, {}, {}, set()
         hooks: list[Any] = [model.register_forward_pre_hook(self._enter)]
         for name, module in model.named_modules():
             hooks.append(module.register_forward_pre_hook(partial(self._begin, name)))
@@ -40,7 +42,7 @@ class Look:
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         if torch.is_grad_enabled() and self._calls is None:
-            self._running = []
+            self._running, self._sizes = [], {}
             self._calls = ExitStack()
             self._calls.enter_context(AttentionCalls(self._serve))
 
@@ -63,6 +65,12 @@ class Look:
         name, block = self._running[-1], self.attention.block
         query, key = (tensor.reshape(-1, *tensor.shape[-3:]) for tensor in call[:2])
         grid = Grid(query.shape[1], query.shape[2], key.shape[2], block)
+        if self._sizes.setdefault(name, grid) != grid:
+            self._several.add(name)
+            for held in (self.grids, self._sums, self._counts, self._short):
+                held.pop(name, None)
+        if name in self._several:
+            return call.run()
         if min(grid.q_len, grid.k_len) < self.attention.tokens:
             self._short[name] = min(grid.q_len, grid.k_len)
             return call.run()
@@ -81,11 +89,15 @@ class Look:
         """{layer: its mean mass}, of the layers that are watched already, or of all that were seen."""
         if not self._sums:
             longest = max(self._short.values(), default=0)
+            got = f"at most {longest} tokens" if longest else "no such call while this module ran"
+            if self._several:
+                names = ", ".join(name or "the model" for name in sorted(self._several))
+                got = f"only layers of several sizes in one forward: {names}"
             raise EbdiffError(
                 "no attention to watch",
                 expected=f"a forward with gradients that calls scaled_dot_product_attention with at least "
                 f"{self.attention.tokens} queries and keys",
-                got=f"at most {longest} tokens" if longest else "no such call while this module ran",
+                got=got,
                 remedy="leave attention out; or pass the module that the loop runs, not compiled, or lower tokens",
             )
         for name, grid in grids.items():
