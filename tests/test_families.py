@@ -26,7 +26,8 @@ import ebdiff
 from ebdiff.pruning.plan import ChannelPlan
 
 UNITS = ("channel", "head", "head_dim", "residual")
-# At least so many spaces of each unit: an attention has heads, and head_dim once for q and k and once for v and out;
+# At least so many spaces of each unit: an attention has heads, and head_dim once for q and k, where no rotary positions
+# turn them, and once for v and out;
 # and at least this share of the parameters goes where one index of every space is kept. Freezing everything would
 # satisfy the law.
 FREE: dict[str, tuple[dict[str, int], float]] = {
@@ -36,12 +37,12 @@ FREE: dict[str, tuple[dict[str, int], float]] = {
     "SD VAE": ({"channel": 23}, 0.99),
     "DiT": ({"channel": 6, "head": 2, "head_dim": 4, "residual": 1}, 0.98),
     "PixArt": ({"channel": 4, "head": 4, "head_dim": 8, "residual": 1}, 0.98),
-    "SD3": ({"channel": 6, "head": 2, "residual": 2}, 0.98),
-    "SD3.5": ({"channel": 8, "head": 5, "residual": 2}, 0.98),
-    "Flux": ({"channel": 10, "head": 4, "residual": 1}, 0.98),
-    "Wan": ({"channel": 5, "head": 4, "head_dim": 4, "residual": 1}, 0.98),
-    "CogVideoX-2b": ({"channel": 4, "head": 2, "residual": 1}, 0.98),
-    "CogVideoX-5b": ({"channel": 4, "head": 2, "residual": 1}, 0.98),
+    "SD3": ({"channel": 6, "head": 2, "head_dim": 4, "residual": 2}, 0.98),
+    "SD3.5": ({"channel": 8, "head": 5, "head_dim": 10, "residual": 2}, 0.98),
+    "Flux": ({"channel": 10, "head": 4, "head_dim": 4, "residual": 1}, 0.98),
+    "Wan": ({"channel": 5, "head": 4, "head_dim": 6, "residual": 1}, 0.98),
+    "CogVideoX-2b": ({"channel": 4, "head": 2, "head_dim": 4, "residual": 1}, 0.98),
+    "CogVideoX-5b": ({"channel": 4, "head": 2, "head_dim": 2, "residual": 1}, 0.98),
 }
 WITH_GROUP_NORMS = ("SD1.5 UNet", "SDXL UNet", "text-to-video UNet", "SD VAE")
 

@@ -8,13 +8,11 @@ from torch import Tensor
 
 from .attention_calls import AttentionCall
 
-__all__ = ["PinnedScaleProcessor"]
+__all__ = ["Pinned", "PinnedScaleProcessor"]
 
 
-class PinnedScaleProcessor:
+class Pinned:
     """A diffusers attention processor that passes the softmax scale, and lets q/k and v differ in width.
-
-    diffusers' AttnProcessor2_0 ignores ``attn.scale`` and takes 1/sqrt(head_dim) of whatever width is left.
 
     Args:
         scale: factor on the attention logits, 1/sqrt(head_dim) of the dense network; of what is left where None.
@@ -22,6 +20,10 @@ class PinnedScaleProcessor:
 
     def __init__(self, scale: float | None) -> None:
         self.scale = scale
+
+
+class PinnedScaleProcessor(Pinned):
+    """As diffusers' AttnProcessor2_0, which ignores ``attn.scale`` and takes 1/sqrt(head_dim) of whatever is left."""
 
     def mix(self, call: AttentionCall) -> Tensor:
         """The attention itself."""

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from math import isclose, sqrt
+from math import isclose
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..errors import EbdiffError
-from ..nn.attention import PinnedScaleProcessor
 from ..nn.group_norm import RaggedGroupNorm
 from ..nn.multihead import MultiheadAttention, unnest
+from .diffusers_classes import adapt_attention, is_attention
 from .integers import read, write
 from .mask import ChannelMask
 from .plan import Norm
@@ -24,9 +24,6 @@ __all__ = [
     "refuse_wrapped",
     "replace",
     "replace_multihead",
-    "sizes_read_by",
-    "splits_its_own_axes",
-    "width_of_views",
 ]
 
 _REMEDIES = {
@@ -35,8 +32,6 @@ _REMEDIES = {
     "FullyShardedDataParallel": "pass the module as it was before FSDP and wrap the result again",
     "OptimizedModule": "pass model._orig_mod and compile the result again",
 }
-# The attention processors that take every width but the softmax scale from their tensors.
-_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "PinnedScaleProcessor")
 # What norms call the number of their channels.
 _WIDTHS = ("normalized_shape", "dim", "dims", "size", "hidden_size", "features", "num_features", "num_channels")
 # What keeps the shapes of its weights.
@@ -57,38 +52,6 @@ def refuse_wrapped(model: nn.Module) -> None:
             got="model.compile()",
             remedy="compile it afterwards",
         )
-
-
-def _is_diffusers(module: nn.Module, *names: str) -> bool:
-    """Is this one of the named diffusers classes (or a subclass)? Without importing diffusers."""
-    return any(c.__name__ in names and c.__module__.startswith("diffusers.") for c in type(module).__mro__)
-
-
-def splits_its_own_axes(module: nn.Module) -> bool:
-    """Does `adapt` update the integers by which this module views its channels as heads x head_dim?"""
-    return _is_diffusers(module, "Attention") and type(module.processor).__name__ in _PROCESSORS
-
-
-def sizes_read_by(module: nn.Module, side: str) -> tuple[str, ...]:
-    """Attributes in which a module keeps the channels (dimension 1) of its "input" or its "output"."""
-    resampling = _is_diffusers(
-        module, "Upsample1D", "Downsample1D", "Upsample2D", "Downsample2D", "FirUpsample2D", "FirDownsample2D"
-    )
-    if resampling:
-        return ("channels",) if side == "input" else ("out_channels",)
-    if _is_diffusers(module, "ResnetBlock2D", "ResnetBlockCondNorm2D"):
-        return ("in_channels",) if side == "input" else ("out_channels",)
-    return ()
-
-
-def width_of_views(module: nn.Module) -> str | None:
-    """The parameter along whose rows lies the width with which a module views its captions, whatever theirs is."""
-    names = {
-        "PixArtTransformer2DModel": "pos_embed.proj.weight",
-        "SanaTransformer2DModel": "patch_embed.proj.weight",
-        "LTXVideoTransformer3DModel": "proj_in.weight",
-    }
-    return next((name for kind, name in names.items() if _is_diffusers(module, kind)), None)
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -121,13 +84,13 @@ def adapt_modules(named: Iterable[tuple[str, nn.Module]], mask: ChannelMask) -> 
     """Update what modules of known classes keep about their sliced parameters."""
     for name, module in named:
         _adapt_torch(module)
-        if _is_diffusers(module, "Attention"):
-            _adapt_attention(module, name, mask)
+        if is_attention(module):
+            adapt_attention(module, name, mask)
 
 
 def keeps_sizes(module: nn.Module) -> bool:
     """Is there anything that `adapt_modules` updates in this module?"""
-    return isinstance(module, _SIZED) or _is_diffusers(module, "Attention")
+    return isinstance(module, _SIZED) or is_attention(module)
 
 
 def replace_multihead(model: nn.Module, mask: ChannelMask) -> None:
@@ -195,28 +158,3 @@ def _weight_of(module: nn.Module) -> Tensor | None:
     if held is None and "weight" in made:
         held = getattr(made["weight"], "original1", getattr(made["weight"], "original", None))
     return held
-
-
-def _adapt_attention(module: nn.Module, name: str, mask: ChannelMask) -> None:
-    """diffusers' Attention: heads and widths, and the softmax scale of the original head_dim where that changed."""
-    prefix = f"{name}." if name else ""
-    weight, value = f"{prefix}to_q.weight", f"{prefix}to_v.weight"
-    before = mask.plan.shapes.get(weight)
-    if before is None:
-        return
-    attn: Any = module
-    dense_head_dim = before[0] // attn.heads
-    for space, _ in mask.plan.by_parameter.get(weight, {}).get(0, []):
-        if space.unit == "head":
-            attn.heads = attn.sliceable_head_dim = int(mask.keep[space.name].sum())
-    attn.inner_dim, attn.query_dim = attn.to_q.weight.shape
-    if attn.to_k is not None:
-        attn.inner_kv_dim, attn.cross_attention_dim = attn.to_k.weight.shape
-    out = next(iter(attn.to_out.children()), None) if attn.to_out is not None else None  # none in an nn.Identity
-    if out is not None:
-        attn.out_dim = out.weight.shape[0]
-    head_dim, value_dim = attn.inner_dim // attn.heads, attn.to_v.weight.shape[0] // attn.heads
-    takes_its_own = type(attn.processor).__name__ == "AttnProcessor2_0"  # the others scale by a constant
-    changed = head_dim != dense_head_dim or value_dim != mask.plan.shapes[value][0] // (before[0] // dense_head_dim)
-    if changed and takes_its_own:
-        attn.set_processor(PinnedScaleProcessor(1 / sqrt(dense_head_dim)))

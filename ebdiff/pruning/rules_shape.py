@@ -6,7 +6,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from .axes import UNIT, Atom, Axis, Cat, cut, doubt, freeze, fuse, leaves, size, split, unify
-from .modules import width_of_views
+from .diffusers_classes import width_of_views
 from .rules import meet, rule, tensors_in
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ from . import rules_layers, rules_shape  # noqa: F401  (they file their rules)
 from .axes import Atom, Axis, Place, freeze, places, resolve, size
 from .confirm import confirm
 from .cost import cost_of, kept_size, terms_of
-from .modules import refuse_wrapped, sizes_read_by, splits_its_own_axes
+from .diffusers_classes import sizes_read_by, splits_its_own_axes
+from .modules import refuse_wrapped
 from .norms import Statistics
 from .plan import ChannelPlan, ChannelSpace, Frozen, Member, ModuleSize, Norm, Unit
 from .record import Call, call_of

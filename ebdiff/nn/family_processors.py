@@ -1,0 +1,166 @@
+"""Attention of diffusers' transformers after pruning: processors that pass the softmax scale of the dense network.
+
+diffusers' own take 1/sqrt(head_dim) of whatever width is left, and most view v at the width of k. These do the same in
+the same order, at the widths that the projections have: one of q and k, one of v.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .attention import Pinned
+from .attention_calls import AttentionCall
+
+__all__ = ["PinnedCogVideoXProcessor", "PinnedFluxProcessor", "PinnedJointProcessor", "PinnedWanProcessor"]
+
+
+class PinnedJointProcessor(Pinned):
+    """As diffusers' JointAttnProcessor2_0 (SD3): the tokens of the image and, behind them, those of the text."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        found = _normed(attn, [_apart(x, attn).transpose(1, 2) for x in _qkv(attn, hidden_states)])
+        if encoder_hidden_states is not None:
+            added = [_apart(x, attn).transpose(1, 2) for x in _added_qkv(attn, encoder_hidden_states)]
+            added = _added_normed(attn, added)
+            found = [torch.cat(pair, dim=2) for pair in zip(found, added, strict=True)]
+        query, key, value = found
+        mixed = AttentionCall(query, key, value, scale=self.scale).run().transpose(1, 2).flatten(2)
+        if encoder_hidden_states is None:
+            return _projected(attn, mixed)
+        image, text = mixed[:, : hidden_states.shape[1]], mixed[:, hidden_states.shape[1] :]
+        text = text if attn.context_pre_only else attn.to_add_out(text)
+        return _projected(attn, image), text
+
+
+class PinnedCogVideoXProcessor(Pinned):
+    """As diffusers' CogVideoXAttnProcessor2_0: text before video, one set of projections, rotary positions or none."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
+    ) -> tuple[Tensor, Tensor]:
+        words = encoder_hidden_states.shape[1]
+        tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        if attention_mask is not None:
+            attention_mask = attn.prepare_attention_mask(attention_mask, tokens.shape[1], len(tokens))
+            attention_mask = attention_mask.view(len(tokens), attn.heads, -1, attention_mask.shape[-1])
+        query, key, value = _normed(attn, [_apart(x, attn).transpose(1, 2) for x in _qkv(attn, tokens)])
+        if image_rotary_emb is not None:
+            from diffusers.models.embeddings import apply_rotary_emb
+
+            for turned in (query,) if attn.is_cross_attention else (query, key):
+                turned[:, :, words:] = apply_rotary_emb(turned[:, :, words:], image_rotary_emb)
+        mixed = AttentionCall(query, key, value, attention_mask, scale=self.scale).run()
+        found = _projected(attn, mixed.transpose(1, 2).flatten(2))
+        text, video = found.split_with_sizes([words, found.shape[1] - words], dim=1)
+        return video, text
+
+
+class _Dispatching(Pinned):
+    """A processor whose attention runs in the backend that diffusers was told to use; it says so on the processor."""
+
+    _attention_backend: Any = None
+    _parallel_config: Any = None
+
+    def _dispatched(self, found: list[Tensor], mask: Tensor | None, parallel: bool = True) -> Tensor:
+        """[batch, tokens, heads, dim] of q, k and v -> [batch, tokens, heads * dim of v]."""
+        from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+        mixed: Tensor = dispatch_attention_fn(
+            *found,
+            attn_mask=mask,
+            scale=self.scale,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config if parallel else None,
+        )
+        return mixed.flatten(2, 3).to(found[0].dtype)
+
+
+class PinnedFluxProcessor(_Dispatching):
+    """As diffusers' FluxAttnProcessor, without fused projections: the tokens of the text, then those of the image."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
+    ) -> Any:
+        from diffusers.models.embeddings import apply_rotary_emb
+
+        joint = encoder_hidden_states is not None and attn.added_kv_proj_dim is not None
+        image = _qkv(attn, hidden_states)
+        text = _added_qkv(attn, encoder_hidden_states) if joint else []
+        found = _normed(attn, [_apart(x, attn) for x in image])
+        if joint:
+            text = _added_normed(attn, [_apart(x, attn) for x in text])
+            found = [torch.cat(pair, dim=1) for pair in zip(text, found, strict=True)]
+        if image_rotary_emb is not None:
+            found[:2] = [apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in found[:2]]
+        mixed = self._dispatched(found, attention_mask)
+        if encoder_hidden_states is None:
+            return mixed
+        words = encoder_hidden_states.shape[1]
+        front, rest = mixed.split_with_sizes([words, mixed.shape[1] - words], dim=1)
+        return _projected(attn, rest.contiguous()), attn.to_add_out(front.contiguous())
+
+
+class PinnedWanProcessor(_Dispatching):
+    """As diffusers' WanAttnProcessor in cross-attention to text, which has no rotary positions."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: Any = None,
+    ) -> Tensor:
+        found = [_apart(x, attn) for x in _normed(attn, _qkv(attn, hidden_states, encoder_hidden_states))]
+        return _projected(attn, self._dispatched(found, attention_mask, parallel=encoder_hidden_states is None))
+
+
+def _qkv(attn: Any, tokens: Tensor, context: Tensor | None = None) -> list[Tensor]:
+    context = tokens if context is None else context
+    return [attn.to_q(tokens), attn.to_k(context), attn.to_v(context)]
+
+
+def _added_qkv(attn: Any, text: Any) -> list[Tensor]:
+    return [attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text)]
+
+
+def _apart(tokens: Tensor, attn: Any) -> Tensor:
+    """[batch, tokens, heads * dim] -> [batch, tokens, heads, dim]."""
+    found: Tensor = tokens.unflatten(-1, (attn.heads, -1))
+    return found
+
+
+def _normed(attn: Any, found: list[Tensor]) -> list[Tensor]:
+    return [x if norm is None else norm(x) for norm, x in zip((attn.norm_q, attn.norm_k, None), found, strict=True)]
+
+
+def _added_normed(attn: Any, found: list[Tensor]) -> list[Tensor]:
+    norms = (attn.norm_added_q, attn.norm_added_k, None)
+    return [x if norm is None else norm(x) for norm, x in zip(norms, found, strict=True)]
+
+
+def _projected(attn: Any, tokens: Tensor) -> Tensor:
+    """Through the output layer and its dropout."""
+    found: Tensor = attn.to_out[1](attn.to_out[0](tokens))
+    return found
