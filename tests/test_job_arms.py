@@ -6,17 +6,21 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+import torch
 from test_job import same, weights
 from tiny import run, tiny
 
-from ebdiff import ChannelMask, importance, report
+from ebdiff import ChannelMask, importance, report, shrink
 from ebdiff.config import resolve
 from ebdiff.errors import EbdiffError
 from ebdiff.files import read_json
 from ebdiff.pruning.save import load
 from ebdiff.training import job
-from ebdiff.training.regions import ticket_of
+from ebdiff.training.loop import TrainState
+from ebdiff.training.regions import _progress, region, ticket_of
 from ebdiff.training.search import control_steps
+from ebdiff.training.stretch import cost_per_step
+from ebdiff.training.world import World
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -63,3 +67,86 @@ def test_without_a_search_there_are_no_gradients(criterion: str) -> None:
     auto = ["search.ratios=auto", "search.macs=0.5"] if criterion == "auto" else []
     with pytest.raises(EbdiffError, match="taylor reads the gradients of training"):
         resolve("smoke", overrides=["search.steps=0", *auto])
+
+
+# What regions start from ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished search."""
+    torch.set_num_threads(1)
+    world = tiny(tmp_path_factory.mktemp("searched"), *TWO, "search.steps=8")
+    job.prepare(world)
+    list(job.find(world))
+    return world.out
+
+
+def of_search(searched: Path, *overrides: str) -> World:
+    """A world whose search is that one."""
+    return tiny(searched, *TWO, "search.steps=8", *overrides)
+
+
+def test_regions_start_by_default_with_all_that_the_search_left(searched: Path) -> None:
+    state = region(of_search(searched), 1).start()
+    assert state.step == state.ema.optimization_step == 8
+    assert state.optimizer.state
+
+
+def test_rewound_weights_are_those_before_the_first_step_cut_by_the_ticket(searched: Path) -> None:
+    world = of_search(searched, "regions.start=initial")
+    state = region(world, 1).start()
+    cut = shrink(world.network(), ticket_of(world, 1))
+    assert same(dict(state.model.named_parameters()), dict(cut.named_parameters()))
+    assert all(torch.equal(*pair) for pair in zip(state.ema.shadow_params, state.model.parameters(), strict=True))
+    assert (state.step, dict(state.optimizer.state), state.ema.optimization_step) == (0, {}, 0)
+
+
+def test_weights_from_scratch_are_drawn_at_the_widths_of_the_ticket(searched: Path) -> None:
+    """torch draws the weights of a layer with n inputs from [-1/sqrt(n), 1/sqrt(n)]: fewer inputs, larger weights."""
+    world = of_search(searched, "regions.start=fresh")
+    first, second = (region(world, number).start() for number in range(2))
+    dense = dict(world.network().named_parameters())
+    wider = 0
+    for name, weight in second.model.named_parameters():
+        if weight.dim() > 1:
+            bound, of_dense = (w[0].numel() ** -0.5 for w in (weight, dense[name]))
+            largest = float(weight.detach().abs().max())
+            assert largest <= bound
+            wider += largest > of_dense
+        elif "norm" in name:
+            assert torch.equal(weight, torch.full_like(weight, float(name.endswith("weight"))))
+    assert wider > 10
+    assert (second.step, dict(second.optimizer.state)) == (0, {})
+    alike = [a.shape == b.shape and torch.equal(a, b) for a, b in zip(*map(parts, (first, second)), strict=True)]
+    assert not any(alike)
+    assert same(dict(second.model.named_parameters()), dict(region(world, 1).start().model.named_parameters()))
+
+
+def parts(state: TrainState) -> list[torch.Tensor]:
+    return [weight for weight in state.model.parameters() if weight.dim() > 1]
+
+
+@pytest.mark.parametrize("start", ["initial", "fresh"])
+def test_regions_with_other_first_weights_go_on_after_an_interruption(start: str, tmp_path: Path) -> None:
+    overrides = (*UNTRAINED, f"regions.start={start}", "train.checkpoint_every=2")
+    for out, after in (("whole", 0), ("again", 3)):
+        goes_on(tmp_path / out, after, *overrides)
+    assert same(weights(tmp_path / "again"), weights(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("start", ["search", "fresh"])
+def test_progress_of_a_region_counts_from_its_own_first_step(start: str, tmp_path: Path) -> None:
+    world = tiny(tmp_path, *TWO, "search.steps=5", f"regions.start={start}")
+    job.prepare(world)
+    list(job.find(world))
+    list(islice(job.train(world, [1]), 3))
+    (tick,) = _progress(world, 1, {1: 0})
+    written = 3 if start == "search" else 2  # the log is written at even steps
+    assert tick.macs == written * cost_per_step(world, world.plan.macs(ticket_of(world, 1).mask))
+
+
+@pytest.mark.parametrize("start", ["initial", "fresh"])
+def test_only_what_the_search_made_has_branches(start: str) -> None:
+    with pytest.raises(EbdiffError, match=f"branch_at.*start: {start}"):
+        resolve("smoke", overrides=["regions.branch_at=3", f"regions.start={start}"])

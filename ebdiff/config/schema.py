@@ -140,18 +140,23 @@ class Regions(Section):
     `overlap`: so many more timesteps upward in training. `steps`: training steps of each region after the search; or
     one number for all, whose cost at equal shares is spent in proportion to what the sampler draws from each region.
     `branch_at`: first train one network, of the channels that any region keeps, for so many steps on all timesteps.
+    `start`: the weights of each region's network. "search": those at the end of the search, with Adam's moments and the
+    EMA. "initial": those before the first step, cut by the ticket. "fresh": drawn anew, at the widths of the ticket.
     """
 
     bounds: list[int] | list[tuple[int, int]] = [0, 240, 440, 1000]
     overlap: int = Field(default=20, ge=0)
     steps: list[int] | int
     branch_at: int = Field(default=0, ge=0)
+    start: Literal["search", "initial", "fresh"] = "search"
 
     @model_validator(mode="after")
     def _trained(self) -> Regions:
         steps = self.steps if isinstance(self.steps, list) else [self.steps]
         if not steps or min(steps) < 1:
             raise ValueError(f"steps: a whole number of at least 1 for each region, or one for all, got {self.steps}")
+        if self.branch_at and self.start != "search":
+            raise ValueError(f"branch_at: regions branch from what the search made, so not with start: {self.start}")
         return self
 
 

@@ -14,15 +14,18 @@ import torch
 from ..errors import EbdiffError
 from ..pruning.mask import ChannelMask
 from ..pruning.plan import ChannelPlan
-from ..pruning.shrink import shrink_
+from ..pruning.shrink import shrink, shrink_
+from ..seeds import seed_for
 from ..tickets.ticket import Ticket
 from ..timesteps.budget import region_budget
 from ..timesteps.sampler import Within
+from .accounting import Cost
 from .checkpoint import Checkpoints, Saved
+from .fresh import drawn_anew
 from .log import read_log
 from .loop import TrainState
 from .stages import Tick, done, needed
-from .stretch import Stretch, cost_per_step, dense_state, restore
+from .stretch import Stretch, begun, cost_per_step, dense_state, restore
 from .world import World
 
 __all__ = ["joint", "region", "region_folder", "side_by_side", "steps_of", "ticket_of"]
@@ -47,7 +50,7 @@ def ticket_of(world: World, number: int) -> Ticket:
 
 
 def region(world: World, number: int) -> Stretch:
-    """The training of region `number`: the search's weights, Adam moments and EMA, shrunken by its ticket."""
+    """The training of region `number`: the network of its ticket, by default with all that the search left."""
     ticket, where, trained = ticket_of(world, number), world.partition[number], world.trained_region(number)
     steps = steps_of(world)[number]
 
@@ -58,7 +61,7 @@ def region(world: World, number: int) -> Stretch:
         steps=steps,
         sampler=Within(trained, world.sampler),
         seed=world.config.seed + 1_000_003 * (number + 1),
-        start=lambda: (from_joint if world.config.regions.branch_at else from_search)(world, ticket.mask),
+        start=lambda: start_of(world, number, ticket),
         marks={share: max(1, round(share * steps)) for share in world.config.evaluate.marks if share > 0},
         facts={"region": where.to_json(), "trained": trained.to_json(), "T": world.partition.T},
     )
@@ -103,6 +106,16 @@ def inside(mask: ChannelMask, outer: ChannelMask, plan: ChannelPlan) -> ChannelM
     """`mask`, which keeps nothing that `outer` removed, as a mask of the plan of the network shrunken by `outer`."""
     keep = {name: mask.keep[name][outer.keep[name]] for name in mask if name in plan}
     return ChannelMask(plan, keep, mask.norm, mask.asked)
+
+
+def start_of(world: World, number: int, ticket: Ticket) -> TrainState:
+    """What region `number` starts from; see the configuration's `regions.start`."""
+    r = world.config.regions
+    if r.start == "fresh":
+        return begun(world, drawn_anew(world, ticket, seed_for(world.config.seed, "fresh", number)))
+    if r.start == "initial":
+        return begun(world, shrink(world.network(), ticket))
+    return (from_joint if r.branch_at else from_search)(world, ticket.mask)
 
 
 def from_search(world: World, mask: ChannelMask) -> TrainState:
@@ -192,8 +205,9 @@ def _refuse_failure(out: Path, number: int, code: int) -> None:
 def _progress(world: World, number: int, reported: dict[int, int]) -> Iterator[Tick]:
     """What a region's process did since it was asked last, from the records it writes."""
     folder = region_folder(world.out, number)
-    mask, first = ticket_of(world, number).mask, world.config.search.steps + world.config.regions.branch_at
-    total = steps_of(world)[number]
+    mask, total, r = ticket_of(world, number).mask, steps_of(world)[number], world.config.regions
+    searched = Cost.from_json(needed(world.out / "search", FIND)["cost"]).steps
+    first = searched + r.branch_at if r.start == "search" else 0
     records = read_log(folder)
     steps = total if done(folder) else min(total, records[-1]["step"] - first) if records else 0
     if steps > reported[number]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from torch import nn
 
 from ..files import read_json, write_json
 from ..pruning.save import save
@@ -22,7 +23,7 @@ from .loop import StepReport, TrainConfig, TrainState, train
 from .stages import Tick, done, finish, locked, write_folder
 from .world import World
 
-__all__ = ["Stretch", "cost_of", "cost_per_step", "dense_state", "network_at", "restore"]
+__all__ = ["Stretch", "begun", "cost_of", "cost_per_step", "dense_state", "network_at", "restore"]
 
 Facts = dict[str, Any]
 
@@ -119,7 +120,12 @@ class Stretch:
 
 def dense_state(world: World) -> TrainState:
     """The dense network before its first step, with its optimizer and EMA, on the run's device."""
-    state = TrainState.begin(world.network(), train_config(world, world.config.seed))
+    return begun(world, world.network())
+
+
+def begun(world: World, network: nn.Module) -> TrainState:
+    """A network before its first step, with its optimizer and EMA, on the run's device."""
+    state = TrainState.begin(network, train_config(world, world.config.seed))
     state.to(world.device)
     return state
 

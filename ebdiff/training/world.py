@@ -247,8 +247,12 @@ class World:
 
     def network(self) -> Any:
         """The dense network as it is before the first step: the same for search and control."""
+        return self.new_network(self.config.seed)
+
+    def new_network(self, seed: int) -> Any:
+        """A dense network with weights of this seed."""
         with torch.random.fork_rng():
-            torch.manual_seed(self.config.seed)
+            torch.manual_seed(seed)
             return self._build()
 
     def _build(self) -> Any:
