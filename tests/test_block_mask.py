@@ -33,6 +33,7 @@ def test_dense_expands_blocks_to_tokens_and_cuts_the_last() -> None:
 def test_a_mask_made_while_sampling_serves_training() -> None:
     with torch.inference_mode():
         mask = BlockMask.local(1, 40, 40, 16, 0)
+        assert not mask.to("meta").rows.at.is_inference()
     x = torch.randn(1, 1, 40, 8, requires_grad=True)
     sparse_attention(x, x, x, mask).sum().backward()
     assert x.grad is not None
@@ -109,3 +110,28 @@ REFUSED: dict[str, Callable[[], BlockMask]] = {
 def test_what_makes_no_mask_is_refused(what: str) -> None:
     with pytest.raises(EbdiffError, match=what):
         REFUSED[what]()
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_mask_is_moved_inside_a_compiled_graph_once(backend: str) -> None:
+    """As on the first call of a compiled network on a GPU; here to the device without memory."""
+    mask, elsewhere = BlockMask.strided(2, 70, 50, 16, 2), torch.device("meta")
+
+    def moved(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        there = mask.to(elsewhere)
+        return x + there.rows.at.numel() + there.columns.start.numel(), there.kept, *there.rows, *there.columns
+
+    call = torch.compile(moved, fullgraph=True, backend=backend)
+    x = torch.zeros(1)
+    for _ in range(2):
+        total, *parts = call(x)
+        assert total == mask.rows.at.numel() + mask.columns.start.numel()
+        expected = (mask.kept, *mask.rows, *mask.columns)
+        assert [(part.shape, part.dtype) for part in parts] == [(part.shape, part.dtype) for part in expected]
+        assert all(part.device == elsewhere for part in parts)
+    there = mask.to(elsewhere)
+    assert mask.to(elsewhere) is there
+    assert type(there.kept) is torch.Tensor
+    assert (there.block, there.q_len, there.k_len) == (16, 70, 50)
+    assert there.to("meta") is there
+    assert there._elsewhere is not mask._elsewhere

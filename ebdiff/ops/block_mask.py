@@ -129,8 +129,21 @@ class BlockMask:
         if device == self.kept.device:
             return self
         if device not in self._elsewhere:
-            self._elsewhere[device] = BlockMask(self.kept.to(device), self.block, self.q_len, self.k_len)
+            self._elsewhere[device] = self._moved(device)
         return self._elsewhere[device]
+
+    def _moved(self, device: torch.device) -> BlockMask:
+        """What was made is moved, not made again: torch.compile cannot follow `_compressed`."""
+        moved = object.__new__(BlockMask)
+        with torch.inference_mode(False):
+            made = {
+                "kept": self.kept.to(device),
+                "rows": Blocks(*(part.to(device) for part in self.rows)),
+                "columns": Blocks(*(part.to(device) for part in self.columns)),
+            }
+        for name, value in {**vars(self), **made, "_elsewhere": {}}.items():
+            object.__setattr__(moved, name, value)
+        return moved
 
     def dense(self) -> Tensor:
         """bool [B or 1, H, q_len, k_len]."""
