@@ -10,11 +10,10 @@ from . import plots
 from .files import read_json, read_tensors, write_bytes, write_json
 from .report_text import markdown, value, verdict
 from .timesteps.sampler import Sampler, Within
-from .training.accounting import Cost
+from .training.costs import training_cost
 from .training.judge import judged
 from .training.regions import region_folder
 from .training.stages import needed
-from .training.stretch import cost_of
 from .training.world import World
 
 if TYPE_CHECKING:
@@ -90,17 +89,8 @@ def _visits(world: World) -> dict[str, Any]:
 
 def _mark(world: World, arm: str, mark: float) -> dict[str, Any]:
     """An arm at a mark: how it was judged, and what it had cost by then."""
-    if arm == "dense":
-        cost = cost_of(world.out / "dense", mark)
-    else:
-        cost = cost_of(world.out / "search", 0.0)
-        if mark > 0:
-            if world.config.regions.branch_at:
-                cost += Cost.from_json(needed(world.out / "joint", "ebdiff run")["cost"])
-            for number in range(len(world.partition)):
-                cost += cost_of(region_folder(world.out, number), mark)
     found: dict[str, Any] = read_json(judged(world.out, arm, mark))
-    return {**found, "mark": mark, "judging": found["cost"], "cost": cost.to_json()}
+    return {**found, "judging": found["cost"], "cost": training_cost(world, arm, mark).to_json()}
 
 
 def draw(world: World, facts: Mapping[str, Any]) -> dict[str, str]:

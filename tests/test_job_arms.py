@@ -16,8 +16,11 @@ from ebdiff.errors import EbdiffError
 from ebdiff.files import read_json
 from ebdiff.pruning.save import load
 from ebdiff.training import job
+from ebdiff.training.accounting import Cost
+from ebdiff.training.costs import cost_at
+from ebdiff.training.judge import judged
 from ebdiff.training.loop import TrainState
-from ebdiff.training.regions import _progress, region, ticket_of
+from ebdiff.training.regions import _progress, joint_mask, region, ticket_of
 from ebdiff.training.search import control_steps
 from ebdiff.training.stretch import cost_per_step
 from ebdiff.training.world import World
@@ -34,6 +37,34 @@ def goes_on(out: Path, after: int, *overrides: str) -> None:
     job.prepare(world)
     assert len(list(islice(job.run(world), after))) == after
     run(tiny(out, *overrides))
+
+
+# What an arm had cost -------------------------------------------------------------------------------------------------
+
+
+def test_a_judgement_says_what_its_network_had_cost(tmp_path: Path) -> None:
+    """By hand: 8 dense steps of 4 images, 2 of the joint network, then half or all of 4 and 6 steps of the regions."""
+    budget = ("search.steps=8", "regions.steps=[4, 6]", "regions.branch_at=2")
+    world = tiny(tmp_path, *TWO, *budget)
+    run(world)
+    each = [world.plan.macs(ticket_of(world, number).mask) for number in range(2)]
+    before, both = 8 * world.plan.macs(), 2 * world.plan.macs(joint_mask(world))
+    by_hand = {
+        0.0: (8, before),
+        0.5: (8 + 2 + 5, before + both + 2 * each[0] + 3 * each[1]),
+        1.0: (8 + 2 + 10, before + both + 4 * each[0] + 6 * each[1]),
+    }
+    seconds = []
+    for mark, (steps, macs) in by_hand.items():
+        cost = cost_at(world, mark)
+        assert (cost.steps, cost.images) == (steps, 4 * steps)
+        assert cost.macs == pytest.approx(3 * 4 * macs)
+        assert read_json(judged(world.out, "tickets", mark))["training_cost"] == cost.to_json()
+        dense = Cost.from_json(read_json(judged(world.out, "dense", mark))["training_cost"])
+        assert dense.steps == control_steps(world, mark)
+        assert dense.macs == pytest.approx(cost.macs, abs=3 * 4 * world.plan.macs() / 2)
+        seconds.append(cost.device_seconds)
+    assert 0 < seconds[0] < seconds[1] < seconds[2]
 
 
 # No search -----------------------------------------------------------------------------------------------------------

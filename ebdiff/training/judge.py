@@ -18,6 +18,7 @@ from ..pruning.save import load
 from ..pruning.shrink import shrinks_of
 from .accounting import Meter
 from .conditions import LOW_RES, Asked
+from .costs import training_cost
 from .regions import region_folder
 from .sampling import draw_images, drawn_about, passes
 from .stages import Tick, Work, needed
@@ -69,7 +70,7 @@ def judge(world: World, arm: str, mark: float) -> Iterator[Tick]:
     if path.exists():
         yield Tick(name, 0, "already there", before=True)
         return
-    facts: dict[str, Any] = {"arm": arm, "mark": mark}
+    facts: dict[str, Any] = {"arm": arm, "mark": mark, "training_cost": training_cost(world, arm, mark).to_json()}
     images: list[Tensor] = []
     yield from judgement(world, arm_network(world, arm, mark), name, _images(world, mark), facts, images)
     if images:

@@ -10,11 +10,10 @@ from ..pruning.mask import ChannelMask, distance
 from ..tickets.budget import split_budget
 from ..tickets.early_bird import EarlyBird
 from ..tickets.ticket import Ticket
-from .accounting import Cost
+from .costs import cost_at
 from .loop import TrainState
-from .regions import region_folder
-from .stages import needed, write_folder
-from .stretch import Stretch, cost_of, cost_per_step, dense_state
+from .stages import write_folder
+from .stretch import Stretch, cost_per_step, dense_state
 from .world import World
 
 __all__ = ["control", "control_steps", "search"]
@@ -59,13 +58,7 @@ def control(world: World) -> Stretch:
 
 def control_steps(world: World, share: float) -> int:
     """Dense steps that cost what the search, the joint stage and this share of the regions' training cost, in MACs."""
-    spent = Cost.from_json(needed(world.out / "search", "ebdiff find")["cost"]).macs
-    if share > 0 and world.config.regions.branch_at:
-        spent += Cost.from_json(needed(world.out / "joint", "ebdiff run")["cost"]).macs
-    for number in range(len(world.partition)):
-        needed(region_folder(world.out, number), f"ebdiff train --region {number}")
-        spent += cost_of(region_folder(world.out, number), share).macs if share > 0 else 0
-    return round(spent / cost_per_step(world, world.plan.macs()))
+    return round(cost_at(world, share).macs / cost_per_step(world, world.plan.macs()))
 
 
 def watcher(world: World, state: TrainState) -> EarlyBird:
