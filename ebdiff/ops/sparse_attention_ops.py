@@ -27,6 +27,9 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, sca
     Scores are not stored: autograd keeps q, k, v, the result and one number of each query. Deterministic. A query
     without a kept block gets zeros, and zero gradients.
 
+    In 16 bits the kernels of a head_dim above 128 take more than 100 KB of shared memory. On GPUs that have less (many
+    a consumer's has 99), and for float64, the reference serves, which computes all blocks: `fallbacks` counts it.
+
     Args:
         q: [B, H, Sq, D], floating, D at most 256, of any strides.
         k: [B, Hkv, Sk, D]; Hkv divides H, and each of its heads serves H / Hkv heads of q in a row.
