@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import foreign_attention as attention
+import foreign_layers as layers
 import foreign_nets as nets
 import foreign_widths as widths
 import pytest
@@ -68,7 +69,7 @@ FREE: dict[type[nn.Module], dict[str, int]] = {
     nets.ChannelShuffle: {},
     nets.ConvNeXt: {"first.residual": 12, "a": 20},
     nets.SqueezeExcite: {"a": 5},
-    nets.Repeated: {},
+    nets.Repeated: {"first": 12},
     nets.Gathered: {},
     nets.Transposed: {"first": 12, "down": 10},
     nets.Recurrent: {},
@@ -76,6 +77,19 @@ FREE: dict[type[nn.Module], dict[str, int]] = {
     nets.LongSkips: {"first": 12, "down.0": 12, "down.1": 12, "up.stage 0": 12, "up.stage 1": 12},
     nets.Recomputed: {"first": 12, "down.0": 12, "down.1": 12, "up.stage 0": 12, "up.stage 1": 12},
     nets.Returning: {"first": 12},
+    layers.Slopes: {"first": 12},
+    layers.GatedHalves: {"first": 6, "a": 10},
+    layers.InstanceNormed: {"first": 12, "a": 12},
+    layers.InstanceNormedAffine: {"first": 12, "a": 12},
+    layers.InstanceNormedRunning: {"first": 12, "a": 12},
+    layers.InstanceNormedRunningOnly: {"first": 12, "a": 12},
+    layers.PixelShuffled: {"first": 12, "a": 8, "b": 12},
+    layers.PixelShuffledAtOnce: {"first": 3},
+    layers.ShuffledChannels: {"first": 4},
+    layers.BilinearPooled: {"first": 12, "p": 7},
+    layers.Maxout: {"a": 8, "b": 12},
+    layers.MaxoutByLiteral: {"first": 12},
+    layers.AcrossChannels: {},
 }
 # It holds weak references to its own weights; `save` says so.
 NOT_SAVED = (nets.Recurrent,)
@@ -115,6 +129,27 @@ def test_what_recomputes_its_activations_trains_after_the_cut(kind: type[nn.Modu
     arguments["x"].requires_grad_()
     assert_law(model, arguments, random_keep(plan, 5))
     assert_trains(model, arguments, random_mask(plan, 6))
+
+
+@pytest.mark.parametrize("kind", [layers.InstanceNormed, layers.InstanceNormedRunning])
+def test_instance_norms_know_their_width(kind: type[nn.Module], recwarn: pytest.WarningsRecorder) -> None:
+    model, arguments, _ = made(kind)
+    plan = ebdiff.trace(model.train(), **arguments)
+    small: Any = assert_law(model, arguments, random_mask(plan, 1))
+    assert small.norm.num_features == small.first.out_channels < 12
+    assert not [warning for warning in recwarn if "num_features" in str(warning.message)]
+
+
+def test_slopes_and_bilinear_layers_know_their_widths() -> None:
+    for kind in (layers.Slopes, layers.BilinearPooled):
+        model, _, plan = made(kind)
+        small: Any = ebdiff.shrink(model, random_mask(plan, 1))
+        if kind is layers.Slopes:
+            assert small.each.num_parameters == small.first.out_channels < 12
+        else:
+            both = small.both
+            assert [both.in1_features, both.in2_features] == [small.p.out_features, small.q.out_features]
+            assert both.out_features == small.first.out_channels < 12
 
 
 def test_what_a_hidden_layer_returns_stays_whole() -> None:

@@ -16,7 +16,7 @@ from ..nn.family_processors import (
 )
 from .mask import ChannelMask
 
-__all__ = ["adapt_attention", "is_attention", "sizes_read_by", "splits_its_own_axes", "width_of_views"]
+__all__ = ["adapt_attention", "is_attention", "is_diffusers", "splits_its_own_axes", "width_of_views"]
 
 # The processors that take the softmax scale from the width of q, and most of them that of v too; and what may.
 _PINNED: dict[str, type[Pinned]] = {
@@ -29,14 +29,14 @@ _PINNED: dict[str, type[Pinned]] = {
 _PROCESSORS = {"AttnProcessor", *_PINNED, *(kind.__name__ for kind in _PINNED.values())}
 
 
-def _is_diffusers(module: nn.Module, *names: str) -> bool:
+def is_diffusers(module: nn.Module, *names: str) -> bool:
     """Is this one of the named diffusers classes (or a subclass)? Without importing diffusers."""
     return any(c.__name__ in names and c.__module__.startswith("diffusers.") for c in type(module).__mro__)
 
 
 def is_attention(module: nn.Module) -> bool:
     """Is this attention of which `adapt_attention` knows what it keeps?"""
-    return _is_diffusers(module, "Attention", "FluxAttention", "WanAttention")
+    return is_diffusers(module, "Attention", "FluxAttention", "WanAttention")
 
 
 def splits_its_own_axes(module: nn.Module) -> bool:
@@ -44,20 +44,8 @@ def splits_its_own_axes(module: nn.Module) -> bool:
     attn: Any = module
     if not is_attention(module) or type(attn.processor).__name__ not in _PROCESSORS:
         return False
-    with_images = _is_diffusers(module, "WanAttention") and attn.add_k_proj is not None
+    with_images = is_diffusers(module, "WanAttention") and attn.add_k_proj is not None
     return not with_images and not getattr(attn, "fused_projections", False)
-
-
-def sizes_read_by(module: nn.Module, side: str) -> tuple[str, ...]:
-    """Attributes in which a module keeps the channels (dimension 1) of its "input" or its "output"."""
-    resampling = _is_diffusers(
-        module, "Upsample1D", "Downsample1D", "Upsample2D", "Downsample2D", "FirUpsample2D", "FirDownsample2D"
-    )
-    if resampling:
-        return ("channels",) if side == "input" else ("out_channels",)
-    if _is_diffusers(module, "ResnetBlock2D", "ResnetBlockCondNorm2D"):
-        return ("in_channels",) if side == "input" else ("out_channels",)
-    return ()
 
 
 def width_of_views(module: nn.Module) -> str | None:
@@ -67,7 +55,7 @@ def width_of_views(module: nn.Module) -> str | None:
         "SanaTransformer2DModel": "patch_embed.proj.weight",
         "LTXVideoTransformer3DModel": "proj_in.weight",
     }
-    return next((name for kind, name in names.items() if _is_diffusers(module, kind)), None)
+    return next((name for kind, name in names.items() if is_diffusers(module, kind)), None)
 
 
 def adapt_attention(module: nn.Module, name: str, mask: ChannelMask) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import EbdiffError
 from ..nn.group_norm import RaggedGroupNorm
 from ..nn.multihead import MultiheadAttention, unnest
-from .diffusers_classes import adapt_attention, is_attention
+from .diffusers_classes import adapt_attention, is_attention, is_diffusers
 from .integers import read, write
 from .mask import ChannelMask
 from .plan import Norm
@@ -24,6 +24,7 @@ __all__ = [
     "refuse_wrapped",
     "replace",
     "replace_multihead",
+    "sizes_read_by",
 ]
 
 _REMEDIES = {
@@ -35,7 +36,9 @@ _REMEDIES = {
 # What norms call the number of their channels.
 _WIDTHS = ("normalized_shape", "dim", "dims", "size", "hidden_size", "features", "num_features", "num_channels")
 # What keeps the shapes of its weights.
-_SIZED = (nn.Linear, nn.Embedding, nn.modules.batchnorm._BatchNorm, nn.modules.conv._ConvNd)
+_SIZED = (
+    nn.Linear, nn.Embedding, nn.Bilinear, nn.PReLU, nn.modules.batchnorm._NormBase, nn.modules.conv._ConvNd,
+)  # fmt: skip
 
 
 def refuse_wrapped(model: nn.Module) -> None:
@@ -52,6 +55,20 @@ def refuse_wrapped(model: nn.Module) -> None:
             got="model.compile()",
             remedy="compile it afterwards",
         )
+
+
+def sizes_read_by(module: nn.Module, side: str) -> tuple[str, ...]:
+    """Attributes in which a module keeps the channels (dimension 1) of its "input" or its "output"."""
+    resampling = is_diffusers(
+        module, "Upsample1D", "Downsample1D", "Upsample2D", "Downsample2D", "FirUpsample2D", "FirDownsample2D"
+    )
+    if resampling:
+        return ("channels",) if side == "input" else ("out_channels",)
+    if is_diffusers(module, "ResnetBlock2D", "ResnetBlockCondNorm2D"):
+        return ("in_channels",) if side == "input" else ("out_channels",)
+    if isinstance(module, nn.modules.instancenorm._InstanceNorm) and side == "input":
+        return ("num_features",) if module.weight is None and module.running_mean is None else ()
+    return ()
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -135,7 +152,11 @@ def _adapt_torch(module: nn.Module) -> None:
         module.out_features, module.in_features = weight.shape
     elif isinstance(module, nn.Embedding):
         module.embedding_dim = module.weight.shape[1]
-    elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+    elif isinstance(module, nn.Bilinear):
+        module.out_features, module.in1_features, module.in2_features = module.weight.shape
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = len(module.weight)
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
         known = module.weight if module.weight is not None else module.running_mean
         module.num_features = module.num_features if known is None else len(known)
     elif isinstance(module, nn.modules.conv._ConvNd) and weight is not None:

@@ -74,6 +74,9 @@ def _pointwise(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         tr.statistics.added(inputs[0])
 
 
+rule("_prelu_kernel")(_pointwise)
+
+
 def meet(inputs: list[list[Axis]], from_end: int, length: int) -> Axis:
     """Unite the axes that lie `from_end` dimensions from the end and are not broadcast."""
     found = [axes[-from_end] for axes in inputs if len(axes) >= from_end and size(axes[-from_end]) == length]
@@ -121,6 +124,8 @@ def _made_here(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 @rule(
     "mean",
     "sum",
+    "max",
+    "min",
     "amax",
     "amin",
     "var",

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .axes import UNIT, Atom, Axis, freeze, fuse, leaves, size, split, unify
 from .plan import Norm
-from .rules import rule, tensors_in
+from .rules import meet, rule, tensors_in
 from .zeros import check_contraction
 
 if TYPE_CHECKING:
@@ -139,6 +139,23 @@ def _matrix(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     if added is not None:
         _meet_into(tr, added, axes)
     tr.costs.append([*axes, contracted])
+
+
+@rule("_trilinear")
+def _bilinear(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """nn.Bilinear: input, weight and input, given the same dimensions, multiplied, and added up over some of them."""
+    factors = []
+    for tensor, expanded in zip(args[:3], args[3:6], strict=True):
+        axes = list(tr.axes(tensor))
+        for dim in expanded:
+            axes.insert(dim, UNIT)
+        factors.append(axes)
+    count = len(factors[0])
+    axes = [meet(factors, count - dim, max(size(axes[dim]) for axes in factors)) for dim in range(count)]
+    for dim in args[6]:
+        check_contraction(tr, args[2 if dim in args[3] else 0], args[1], axes[dim])
+    tr.label(out, [axis for dim, axis in enumerate(axes) if dim not in args[6]])
+    tr.costs.append(axes)
 
 
 def _meet_into(tr: Tracer, added: Tensor, axes: list[Axis]) -> None:

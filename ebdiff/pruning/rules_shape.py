@@ -1,4 +1,4 @@
-"""What views, permutations, concatenations, slices and pads do to axes."""
+"""What views, permutations, concatenations, slices, pads and shuffles do to axes."""
 
 from __future__ import annotations
 
@@ -169,4 +169,51 @@ def _pad(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
             axes[dim] = _segment(tr, axes[dim], max(-before, 0), size(axes[dim]) + min(after, 0))
         reason = f"padded in {tr.where()}"
         axes[dim] = Cat((Atom(max(before, 0), reason), axes[dim], Atom(max(after, 0), reason)))
+    tr.label(out, axes)
+
+
+@rule("repeat")
+def _repeat(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """The whole axis again and again: copies x positions."""
+    axes = [UNIT] * (len(args[1]) - args[0].dim()) + list(tr.axes(args[0]))
+    copies = [Atom(n, f"repeated in {tr.where()}") for n in args[1]]
+    tr.label(out, [axis if size(n) == 1 else fuse([n, axis]) for n, axis in zip(copies, axes, strict=True)])
+
+
+@rule("glu")
+def _glu(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """The first half of an axis times the sigmoid of the second: the halves keep the same indices."""
+    dim = args[1] if len(args) > 1 else -1
+    axes = list(tr.axes(args[0]))
+    half = size(axes[dim]) // 2
+    first, second = _segment(tr, axes[dim], 0, half), _segment(tr, axes[dim], half, 2 * half)
+    unify(first, second)
+    axes[dim] = first
+    tr.label(out, axes)
+
+
+@rule("pixel_shuffle", "pixel_unshuffle")
+def _pixel_shuffle(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Channels x pixels of a cell <-> channels, where cells of the image are cut up or made."""
+    name = func._schema.name.removeprefix("aten::")
+    reason = f"pixels of a cell of {name} in {tr.where()}"
+    *leading, channels, _, _ = tr.axes(args[0])
+    for axis in tr.axes(args[0])[-2:]:
+        freeze(axis, reason)
+    cell = args[1] ** 2
+    if name == "pixel_unshuffle":
+        channels = fuse([channels, Atom(cell, reason)])
+    else:
+        channels, pixels = _divide(tr, channels, [size(channels) // cell, cell])
+        freeze(pixels, reason)
+    tr.label(out, [*leading, channels, *(Atom(n, reason) for n in out.shape[-2:])])
+
+
+@rule("channel_shuffle", "native_channel_shuffle")
+def _channel_shuffle(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """groups x channels -> channels x groups."""
+    axes = list(tr.axes(args[0]))
+    groups, channels = _divide(tr, axes[1], [args[1], size(axes[1]) // args[1]])
+    freeze(groups, f"groups of a channel shuffle in {tr.where()}")
+    axes[1] = fuse([channels, groups])
     tr.label(out, axes)

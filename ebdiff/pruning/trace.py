@@ -17,8 +17,8 @@ from . import rules_layers, rules_shape  # noqa: F401  (they file their rules)
 from .axes import Atom, Axis, Place, freeze, places, resolve, size
 from .confirm import confirm
 from .cost import cost_of, kept_size, terms_of
-from .diffusers_classes import sizes_read_by, splits_its_own_axes
-from .modules import refuse_wrapped
+from .diffusers_classes import splits_its_own_axes
+from .modules import refuse_wrapped, sizes_read_by
 from .norms import Statistics
 from .plan import ChannelPlan, ChannelSpace, Frozen, Member, ModuleSize, Norm, Unit
 from .record import Call, call_of
@@ -171,7 +171,8 @@ class Tracer(Walk):
         tensor = next(_tensors(value), None)
         if id(module) in self.names and tensor is not None and tensor.dim() > 1:
             for attribute in sizes_read_by(module, side):
-                self.sizes[self.names[id(module)], attribute] = self.axes(tensor)[1]
+                if getattr(module, attribute) == tensor.shape[1]:  # unbatched images have theirs in front
+                    self.sizes[self.names[id(module)], attribute] = self.axes(tensor)[1]
 
     def _freeze_if_hooked(self, module: nn.Module, value: Any) -> None:
         """A hook of the user's may change what goes in or comes out; it did not run here."""
