@@ -44,7 +44,8 @@ class Conditional(Section):
     """What the network is told about each image, and how much more of it sampling wants (Ho & Salimans 2022).
 
     `by`: the label of the image; the embedding of its caption; or the image `factor` times smaller, for
-    super-resolution. `classes`: how many labels there are; "auto" counts them. `dropout`: share of the images in
+    super-resolution. `classes`: how many labels there are; "auto" counts them, and 1 is for networks
+    that must be told one: then every image has label 0, whatever the data say. `dropout`: share of the images in
     training about which it is told nothing. `guidance`: drawn by u + guidance (c - u), with c predicted when told and u
     when told nothing; 1 is without. Their defaults are 0.1 and 1.5, of low_res 0 and 1.
     """
@@ -67,8 +68,8 @@ class Conditional(Section):
     def _learned(self) -> Conditional:
         if self.guidance != 1 and not self.dropout:
             raise ValueError("guidance: 1 without dropout, since what is never trained when told nothing cannot guide")
-        if self.classes != "auto" and self.classes < 2:
-            raise ValueError(f'classes: at least 2, or "auto", got {self.classes}')
+        if self.classes != "auto" and self.classes < 1:
+            raise ValueError(f'classes: at least 1, or "auto", got {self.classes}')
         return self
 
 

@@ -30,6 +30,7 @@ class Conditions:
         dropout: share of the images in training about which it is told nothing (Ho & Salimans 2022, algorithm 1).
         factor: above 1, it also sees each image so many times smaller, scaled up again (Saharia et al. 2022); then
             zeros say nothing.
+        tokens: above 0, a label is also a token for attention, encoder_hidden_states float32 [B, 1, tokens], one-hot.
 
     Raises:
         EbdiffError: rows that differ in number, a keyword without its row that says nothing, or a share outside [0, 1).
@@ -39,6 +40,7 @@ class Conditions:
     nothing: Told = field(default_factory=dict)
     dropout: float = 0.1
     factor: int = 1
+    tokens: int = 0
 
     def __post_init__(self) -> None:
         counts = {len(rows) for rows in self.rows.values()}
@@ -55,8 +57,8 @@ class Conditions:
             )
 
     @classmethod
-    def of_labels(cls, labels: Tensor, classes: int, dropout: float = 0.1) -> Conditions:
-        """int64 [N] in [0, classes); class number `classes` says nothing.
+    def of_labels(cls, labels: Tensor, classes: int, dropout: float = 0.1, tokens: bool = False) -> Conditions:
+        """int64 [N] in [0, classes); class number `classes` says nothing. `tokens`: as tokens for attention, too.
 
         Raises:
             EbdiffError: a label outside.
@@ -65,7 +67,8 @@ class Conditions:
         if labels.dtype != torch.int64 or lowest < 0 or highest >= classes:
             got = f"{labels.dtype} from {lowest} to {highest}"
             raise EbdiffError("labels", expected=f"int64, at least 0 and below {classes}", got=got)
-        return cls({"class_labels": labels}, {"class_labels": torch.tensor(classes)}, dropout)
+        silent = {"class_labels": torch.tensor(classes)}
+        return cls({"class_labels": labels}, silent, dropout, tokens=classes + 1 if tokens else 0)
 
     @classmethod
     def of_embeddings(cls, embeddings: Tensor, null: Tensor | None = None, dropout: float = 0.1) -> Conditions:
@@ -75,8 +78,15 @@ class Conditions:
 
     def of(self, chosen: Tensor, clean: Tensor) -> dict[str, Tensor]:
         """What is told about the images of these numbers, int64 [B], which are `clean` (float32 [B, C, H, W])."""
-        told = {key: _plain(rows[chosen]) for key, rows in self.rows.items()}
+        told = self.with_tokens({key: _plain(rows[chosen]) for key, rows in self.rows.items()})
         return told | ({LOW_RES: low_resolution(clean, self.factor)} if self.factor > 1 else {})
+
+    def with_tokens(self, told: Told) -> dict[str, Tensor]:
+        """`told`, with the tokens of its labels where the network takes them."""
+        if not self.tokens:
+            return dict(told)
+        one_hot = F.one_hot(told["class_labels"], self.tokens)[:, None].float()
+        return {**told, "encoder_hidden_states": one_hot}
 
     def silenced(self, told: Told, which: Tensor) -> dict[str, Tensor]:
         """`told`, but nothing about the images where `which` (bool [B]) is True."""
@@ -84,7 +94,7 @@ class Conditions:
         for key, rows in told.items():
             nothing = _plain(self.nothing[key]).to(rows.device) if key in self.nothing else rows.new_zeros(())
             silent[key] = torch.where(which.to(rows.device).view(-1, *[1] * (rows.dim() - 1)), nothing, rows)
-        return silent
+        return self.with_tokens(silent)
 
     def in_training(self, chosen: Tensor, clean: Tensor, seed: int, step: int) -> dict[str, Tensor]:
         """As `of`, with dropout: which images it falls on depends on (seed, step) alone."""

@@ -16,10 +16,11 @@ from torch import Tensor
 from ..errors import EbdiffError
 from .conditions import Told, ask
 
-__all__ = ["build", "check_call", "in_channels"]
+__all__ = ["build", "check_call", "in_channels", "in_tokens"]
 
 DEFAULT = "UNet2DModel"
-KEYWORDS = {"labels": "class_labels", "embeddings": "encoder_hidden_states"}
+TOKENS = "encoder_hidden_states"
+KEYWORDS = {"labels": "class_labels", "embeddings": TOKENS}
 
 
 def build(model: Mapping[str, Any], by: str | None = None, size: int = 0) -> Any:
@@ -112,11 +113,21 @@ def check_call(network: Any, x: Tensor, t: Tensor, told: Told) -> None:
         )
 
 
+def in_tokens(model: Mapping[str, Any]) -> bool:
+    """Is a network that is told labels told them as one-hot tokens, which it embeds and attends to?"""
+    return _embeds_tokens(class_named(model.get("class", DEFAULT)))
+
+
+def _embeds_tokens(kind: Any) -> bool:
+    return "encoder_hid_dim" in inspect.signature(kind.__init__).parameters
+
+
 def _refuse_untold(kind: Any, by: str | None) -> None:
     """Some networks cannot do without what they are told."""
     _, _, _, *further = inspect.signature(kind.forward).parameters.values()  # self, x, t
     needed = {p.name for p in further if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
-    for missing in sorted(needed - {KEYWORDS.get(str(by))}):
+    tokens = by == "labels" and _embeds_tokens(kind)
+    for missing in sorted(needed - {TOKENS if tokens else KEYWORDS.get(str(by))}):
         told = next((name for name, keyword in KEYWORDS.items() if keyword == missing), None)
         raise EbdiffError(
             f"{kind.__name__} cannot do without {missing}",
@@ -131,10 +142,12 @@ def _told(kind: Any, known: list[str], given: Mapping[str, Any], by: str, size: 
     if by == "low_res":
         return {"in_channels": 2 * size, "out_channels": given.get("out_channels", size)}
     # A row more for "no class": UNets count it among theirs, DiT's label embedding adds it by itself.
-    wanted = {
+    wanted: dict[str, Any] = {
         "labels": {"num_class_embeds": size + 1, "num_embeds_ada_norm": size},
         "embeddings": {"cross_attention_dim": size},
     }[by]
+    if by == "labels" and _embeds_tokens(kind):
+        wanted = {"encoder_hid_dim": size + 1, "encoder_hid_dim_type": "text_proj"}  # an embedding of one-hot tokens
     place = {name: value for name, value in wanted.items() if name in known}
     for name, value in place.items():
         if given.get(name, value) != value:
@@ -144,6 +157,6 @@ def _told(kind: Any, known: list[str], given: Mapping[str, Any], by: str, size: 
             )
     if not place or KEYWORDS[by] not in inspect.signature(kind.forward).parameters:
         expected = f"{' or '.join(wanted)}, and a forward with {KEYWORDS[by]}"
-        remedy = "model.class=UNet2DConditionModel is told embeddings, UNet2DModel and DiTTransformer2DModel labels"
+        remedy = "model.class=UNet2DConditionModel is told either, UNet2DModel and DiTTransformer2DModel labels"
         raise EbdiffError(f"{kind.__name__} takes no {by}", expected=expected, got=", ".join(known), remedy=remedy)
     return place

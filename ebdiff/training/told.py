@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+
+import torch
 
 from ..config import Conditional
 from ..data import Images, Latents, decode
@@ -10,11 +13,11 @@ from ..errors import EbdiffError
 from ..evaluation.likeness import SMALLEST
 from .conditions import Conditions
 
-__all__ = ["check_vae", "classes_of", "conditions_of"]
+__all__ = ["check_vae", "classes_of", "conditions_of", "made_up"]
 
 
-def conditions_of(c: Conditional, data: Images | Latents, held_out: bool) -> Conditions:
-    """What they are told about each training image, or about each held-out one.
+def conditions_of(c: Conditional, data: Images | Latents, held_out: bool, tokens: bool = False) -> Conditions:
+    """What they are told about each training image, or about each held-out one; `tokens`: see `Conditions.of_labels`.
 
     Raises:
         EbdiffError: the data have nothing of the kind, labels outside the classes, or images too small to be judged.
@@ -31,11 +34,17 @@ def conditions_of(c: Conditional, data: Images | Latents, held_out: bool) -> Con
         return Conditions(dropout=c.dropout, factor=c.factor)
     labels = data.test_labels if held_out else data.labels
     embeddings = data.test_embeddings if held_out else data.embeddings
+    if c.by == "labels" and c.classes == 1:
+        labels = torch.zeros(len(data.test if held_out else data.train), dtype=torch.int64)
     if c.by == "labels" and labels is not None:
-        return Conditions.of_labels(labels, classes_of(c, data), c.dropout)
+        return Conditions.of_labels(labels, classes_of(c, lambda: data), c.dropout, tokens)
     if c.by == "embeddings" and embeddings is not None:
         return Conditions.of_embeddings(embeddings, data.null_embedding, c.dropout)
-    raise EbdiffError(
+    raise _without(c, data)
+
+
+def _without(c: Conditional, data: Images | Latents) -> EbdiffError:
+    return EbdiffError(
         f"{data.name} has no {c.by}",
         expected=f"{c.by} of training and of held-out images",
         got="none",
@@ -43,16 +52,26 @@ def conditions_of(c: Conditional, data: Images | Latents, held_out: bool) -> Con
     )
 
 
-def classes_of(c: Conditional | None, data: Images | Latents) -> int:
-    """How many labels there are; 0 where none are told.
+def made_up(c: Conditional, classes: int, count: int, tokens: bool = False) -> Conditions:
+    """What they are told about so many images that there are not: labels in turn, or low resolutions."""
+    if c.by == "low_res":
+        return Conditions(dropout=c.dropout, factor=c.factor)
+    return Conditions.of_labels(torch.arange(count) % classes, classes, c.dropout, tokens)
+
+
+def classes_of(c: Conditional | None, read: Callable[[], Images | Latents]) -> int:
+    """How many labels there are; 0 where none are told. The data are read only to count them.
 
     Raises:
         EbdiffError: to be counted, and fewer than 2.
     """
-    if c is None or c.by != "labels" or data.labels is None:
+    if c is None or c.by != "labels":
         return 0
     if c.classes != "auto":
         return c.classes
+    data = read()
+    if data.labels is None:
+        raise _without(c, data)
     highest = max(int(labels.max()) for labels in (data.labels, data.test_labels) if labels is not None)
     if highest < 1:
         expected, got = "at least 2 classes", f"none above {highest}"

@@ -5,7 +5,7 @@ Everything is checked here before the first step; nothing is written.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ from ..timesteps.profile import NoiseProfile
 from ..timesteps.region import Partition, Region
 from ..timesteps.sampler import Sampler, Stratified, Within
 from .conditions import Conditions, call_of
-from .network import build, check_call, in_channels
-from .told import check_vae, classes_of, conditions_of
+from .network import build, check_call, in_channels, in_tokens
+from .told import check_vae, classes_of, conditions_of, made_up
 
 __all__ = ["World"]
 
@@ -84,7 +84,7 @@ class World:
                 got=str(shape),
                 remedy="set data.size and data.channels, or the model's",
             )
-        _ = images and (self.extractor, self.held_out_conditions)
+        _ = images and (self.conditions, self.held_out_conditions, self.extractor)
 
     @cached_property
     def partition(self) -> Partition:
@@ -190,12 +190,22 @@ class World:
 
     def _conditions(self, held_out: bool) -> Conditions:
         c = self.config.conditional
-        return Conditions() if c is None else conditions_of(c, self.data, held_out)  # without, data are not read
+        if c is None:
+            return Conditions()  # without, data are not read
+        return conditions_of(c, self.data, held_out, in_tokens(self.config.model))
+
+    def made_up_conditions(self, count: int) -> Conditions:
+        """What the network is told about so many images that there are not; data are read for captions alone."""
+        c = self.config.conditional
+        if c is None or c.by == "embeddings":
+            some = {key: rows[torch.arange(count) % len(rows)] for key, rows in self.conditions.rows.items()}
+            return replace(self.conditions, rows=some)
+        return made_up(c, self.classes, count, in_tokens(self.config.model))
 
     @cached_property
     def classes(self) -> int:
         """How many labels the networks are told; 0 where they are told none."""
-        return classes_of(self.config.conditional, self.data)
+        return classes_of(self.config.conditional, lambda: self.data)
 
     def told_about(self, numbers: Tensor) -> dict[str, Tensor]:
         """What the network is told about the held-out images of these numbers, int64 [N]."""
@@ -272,23 +282,24 @@ class World:
     def _meta(self) -> Any:
         _ = self._told_size  # reads data, which are real
         with torch.device("meta"):
-            return self._build()
+            return self._build().to("meta")  # tables out of numpy are on the CPU
 
     @cached_property
     def plan(self) -> ChannelPlan:
         """The prunable axes of the dense network, traced without memory or compute."""
-        return self.trace(self.network())
+        return self.trace(self._meta)
 
     def trace(self, network: nn.Module) -> ChannelPlan:
         """The plan of a network of this run, which is called as network(x, t) with what it is told."""
+        place = next(network.parameters()).device
         x, t, told = self._example()
         x, keywords = call_of(x, told)
-        return trace(network, x, t, **keywords)
+        return trace(network, x.to(place), t.to(place), **{key: rows.to(place) for key, rows in keywords.items()})
 
     def _example(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """An image, its timestep, and what is told about it."""
         x, first = torch.zeros(1, *self.image_shape), torch.zeros(1, dtype=torch.int64)
-        return x, first, self.conditions.of(first, x)
+        return x, first, self.made_up_conditions(1).of(first, x)
 
     def example_masks(self) -> list[ChannelMask]:
         """For each region a mask as wide as its ticket will be: widths do not depend on the scores.
