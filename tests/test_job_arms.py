@@ -31,12 +31,13 @@ TWO = ("regions.bounds=[0, 440, 1000]", "search.ratios=[0.3, 0.6]", "regions.ste
 UNTRAINED = (*TWO, "search.steps=0", "search.criterion=magnitude")
 
 
-def goes_on(out: Path, after: int, *overrides: str) -> None:
-    """Run into `out`, abandoned after so many ticks and begun again."""
+def found(out: Path, *overrides: str, after: int = 0) -> World:
+    """A world whose search has finished; where `after` is given, abandoned after so many ticks and begun again."""
     world = tiny(out, *overrides)
     job.prepare(world)
-    assert len(list(islice(job.run(world), after))) == after
-    run(tiny(out, *overrides))
+    assert len(list(islice(job.find(world), after))) == after
+    list(job.find(tiny(out, *overrides)))
+    return world
 
 
 # What an arm had cost -------------------------------------------------------------------------------------------------
@@ -89,8 +90,6 @@ def test_without_a_search_masks_are_of_the_network_before_its_first_step(tmp_pat
     assert "by magnitude, step 0" in text
     assert "mask-distance" not in text
     assert not (world.out / "mask-distance.png").exists()
-    goes_on(tmp_path / "again", 2, *UNTRAINED)
-    assert same(weights(tmp_path / "again"), weights(world.out))
 
 
 @pytest.mark.parametrize("criterion", ["taylor", "auto"])
@@ -100,6 +99,27 @@ def test_without_a_search_there_are_no_gradients(criterion: str) -> None:
         resolve("smoke", overrides=["search.steps=0", *auto])
 
 
+# Until settled --------------------------------------------------------------------------------------------------------
+
+SETTLES = (*TWO, "search.criterion=magnitude", "search.eta=0.2", "search.until=settled", "search.steps=40")
+
+
+def test_a_search_ends_when_its_tickets_have_settled(tmp_path: Path) -> None:
+    world, short = tiny(tmp_path / "settles", *SETTLES), found(tmp_path / "short", *SETTLES, "search.steps=10")
+    job.prepare(world)
+    ticks = list(job.find(world))
+    facts = read_json(world.out / "search" / "done.json")
+    assert [(ticket["step"], ticket["settled"]) for ticket in facts["tickets"]] == [(6, True), (10, True)]
+    assert (facts["cost"]["steps"], facts["cost"]["images"]) == (10, 40)
+    assert sum(tick.macs for tick in ticks) == pytest.approx(job.work(world)[0].macs)
+    assert control_steps(world, 0.0) == region(world, 0).start().step == 10
+    assert same(weights(world.out), weights(short.out))
+    for after in (5, 11):
+        again = found(tmp_path / str(after), *SETTLES, after=after)
+        assert same(weights(again.out), weights(world.out))
+        assert read_json(again.out / "search" / "done.json")["cost"]["steps"] == 10
+
+
 # What regions start from ----------------------------------------------------------------------------------------------
 
 
@@ -107,10 +127,7 @@ def test_without_a_search_there_are_no_gradients(criterion: str) -> None:
 def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a finished search."""
     torch.set_num_threads(1)
-    world = tiny(tmp_path_factory.mktemp("searched"), *TWO, "search.steps=8")
-    job.prepare(world)
-    list(job.find(world))
-    return world.out
+    return found(tmp_path_factory.mktemp("searched"), *TWO, "search.steps=8").out
 
 
 def of_search(searched: Path, *overrides: str) -> World:
@@ -160,20 +177,19 @@ def parts(state: TrainState) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("start", ["initial", "fresh"])
 def test_regions_with_other_first_weights_go_on_after_an_interruption(start: str, tmp_path: Path) -> None:
-    overrides = (*UNTRAINED, f"regions.start={start}", "train.checkpoint_every=2")
     for out, after in (("whole", 0), ("again", 3)):
-        goes_on(tmp_path / out, after, *overrides)
+        world = found(tmp_path / out, *UNTRAINED, f"regions.start={start}", "train.checkpoint_every=2")
+        list(islice(job.train(world, [1]), after))
+        list(job.train(world, [1]))
     assert same(weights(tmp_path / "again"), weights(tmp_path / "whole"))
 
 
 @pytest.mark.parametrize("start", ["search", "fresh"])
 def test_progress_of_a_region_counts_from_its_own_first_step(start: str, tmp_path: Path) -> None:
-    world = tiny(tmp_path, *TWO, "search.steps=5", f"regions.start={start}")
-    job.prepare(world)
-    list(job.find(world))
+    world = found(tmp_path, *SETTLES, f"regions.start={start}")
     list(islice(job.train(world, [1]), 3))
     (tick,) = _progress(world, 1, {1: 0})
-    written = 3 if start == "search" else 2  # the log is written at even steps
+    written = 2  # the log is written at even steps, and the search ended after 10
     assert tick.macs == written * cost_per_step(world, world.plan.macs(ticket_of(world, 1).mask))
 
 

@@ -109,11 +109,13 @@ class Search(Section):
     """The dense run that tickets are drawn from; see `ebdiff.EarlyBird`.
 
     `steps`: with 0 masks are drawn from the network as it is before its first step, which has no gradients yet.
+    `until`: with "settled" it ends as soon as every ticket has settled, after `steps` at the latest.
     `ratios` is the share of channels REMOVED per region; "auto" splits `macs`, the share of the dense MACs KEPT on
     average over all timesteps, by each region's predicted loss increase.
     """
 
     steps: int = Field(ge=0)
+    until: Literal["steps", "settled"] = "steps"
     ratios: list[float] | Literal["auto"] = [0.3, 0.6, 0.8]
     macs: float | None = Field(default=None, gt=0, lt=1)
     criterion: Literal["magnitude", "magnitude-l1", "taylor", "random"] = "taylor"

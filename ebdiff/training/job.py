@@ -119,11 +119,13 @@ def parts(world: World, folders: Sequence[Path] = ()) -> list[tuple[Region, Path
 def work(world: World) -> list[Work]:
     """What `run` will do, in its order; nothing is touched.
 
-    With ratios "auto" the regions' MACs are the budget's mean, since their split is known only after the search.
+    A search that may end earlier, and the control after it, take this at most. With ratios "auto" the regions' MACs
+    are the budget's mean, since their split is known only after the search.
     """
     s, r = world.config.search, world.config.regions
     each, dense = [world.plan.macs(mask) for mask in world.example_masks()], world.plan.macs()
-    works = [Work("search", cost_per_step(world, dense) * s.steps, s.steps, f"dense, {dense / 1e6:.1f} MMACs an image")]
+    note = f"dense, {dense / 1e6:.1f} MMACs an image" + ("; until all have settled" if s.until == "settled" else "")
+    works = [Work("search", cost_per_step(world, dense) * s.steps, s.steps, note)]
     if r.branch_at:
         macs = min(dense, max(each))
         works.append(Work("joint", cost_per_step(world, macs) * r.branch_at, r.branch_at, "at least the widest region"))

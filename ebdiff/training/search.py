@@ -38,6 +38,7 @@ def search(world: World) -> Stretch:
         regions=world.partition,
         watch=lambda state: watcher(world, state),
         conclude=lambda watch: conclude(world, watch),
+        until_settled=world.config.search.until == "settled",
     )
 
 

@@ -44,6 +44,7 @@ class Stretch:
         regions: let all timesteps of a step come from one of these.
         watch: makes what watches for tickets.
         conclude: facts to leave at the end; called with what watched.
+        until_settled: end earlier, as soon as what watches says that all has settled.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Stretch:
     watch: Callable[[TrainState], EarlyBird] | None = None
     conclude: Callable[[EarlyBird], Facts] | None = None
     facts: Facts = field(default_factory=dict)
+    until_settled: bool = False
 
     def run(self, world: World) -> Iterator[Tick]:
         """Train to the end, yielding after every step; at once where it is finished already."""
@@ -82,23 +84,31 @@ class Stretch:
             images = (step - begun) * world.config.train.batch_size * world.config.train.accumulate
             return meter.read(steps=step - begun, images=images, macs=(step - begun) * per_step)
 
+        def over() -> bool:
+            settled = self.until_settled and watch is not None and watch.settled
+            return state.step - first == self.steps or settled
+
         def keep() -> None:
             taken = state.step - first
             for share, steps in self.marks.items():
-                if taken == steps:
+                if taken == steps or (steps == self.steps and over()):
                     keep_network(self.folder, share, state, cost(state.step))
-            if taken == self.steps or (taken and taken % world.config.train.checkpoint_every == 0):
+            if over() or (taken and taken % world.config.train.checkpoint_every == 0):
                 store(checkpoints, state, watch, cost(state.step))
 
         if saved is None:
             keep()
         with StepLog(self.folder, begun, world.config.train.log_every) as log:
-            for report in self._steps(world, state, first + self.steps, checkpoints):
+            for report in () if over() else self._steps(world, state, first + self.steps, checkpoints):
                 if watch is not None:
                     watch.step(report.region)
                 keep()
                 log.add(report, cost(report.step).device_seconds)
                 yield Tick(self.name, per_step, f"loss {report.loss:.4f}")
+                if over():
+                    break
+        if state.step - first < self.steps:
+            yield Tick(self.name, per_step * (first + self.steps - state.step), f"settled at step {state.step}", True)
         conclusion = self.conclude(watch) if self.conclude and watch is not None else {}
         finish(self.folder, {**self.facts, **conclusion, "cost": cost(state.step).to_json()})
 
