@@ -171,7 +171,7 @@ class Tracer(Walk):
         tensor = next(_tensors(value), None)
         if id(module) in self.names and tensor is not None and tensor.dim() > 1:
             for attribute in sizes_read_by(module, side):
-                if getattr(module, attribute) == tensor.shape[1]:  # unbatched images have theirs in front
+                if getattr(module, attribute, None) == tensor.shape[1]:  # unbatched images have theirs in front
                     self.sizes[self.names[id(module)], attribute] = self.axes(tensor)[1]
 
     def _freeze_if_hooked(self, module: nn.Module, value: Any) -> None:
