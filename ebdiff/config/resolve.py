@@ -18,7 +18,19 @@ from .schema import Config
 
 __all__ = ["FILE", "PRESETS", "keep", "refuse_other", "resolve"]
 
-PRESETS = ("smoke", "demo", "cifar10")
+PRESETS = (
+    "smoke",
+    "demo",
+    "cifar10",
+    "celeba",
+    "lsun-church",
+    "lsun-bedroom",
+    "imagenet-ldm",
+    "metfaces-dit",
+    "metfaces-unet",
+    "ffhq-dit",
+    "ffhq-unet",
+)
 FILE = "config.yaml"
 
 
@@ -77,12 +89,20 @@ def refuse_other(config: Config, path: Path) -> None:
 
 
 def _preset(name: str) -> dict[str, Any]:
+    """The values of a preset. One with a `base` changes another, and has a model of its own where the class differs."""
     if name not in PRESETS:
         raise EbdiffError(
             "no such preset", expected=f"one of {', '.join(PRESETS)}", got=name, remedy=_nearest(name, PRESETS)
         )
     values: dict[str, Any] = yaml.safe_load((resources.files("ebdiff.assets") / f"{name}.yaml").read_text("utf-8"))
-    return values
+    if "base" not in values:
+        return values
+    whole = _preset(values.pop("base"))
+    model = values.pop("model", {})
+    if model.get("class") == whole["model"].get("class"):
+        model = whole["model"] | model
+    _merge(whole, values)
+    return whole | {"model": model}
 
 
 def _read(path: Path) -> dict[str, Any]:
