@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from . import plots
 from .files import read_json, read_tensors, write_bytes, write_json
-from .report_text import markdown, value, verdict
+from .report_tables import NAMES
+from .report_text import markdown
+from .report_verdict import value, verdict
 from .timesteps.sampler import Sampler, Within
 from .training.costs import training_cost
-from .training.judge import judged
+from .training.judge import arms_of, judged
 from .training.regions import region_folder
+from .training.sampling import passes
 from .training.stages import needed
 from .training.world import World
 
@@ -20,8 +23,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["gather", "write"]
-
-NAMES = {"dense": "dense control", "tickets": "tickets"}
 
 
 def write(world: World) -> tuple[Path, str]:
@@ -45,7 +46,7 @@ def gather(world: World) -> dict[str, Any]:
     """Every number of the report, as JSON values."""
     search = needed(world.out / "search", "ebdiff find")
     regions = [needed(region_folder(world.out, k), f"ebdiff train --region {k}") for k in range(len(world.partition))]
-    control = needed(world.out / "dense", "ebdiff run")
+    control = needed(world.out / "dense", "ebdiff run")["cost"] if world.config.evaluate.control else None
     marks = world.config.evaluate.marks
     joint = needed(world.out / "joint", "ebdiff run")["cost"] if world.config.regions.branch_at else None
     tickets = []
@@ -56,17 +57,21 @@ def gather(world: World) -> dict[str, Any]:
         "config": world.config.model_dump(mode="json"),
         "data": {"name": world.data.name, "train": len(world.data.train), "test": len(world.data.test)},
         "machine": _machine(world),
-        "dense": {"parameters": world.plan.parameters(), "macs": world.plan.macs()},
+        "dense": {
+            "parameters": world.plan.parameters(),
+            "macs": world.plan.macs(),
+            "macs_per_image": world.plan.macs() * passes(world),
+        },
         "cost": {
             "search": search["cost"],
             "joint": joint,
             "regions": [r["cost"] for r in regions],
-            "dense": control["cost"],
+            "dense": control,
         },
         "tickets": tickets,
         "search": {key: search[key] for key in ("eta", "corrected", "heatmaps", "between_regions")},
         "sampler": _visits(world),
-        "marks": {arm: [_mark(world, arm, mark) for mark in marks] for arm in NAMES},
+        "marks": {arm: [_mark(world, arm, mark) for mark in marks] for arm in reversed(arms_of(world))},
     }
 
 
@@ -103,7 +108,7 @@ def draw(world: World, facts: Mapping[str, Any]) -> dict[str, str]:
         _draw_distances(world, facts, world.out / names["mask-distance"])
     else:
         del names["mask-distance"]
-    grids = {NAMES[arm]: _grid(world, arm) for arm in NAMES}
+    grids = {NAMES[arm]: _grid(world, arm) for arm in facts["marks"]}
     if all(images is not None for images in grids.values()):
         plots.grid(grids, world.out / names["samples"])
     else:
@@ -130,9 +135,9 @@ def _curves(facts: Mapping[str, Any]) -> list[plots.Panel]:
     panels = []
     for measure in ("held-out loss", "FID"):
         series: dict[str, Sequence[tuple[float, float]]] = {}
-        for arm, name in NAMES.items():
-            marks = [mark for mark in facts["marks"][arm] if measure != "FID" or mark["scores"]]
-            series[name] = [(mark["cost"]["device_seconds"], value(mark, measure)) for mark in marks]
+        for arm, found in facts["marks"].items():
+            marks = [mark for mark in found if measure != "FID" or mark["scores"]]
+            series[NAMES[arm]] = [(mark["cost"]["device_seconds"], value(mark, measure)) for mark in marks]
         if any(series.values()):
             panels.append(plots.Panel(measure, "device-seconds, the search included", measure, series))
     return panels
@@ -164,9 +169,9 @@ def _weight(sampler: Sampler) -> Tensor:
 
 def _losses(world: World, facts: Mapping[str, Any]) -> plots.Panel:
     series = {}
-    for arm, name in NAMES.items():
-        loss = facts["marks"][arm][-1]["loss"]
+    for arm, marks in facts["marks"].items():
+        loss = marks[-1]["loss"]
         middles = [(lo + hi) / 2 for lo, hi in zip(loss["edges"], loss["edges"][1:], strict=False)]
-        series[name] = list(zip(middles, loss["mean"], strict=True))
+        series[NAMES[arm]] = list(zip(middles, loss["mean"], strict=True))
     title = "held-out loss per timestep bin, at the end"
     return plots.Panel(title, "timestep", "squared error of the noise", series, world.partition.bounds[1:-1], log=True)

@@ -18,7 +18,7 @@ from ebdiff.pruning.save import load
 from ebdiff.training import job
 from ebdiff.training.accounting import Cost
 from ebdiff.training.costs import cost_at
-from ebdiff.training.judge import judged
+from ebdiff.training.judge import arm_network, judged
 from ebdiff.training.loop import TrainState
 from ebdiff.training.regions import _progress, joint_mask, region, ticket_of
 from ebdiff.training.search import control_steps
@@ -97,6 +97,38 @@ def test_without_a_search_there_are_no_gradients(criterion: str) -> None:
     auto = ["search.ratios=auto", "search.macs=0.5"] if criterion == "auto" else []
     with pytest.raises(EbdiffError, match="taylor reads the gradients of training"):
         resolve("smoke", overrides=["search.steps=0", *auto])
+
+
+# No control -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_dense_arm_is_a_ticket_that_removes_nothing(tmp_path: Path) -> None:
+    """One region, ratio 0, no search, no control: the dense network on all timesteps, judged and reported alone."""
+    alone = ("search.ratios=[0.0]", "regions.bounds=[0, 1000]", "regions.overlap=0", "regions.steps=[4]")
+    world = tiny(tmp_path, *UNTRAINED, *alone, "evaluate.control=false")
+    run(world)
+    assert not (tmp_path / "dense").exists()
+    assert sorted(path.name for path in (tmp_path / "evaluation").glob("*.json")) == [
+        "tickets-0.5.json",
+        "tickets-0.json",
+        "tickets-1.json",
+    ]
+    assert not any("dense" in work.stage for work in job.work(world))
+    state = region(world, 0).start()
+    assert same(dict(state.model.named_parameters()), dict(world.network().named_parameters()))
+    end = read_json(judged(tmp_path, "tickets", 1.0))
+    assert end["training_cost"]["macs"] == 4 * cost_per_step(world, world.plan.macs())
+    assert end["macs_per_image"]["sampler"] == world.plan.macs()
+    _, sentence = report.write(world)
+    assert sentence.startswith(f"No dense control was trained; FID {end['scores']['fid']:.2f}, held-out loss")
+    assert "an image costs 100% of the dense MACs" in sentence
+    text = (tmp_path / "report.md").read_text()
+    assert not any(
+        word in text for word in ("control:", "Both arms", "equal MACs", "| dense control", "masks are from")
+    )
+    assert (tmp_path / "samples.png").exists()
+    with pytest.raises(EbdiffError, match=r"no dense control.*evaluate\.control=true"):
+        arm_network(world, "dense")
 
 
 # Until settled --------------------------------------------------------------------------------------------------------

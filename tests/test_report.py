@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from ebdiff import plots
-from ebdiff.report_text import equal_seconds, interpolated, table, verdict, winner
+from ebdiff.report_tables import table
+from ebdiff.report_verdict import equal_seconds, interpolated, verdict, winner
 
 
 def facts(dense: list[tuple[float, float]], tickets: list[tuple[float, float]], margin: float = 0.05) -> dict[str, Any]:

@@ -175,6 +175,7 @@ class Sample(Section):
 class Evaluate(Section):
     """How both arms are judged.
 
+    `control`: train the dense control; without it the tickets are judged alone.
     `marks`: at which shares of the regions' training both arms are compared at equal MACs; 0 is the end of the search,
     1 (always included) the end. `score_marks`: at which of them images are drawn and scored, too.
     `margin`: relative difference below which the report calls two scores equal.
@@ -187,6 +188,7 @@ class Evaluate(Section):
     loss_bins: int = Field(default=20, ge=1)
     loss_per_bin: int = Field(default=256, ge=1)
     margin: float = Field(default=0.05, ge=0)
+    control: bool = True
 
     @model_validator(mode="after")
     def _ordered(self) -> Evaluate:

@@ -15,7 +15,7 @@ from ..files import read_json, write_json
 from ..nn.router import TimestepRouter
 from ..pruning.save import load
 from ..timesteps.region import Partition, Region
-from .judge import ARMS, judge, judging
+from .judge import arms_of, judge, judging
 from .regions import joint, region, region_folder, side_by_side, steps_of
 from .search import control, search
 from .stages import Tick, Work, needed, write_folder
@@ -58,9 +58,10 @@ def run(world: World, parallel: int = 1) -> Iterator[Tick]:
     yield from search(world).run(world)
     yield from train(world, range(len(world.partition)), parallel)
     merge(world)
-    yield from control(world).run(world)
+    if world.config.evaluate.control:
+        yield from control(world).run(world)
     for mark in world.config.evaluate.marks:
-        for arm in ARMS:
+        for arm in arms_of(world):
             yield from judge(world, arm, mark)
 
 
@@ -132,6 +133,7 @@ def work(world: World) -> list[Work]:
     for number, (macs, steps) in enumerate(zip(each, steps_of(world), strict=True)):
         note = f"{world.partition[number]} trained on {world.trained_region(number)}, {macs / dense:.1%} of the MACs"
         works.append(Work(f"region {number}", cost_per_step(world, macs) * steps, steps, note))
-    total = sum(part.macs for part in works)
-    works.append(Work("dense control", total, round(total / cost_per_step(world, dense)), "equal MACs"))
+    if world.config.evaluate.control:
+        total = sum(part.macs for part in works)
+        works.append(Work("dense control", total, round(total / cost_per_step(world, dense)), "equal MACs"))
     return [*works, *judging(world, each)]

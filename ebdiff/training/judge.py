@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..data import to_uint8
+from ..errors import EbdiffError
 from ..evaluation import evaluate, likeness, loss_per_bin
 from ..files import write_json, write_tensors
 from ..nn.router import TimestepRouter
@@ -28,6 +29,7 @@ from .world import World
 __all__ = [
     "ARMS",
     "arm_network",
+    "arms_of",
     "judge",
     "judged",
     "judgement",
@@ -39,6 +41,11 @@ __all__ = [
 ARMS = ("tickets", "dense")
 
 
+def arms_of(world: World) -> tuple[str, ...]:
+    """The arms that the main job trains and judges."""
+    return ARMS if world.config.evaluate.control else ARMS[:1]
+
+
 def judging(world: World, region_macs: list[float]) -> list[Work]:
     """The work of judging: forward passes only."""
     e, T = world.config.evaluate, world.partition.T
@@ -48,7 +55,7 @@ def judging(world: World, region_macs: list[float]) -> list[Work]:
     }
     works = []
     for mark in e.marks:
-        for arm in ARMS:
+        for arm in arms_of(world):
             macs = mean[arm] if mark else world.plan.macs()
             images = _images(world, mark)
             total = macs * (e.loss_bins * e.loss_per_bin + images * world.config.sample.steps * passes(world))
@@ -147,6 +154,8 @@ def _name(arm: str, mark: float) -> str:
 
 def arm_network(world: World, arm: str, mark: float = 1.0) -> Any:
     """The network of an arm at a mark, with EMA weights: a router over the regions, the search's, or the control's."""
+    if arm not in arms_of(world):
+        raise EbdiffError("no dense control", expected="evaluate.control=true", got="false", remedy="use --arm tickets")
     if arm == "dense":
         needed(world.out / "dense", "ebdiff run")
         return load(network_at(world.out / "dense", mark))
