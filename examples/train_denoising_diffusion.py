@@ -5,7 +5,8 @@
 
 `# ebdiff` marks all that was added or changed, `# was:` what stood there. The Trainer stops after a quarter of the
 steps; its network, optimizer and EMA are cut down to the ticket where they are; and it goes on, draws and saves as
-ever. To `trainer.load` that in a later run, keep the ticket (`ticket.save(folder)`) and cut down to it first.
+ever, in any number of processes, of which the first alone has an EMA. To `trainer.load` that in a later run, keep the
+ticket (`ticket.save(folder)`) and cut down to it first.
 """
 
 import argparse
@@ -29,11 +30,10 @@ def main() -> None:
         parser.error("--steps and --batch-size are at least 1")
 
     torch.manual_seed(0)
-    unet = Unet(dim=args.dim, dim_mults=(1, 2, 4))
-    ddpm = GaussianDiffusion(unet, image_size=args.size, sampling_timesteps=20)
+    unet, size = Unet(dim=args.dim, dim_mults=(1, 2, 4)), args.size
+    ddpm = GaussianDiffusion(unet, image_size=size, sampling_timesteps=20)
     timesteps.install(ddpm, Stratified(SpeeD(NoiseProfile.from_alphas_cumprod(ddpm.alphas_cumprod))))  # ebdiff
-    plan = trace(ddpm, torch.zeros(1, 3, args.size, args.size))  # ebdiff
-    watch = EarlyBird(ddpm, plan, ratios=[0.5], window=args.steps // 8 or 1)  # ebdiff
+    watch = EarlyBird(ddpm, trace(ddpm, torch.zeros(1, 3, size, size)), [0.5], window=args.steps // 8 or 1)  # ebdiff
     trainer = Trainer(
         ddpm,
         args.images,
@@ -47,8 +47,9 @@ def main() -> None:
     )
     trainer.opt.optimizer.register_step_post_hook(lambda *_: watch.step())  # ebdiff
     trainer.train()
-    print(ticket := watch.finish()[0.5])  # ebdiff
-    accelerate(shrink_(ddpm, ticket, optimizer=trainer.opt, ema=trainer.ema))  # ebdiff
+    trainer.accelerator.print(ticket := watch.finish()[0.5], accelerate(ddpm, verbose=False), sep="\n")  # ebdiff
+    shrink_(ddpm, ticket, optimizer=trainer.opt, ema=getattr(trainer, "ema", None))  # ebdiff
+    trainer.model = trainer.accelerator.prepare(ddpm)  # ebdiff
     trainer.train_num_steps = args.steps  # ebdiff
     trainer.train()  # ebdiff
     trainer.save("last")

@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline
 from PIL import Image
-from test_examples import EXAMPLES, run
+from test_examples import EXAMPLES, TWO_PROCESSES, run
 
 import ebdiff
 from ebdiff.data import load_images
@@ -141,8 +141,12 @@ def test_a_network_of_ones_own_is_saved_small(main: Main, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_the_trainer_draws_and_saves_a_small_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("launcher", [(), TWO_PROCESSES], ids=["alone", "two processes"])
+def test_the_trainer_draws_and_saves_a_small_network(
+    launcher: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("ema_pytorch")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     if not importlib.util.find_spec("torchvision"):
         stand_ins = [str(Path(__file__).parent / "stand_ins"), os.environ.get("PYTHONPATH", "")]
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, stand_ins)))
@@ -151,8 +155,9 @@ def test_the_trainer_draws_and_saves_a_small_network(tmp_path: Path, monkeypatch
         Image.fromarray(image.numpy()).save(tmp_path / "images" / f"{number}.png")
     said = run(
         f"{TRAINER}.py", "--images", str(tmp_path / "images"), "--steps", "4", "--size", "16", "--dim", "8",
-        "--out", str(tmp_path / "out"),
+        "--out", str(tmp_path / "out"), launcher=launcher,
     )  # fmt: skip
+    assert said.count("NOT settled") == 1
     assert (tmp_path / "out" / "sample-2.png").is_file()
     saved = torch.load(tmp_path / "out" / "model-last.pt", weights_only=True)
     average = {name.removeprefix("ema_model."): tensor.shape for name, tensor in saved["ema"].items()}

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
 def run(name: str, *arguments: str, launcher: Sequence[str] = ()) -> str:
@@ -22,9 +23,8 @@ def run(name: str, *arguments: str, launcher: Sequence[str] = ()) -> str:
 @pytest.mark.slow
 def test_two_processes_train_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     options = ["--steps", "100", "--batch-size", "1", "--out", str(tmp_path / "out")]
-    said = run("train_unconditional.py", *options, launcher=launcher)
+    said = run("train_unconditional.py", *options, launcher=TWO_PROCESSES)
     assert said.count("step 100: loss") == 1
     assert said.split("rate ")[-1].startswith("0.0e+00"), "the learning rate is spent with the last step, not before"
     assert (tmp_path / "out" / "unet").is_dir()
