@@ -1,0 +1,111 @@
+"""When tickets pay: trains every arm of a suite, one process per cell, and renders the tables.
+
+    python -m benchmarks.evidence --suite fashion16 --jobs 2
+    python -m benchmarks.evidence --suite fashion16 --cells 'eb-*' dense --seeds 0
+    python -m benchmarks.evidence --suite fashion16 --clock
+    python -m benchmarks.evidence --suite fashion16 --table
+
+A cell is an arm at a seed. Finished ones lie in benchmarks/results/evidence/<suite>/ and are not done again; a killed
+one goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
+
+from ebdiff.errors import EbdiffError
+
+from . import page
+from .arms import ARMS
+from .cells import RESULTS, Cell, run, wanted
+from .suite import NAMES, Suite
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """What the options ask for; what the user can put right is one line."""
+    args = options().parse_args(arguments)
+    try:
+        for line in lines(args):
+            print(line, flush=True)
+    except EbdiffError as error:
+        sys.exit(f"benchmarks.evidence: {error}")
+
+
+def options() -> argparse.ArgumentParser:
+    """Those of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.evidence",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--suite", required=True, help=f"{', '.join(NAMES)}, or a .yaml file like theirs")
+    add("--cells", nargs="+", default=["*"], metavar="PATTERN", help="arms by name; all by default")
+    add("--seeds", default="0,1,2", help="0,1,2 by default; all arms of the first come first")
+    add("--jobs", type=int, default=os.cpu_count() or 1, help="so many cells side by side, a core each")
+    add("--minutes", type=float, help="interrupt what is at work after so long; the same command goes on")
+    add("--data", metavar="FILE", help="images, as data.source of a configuration")
+    add("--out", type=Path, default=Path("runs/evidence"), help="where runs are kept")
+    add("--results", type=Path, default=RESULTS, help="where what is to be committed goes")
+    what = parser.add_mutually_exclusive_group()
+    flag = partial(what.add_argument, action="store_true")
+    flag("--list", help="the cells, and which are finished")
+    flag("--table", help="render the tables and pictures of what is finished")
+    flag(
+        "--tune", help="a quarter of the steps at several learning rates, dense and with a ticket of half the channels"
+    )
+    flag("--pace", help="what a step of a ticket costs at each ratio: the suite's cost_of_step")
+    flag("--clock", help="time the networks of finished cells again, in turn, in this one process")
+    return parser
+
+
+def lines(args: argparse.Namespace) -> Iterator[str]:
+    """What is printed while it is done."""
+    suite = Suite.load(args.suite).on(args.data)
+    cells = cells_of(suite, args.cells, args.seeds, args.out, args.results)
+    if args.list:
+        yield from listed(cells)
+    elif args.table:
+        yield str(page.write(suite, cells))
+    elif args.pace:
+        yield str(page.write_pace(suite, args.results))
+    elif args.clock:
+        yield str(page.write_clock(suite, [cell for cell in cells if cell.facts()]))
+    elif args.tune:
+        tuned = page.tuning(suite, args.out, args.results)
+        yield from run(wanted(tuned), args.jobs, args.minutes)
+        yield str(page.write_tuning(suite, tuned))
+    else:
+        yield from run(wanted(cells), args.jobs, args.minutes)
+
+
+def cells_of(suite: Suite, patterns: Sequence[str], seeds: str, out: Path, results: Path) -> list[Cell]:
+    """Every arm that a pattern names at every seed, all arms of a seed together.
+
+    Raises:
+        EbdiffError: a pattern that names no arm, or a seed that is no number.
+    """
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in ARMS):
+            raise EbdiffError("no such arm", expected=f"one of {', '.join(ARMS)}", got=pattern)
+    if not all(seed.strip().isdecimal() for seed in seeds.split(",")):
+        raise EbdiffError("--seeds", expected="numbers, as 0,1,2", got=seeds)
+    chosen = [arm for arm in ARMS.values() if any(fnmatchcase(arm.name, pattern) for pattern in patterns)]
+    return [Cell(suite, arm, int(seed), out, results) for seed in seeds.split(",") for arm in chosen]
+
+
+def listed(cells: Sequence[Cell]) -> Iterator[str]:
+    """A line for each cell."""
+    for cell in cells:
+        state = "finished" if cell.facts() else "begun" if cell.folder.exists() else "-"
+        yield f"{cell.arm.name}, seed {cell.seed}: {state}; {cell.arm.about}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""What an arm cost and when it was as good as the dense one: plain numbers in, plain numbers out.
+
+Device-seconds are those of all stages, the search and what another arm's network cost included. Between two marks a
+score is linear in the logarithm of the device-seconds. An arm reaches a score where its curve first comes down to it;
+where the first mark is there already, at that mark at the latest. After its end an arm keeps its last network's score.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from ebdiff.training.accounting import FORWARD_AND_BACKWARD
+
+from .result import BEFORE
+
+Facts = Mapping[str, Any]
+Clock = Mapping[str, Mapping[str, float]]  # {arm: {stage: device-seconds of a step}}
+Results = Mapping[str, Sequence[Facts]]  # {arm: one per seed}
+Points = Sequence[tuple[float, float]]  # (device-seconds, score), both finite, seconds rising
+
+SHARES = (0.25, 0.5, 1.0)  # of the dense arm's device-seconds
+SEEDS = 3  # an arm with fewer is marked
+
+
+def measure_of(results: Results) -> str:
+    """What arms are compared by: FID where images of all of them were scored, the held-out loss otherwise."""
+    ends = [facts["curve"][-1] for found in results.values() for facts in found]
+    return "fid" if all(end["fid"] is not None for end in ends) else "loss"
+
+
+def curve(facts: Facts, measure: str, clock: Clock | None = None) -> list[tuple[float, float]]:
+    """(device-seconds, score) at every mark that has this score ("fid" or "loss")."""
+    scored = [point for point in facts["curve"] if point[measure] is not None]
+    return [(sum(seconds_at(facts, point, clock).values()), point[measure]) for point in scored]
+
+
+def seconds_at(facts: Facts, point: Facts, clock: Clock | None = None) -> dict[str, float]:
+    """{stage: device-seconds} at a mark: by `clock`, its steps times the seconds of one; otherwise as they were."""
+    if clock is None or facts["arm"] not in clock:
+        return {name: stage["device_seconds"] for name, stage in point["stages"].items()}
+    each = {BEFORE: clock.get("dense", {}).get("region 0", math.nan), **clock[facts["arm"]]}
+    return {name: steps_of(facts, name, stage) * each[name] for name, stage in point["stages"].items()}
+
+
+def steps_of(facts: Facts, name: str, stage: Facts) -> float:
+    """Of a stage; of the search its MACs in dense steps, since importance may take passes without a step."""
+    if name != "search":
+        return float(stage["steps"])
+    train = facts["config"]["train"]
+    dense = facts["macs_per_image"]["dense"] * FORWARD_AND_BACKWARD * train["batch_size"] * train["accumulate"]
+    return float(stage["macs"] / dense)
+
+
+def wall_seconds(facts: Facts, clock: Clock | None = None) -> float:
+    """Of the whole arm with a device for each region: what comes before the regions, and the slowest of them."""
+    end = facts["curve"][-1]
+    spent = seconds_at(facts, end, clock)
+    if clock is None or facts["arm"] not in clock:
+        spent = {name: stage["wall_seconds"] for name, stage in end["stages"].items()}
+    regions = [seconds for name, seconds in spent.items() if name.startswith("region")]
+    return sum(spent.values()) - sum(regions) + max(regions)
+
+
+def reached(points: Points, target: float) -> float | None:
+    """Device-seconds at which a curve first comes down to `target`; None where it never does."""
+    if points and points[0][1] <= target:
+        return points[0][0]
+    for (before, above), (after, below) in pairwise(points):
+        if below <= target:
+            return before * (after / before) ** ((above - target) / (above - below))
+    return None
+
+
+def score_at(points: Points, seconds: float) -> float | None:
+    """The score of the network that so many device-seconds give; None before the first mark."""
+    if not points or seconds < points[0][0]:
+        return None
+    for (before, first), (after, second) in pairwise(points):
+        if seconds <= after:
+            return first + (second - first) * math.log(seconds / before) / math.log(after / before)
+    return points[-1][1]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A mean and how far the seeds lie from it.
+
+    Args:
+        values: one per seed.
+    """
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Over the seeds."""
+        return statistics.mean(self.values)
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation of the seeds; 0 of one."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
+
+    def text(self, form: str = ".2f") -> str:
+        """Mean and deviation."""
+        if not self.values:
+            return "-"
+        spread = f" ± {self.deviation:{form}}" if len(self.values) > 1 else ""
+        return f"{self.mean:{form}}{spread}"
+
+
+@dataclass(frozen=True)
+class Headline:
+    """An arm against the dense arm, seed by seed.
+
+    Args:
+        seeds: how many of its seeds the dense arm has, too.
+        reached: device-seconds to the dense arm's final score of the same seed over all of the dense arm's; only of
+            seeds that reach it.
+        at: {share of the dense arm's device-seconds: score}; only where every seed has one.
+        final: score at the end.
+    """
+
+    seeds: int
+    reached: Spread
+    at: Mapping[float, Spread]
+    final: Spread
+
+
+def headline(arm: Sequence[Facts], dense: Sequence[Facts], measure: str, clock: Clock | None = None) -> Headline:
+    """Both headlines of an arm.
+
+    Args:
+        arm, dense: results of both, one per seed.
+    """
+    goals = {facts["seed"]: curve(facts, measure, clock)[-1] for facts in dense}
+    curves = {facts["seed"]: curve(facts, measure, clock) for facts in arm if facts["seed"] in goals}
+    found = {seed: reached(points, goals[seed][1]) for seed, points in curves.items()}
+    at = {}
+    for share in SHARES:
+        scores = [score_at(points, share * goals[seed][0]) for seed, points in curves.items()]
+        at[share] = Spread(tuple(score for score in scores if score is not None) if None not in scores else ())
+    return Headline(
+        len(curves),
+        Spread(tuple(seconds / goals[seed][0] for seed, seconds in found.items() if seconds is not None)),
+        at,
+        Spread(tuple(points[-1][1] for points in curves.values())),
+    )

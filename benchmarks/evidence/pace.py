@@ -1,0 +1,133 @@
+"""What a step costs, measured interleaved in one run, so that a busy spell hits every network.
+
+`relative_costs` is for choosing steps before anything has run. `clock` times every stage of finished cells: cells that
+ran beside other work differ in what the same step took, and steps times one clock's seconds are free of that.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TypeVar
+
+import torch
+
+from ebdiff.pruning.mask import ChannelMask
+from ebdiff.pruning.shrink import shrink
+from ebdiff.training.loop import TrainState
+from ebdiff.training.regions import joint, joint_mask, region, ticket_of
+from ebdiff.training.search import search
+from ebdiff.training.stages import Tick
+from ebdiff.training.stretch import Stretch, begun
+from ebdiff.training.world import World
+
+from .arms import ARMS
+from .cells import Cell
+from .suite import Suite
+
+Key = TypeVar("Key")
+
+WARM = 2  # rounds that do not count
+ROUNDS = 15
+STEPS = 3  # per round and network
+
+
+def relative_costs(suite: Suite, rounds: int = ROUNDS) -> dict[float, float]:
+    """{ratio: device-seconds of a training step of its ticket over those of a dense step}."""
+    stretches = {}
+    for ratio in suite.cost_of_step:
+        arm = suite.config({**ARMS["dense"].overrides(suite), "search.ratios": [ratio]}, 0)
+        world = World(arm, Path("nowhere"))
+        stretches[ratio] = world, alone(world, world.example_masks()[0])
+    each = interleaved(stretches, rounds, suite.threads)
+    return {
+        ratio: statistics.median(mine / dense for mine, dense in zip(seconds, each[0.0], strict=True))
+        for ratio, seconds in each.items()
+    }
+
+
+def alone(world: World, mask: ChannelMask) -> Stretch:
+    """The training of one ticket on all timesteps."""
+    macs, seed = world.plan.macs(mask), world.config.seed
+    return Stretch("alone", Path("nowhere"), macs, 1, world.sampler, seed, lambda: shrunken(world, mask), {})
+
+
+def clock(cells: Sequence[Cell], rounds: int = ROUNDS) -> dict[str, dict[str, float]]:
+    """{arm: {stage: device-seconds of a step}} of finished cells, one of each arm.
+
+    Stages of equal networks that do the same are timed once.
+    """
+    arms: dict[str, dict[str, str]] = {}
+    stretches: dict[str, tuple[World, Stretch]] = {}
+    for cell in cells:
+        if cell.arm.name in arms:
+            continue
+        world = World(cell.config, cell.folder)
+        arms[cell.arm.name] = keys = {}
+        for name, stretch in stages(world).items():
+            keys[name] = key = f"{stretch.macs:.0f} {searched(world) if name == 'search' else ''}"
+            stretches.setdefault(key, (world, stretch))
+    each = interleaved(stretches, rounds, cells[0].suite.threads)
+    seconds = {key: statistics.median(values) for key, values in each.items()}
+    return {arm: {name: seconds[key] for name, key in keys.items()} for arm, keys in arms.items()}
+
+
+def stages(world: World) -> dict[str, Stretch]:
+    """The stages of a finished run, each to begin with a network drawn anew: how fast it is does not depend on it."""
+    found = {"search": search(world) if world.config.search.steps else replace(search(world), watch=None)}
+    if world.config.regions.branch_at:
+        mask = joint_mask(world)
+        found["joint"] = replace(joint(world), start=lambda: shrunken(world, mask))
+    for number in range(len(world.partition)):
+        mask = ticket_of(world, number).mask
+        found[f"region {number}"] = replace(region(world, number), start=lambda m=mask: shrunken(world, m))  # type: ignore[misc]
+    return found
+
+
+def searched(world: World) -> str:
+    """What distinguishes one search's step from another's."""
+    s = world.config.search
+    return f"{s.criterion} {s.ratios} {s.window} {s.every}" if s.steps else ""
+
+
+def shrunken(world: World, mask: ChannelMask) -> TrainState:
+    """A network of these widths before its first step."""
+    return begun(world, shrink(world.network(), mask))
+
+
+def interleaved(stretches: Mapping[Key, tuple[World, Stretch]], rounds: int, threads: int) -> dict[Key, list[float]]:
+    """{key: device-seconds of a step in each round}; every round takes a few steps of each in turn."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    with TemporaryDirectory() as place:
+        running = {
+            key: endless(world, stretch, Path(place) / str(n))
+            for n, (key, (world, stretch)) in enumerate(stretches.items())
+        }
+        seconds: dict[Key, list[float]] = {key: [] for key in running}
+        for _ in range(WARM + rounds):
+            for key, ticks in running.items():
+                on_cpu = stretches[key][0].device.type == "cpu"
+                seconds[key].append(seconds_of(ticks, on_cpu) / STEPS)
+        for ticks in running.values():
+            ticks.close()
+    torch.set_num_threads(before)
+    return {key: values[WARM:] for key, values in seconds.items()}
+
+
+def endless(world: World, stretch: Stretch, folder: Path) -> Iterator[Tick]:
+    """The steps of a stage as a run takes them, without an end, in a folder of its own."""
+    return replace(stretch, folder=folder, steps=10**9, marks={}, conclude=None, until_settled=False).run(world)
+
+
+def seconds_of(ticks: Iterator[Tick], on_cpu: bool) -> float:
+    """Device-seconds of a few steps; each reads its loss, so that nothing is left at work on a GPU."""
+    read = time.process_time if on_cpu else time.perf_counter
+    began = read()
+    for _ in range(STEPS):
+        next(ticks)
+    return read() - began

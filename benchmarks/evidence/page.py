@@ -1,0 +1,104 @@
+"""What is committed of a suite beside its cells: its page with pictures, its clock, its pace and its learning rate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks import machine, write_results
+from ebdiff.errors import EbdiffError
+from ebdiff.files import read_json, write_bytes
+from ebdiff.report_tables import table
+
+from . import pace, plots
+from .arms import ARMS
+from .cells import Cell
+from .counting import Clock, measure_of
+from .suite import Suite
+from .table import markdown
+
+TUNED = ("dense", "eb-speed-50")
+
+
+def write(suite: Suite, cells: Sequence[Cell]) -> Path:
+    """The page and its pictures, of the cells that are finished."""
+    results: dict[str, list[dict[str, Any]]] = {}
+    unfinished = []
+    for cell in cells:
+        facts = cell.facts()
+        if facts is None:
+            state = "a result of another configuration" if cell.place.exists() else "no result"
+            unfinished.append(f"{cell.arm.name}, seed {cell.seed}: {state}")
+        else:
+            results.setdefault(cell.arm.name, []).append(facts)
+    home = cells[0].results
+    clock, pictures = clock_of(suite, home), {}
+    if "dense" in results:
+        measure = measure_of(results)
+        pictures = {
+            "quality against device-seconds": f"{suite.name}-curves.png",
+            "device-seconds": f"{suite.name}-bars.png",
+        }
+        for draw, name in zip((plots.curves, plots.bars), pictures.values(), strict=True):
+            draw(results, measure, clock, home / name)
+    path = home / f"{suite.name}.md"
+    write_bytes(path, markdown(suite, results, unfinished, clock, pictures).encode())
+    return path
+
+
+def clock_of(suite: Suite, home: Path) -> Clock | None:
+    """The seconds of steps on one clock, where they were measured."""
+    path = home / suite.name / "clock.json"
+    found: Clock | None = read_json(path)["seconds_per_step"] if path.exists() else None
+    return found
+
+
+def write_clock(suite: Suite, finished: Sequence[Cell]) -> Path:
+    """Time every stage of the finished cells on one clock.
+
+    Raises:
+        EbdiffError: none is finished.
+    """
+    if not finished:
+        raise EbdiffError("--clock", expected="finished cells", got="none", remedy="run some first")
+    seconds = pace.clock(finished)
+    return _written(suite, finished[0].results, "clock", {"rounds": pace.ROUNDS, "seconds_per_step": seconds})
+
+
+def write_pace(suite: Suite, home: Path) -> Path:
+    """Measure the suite's `cost_of_step`."""
+    costs = {ratio: round(cost, 3) for ratio, cost in pace.relative_costs(suite).items()}
+    print(yaml.safe_dump({"cost_of_step": costs}, default_flow_style=True, width=200).strip())
+    return _written(suite, home, "pace", {"rounds": pace.ROUNDS, "cost_of_step": costs})
+
+
+def _written(suite: Suite, home: Path, what: str, facts: dict[str, Any]) -> Path:
+    place = machine(suite.base["device"])
+    command = f"python -m benchmarks.evidence --suite {suite.name} --{what}"
+    folder = home / suite.name
+    write_results(folder, what, {"command": command, "machine": {**place, "threads": suite.threads}, **facts})
+    return folder / f"{what}.json"
+
+
+def tuning(suite: Suite, out: Path, home: Path) -> list[Cell]:
+    """The cells that choose the learning rate: as many for the dense arm as for a ticket."""
+    return [Cell(suite.quarter(lr), ARMS[arm], 0, out, home) for lr in suite.lrs for arm in TUNED]
+
+
+def write_tuning(suite: Suite, cells: Sequence[Cell]) -> Path:
+    """A row per learning rate, of what is finished."""
+    rows = []
+    for cell in cells:
+        facts = cell.facts()
+        end = facts["curve"][-1] if facts else {"loss": None, "fid": None}
+        words = [
+            f"{end[key]:{form}}" if end[key] is not None else "-" for key, form in (("loss", ".4f"), ("fid", ".2f"))
+        ]
+        rows.append([f"{cell.suite.lr:g}", cell.arm.name, *words])
+    path = cells[0].results / suite.name / "tune.md"
+    text = f"Learning rates of {suite.name}: {cells[0].suite.steps} dense steps or what costs as much, one seed.\n\n"
+    write_bytes(path, (text + table(["lr", "arm", "held-out loss", "FID"], rows) + "\n").encode())
+    return path

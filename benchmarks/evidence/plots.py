@@ -1,0 +1,120 @@
+"""Pictures of a suite: quality against device-seconds, and device-seconds to the dense arm's final score."""
+
+from __future__ import annotations
+
+import io
+import statistics
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from ebdiff.files import write_bytes
+
+from .arms import ARMS
+from .counting import SEEDS, Clock, Results, curve, headline
+
+_GREY = "#666666"
+_COLOURS = ("#4477aa", "#cc3311", "#228833", "#ccbb44", "#aa3377", "#66ccee", "#ee7733", "#000000")
+_DASHES = ("-", "--", ":")
+
+
+def curves(results: Results, measure: str, clock: Clock | None, path: Path) -> None:
+    """A panel per family, the dense arm in each; bands are the seeds' extremes."""
+    families = list(dict.fromkeys(ARMS[arm].family for arm in results if arm != "dense")) or ["dense"]
+    across = min(3, len(families))
+    down = -(-len(families) // across)
+    figure = Figure(figsize=(5.2 * across, 4.4 * down), layout="constrained")
+    grid = list(figure.subplots(down, across, squeeze=False, sharey=True).flat)
+    for axes, family in zip(grid, families, strict=False):
+        arms = [arm for arm in results if arm != "dense" and ARMS[arm].family == family]
+        _line(axes, "dense", results["dense"], measure, clock, _GREY, "-")
+        for number, arm in enumerate(arms):
+            colour, dash = _COLOURS[number % len(_COLOURS)], _DASHES[number // len(_COLOURS) % len(_DASHES)]
+            _line(axes, arm, results[arm], measure, clock, colour, dash)
+        goal = statistics.mean(curve(facts, measure, clock)[-1][1] for facts in results["dense"])
+        axes.axhline(goal, color=_GREY, linewidth=0.8, linestyle=":")
+        axes.set(title=family, xlabel="device-seconds, the search included", ylabel=_named(measure))
+        axes.set(xscale="log", yscale="log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FuncFormatter(_plain))
+            axis.set_minor_formatter(FuncFormatter(_few))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25, linewidth=0.6, which="both")
+        axes.legend(framealpha=0.8, edgecolor="none", fontsize=7)
+    for axes in grid[len(families) :]:
+        axes.set_visible(False)
+    _write(figure, path)
+
+
+def _plain(value: float, _: object = None) -> str:
+    return f"{value:g}"
+
+
+def _few(value: float, _: object = None) -> str:
+    """Of the ticks between powers of ten only 2 and 5, which leave each other room."""
+    return _plain(value) if f"{value:e}"[0] in "25" else ""
+
+
+def _line(axes: Any, arm: str, found: Any, measure: str, clock: Clock | None, colour: str, dash: str) -> None:
+    """Means over the seeds at each mark."""
+    marks = list(zip(*(curve(facts, measure, clock) for facts in found), strict=True))
+    seconds = [statistics.mean(point[0] for point in mark) for mark in marks]
+    scores = [[point[1] for point in mark] for mark in marks]
+    name = arm if len(found) >= SEEDS else f"{arm} ({len(found)} seed{'s' * (len(found) > 1)})"
+    axes.plot(
+        seconds,
+        [statistics.mean(values) for values in scores],
+        label=name,
+        color=colour,
+        linestyle=dash,
+        marker="o",
+        linewidth=1.5,
+        markersize=3.5,
+    )
+    if len(found) > 1:
+        axes.fill_between(
+            seconds, list(map(min, scores)), list(map(max, scores)), color=colour, alpha=0.15, linewidth=0
+        )
+
+
+def bars(results: Results, measure: str, clock: Clock | None, path: Path) -> None:
+    """Device-seconds to the dense arm's final score over the dense arm's own; a dot per seed."""
+    heads = {arm: headline(found, results["dense"], measure, clock) for arm, found in results.items()}
+    figure = Figure(figsize=(7.5, 0.8 + 0.24 * len(heads)), layout="constrained")
+    axes = figure.subplots()
+    for row, (arm, head) in enumerate(heads.items()):
+        whole = head.seeds > 0 and len(head.reached.values) == head.seeds
+        if whole:
+            axes.barh(row, head.reached.mean, color=_GREY if arm == "dense" else _COLOURS[0], height=0.7, alpha=0.7)
+        else:
+            axes.text(
+                0.01,
+                row,
+                f"not reached by {head.seeds - len(head.reached.values)} of {head.seeds}",
+                va="center",
+                fontsize=7,
+            )
+        axes.plot(head.reached.values, [row] * len(head.reached.values), "k.", markersize=4)
+    names = [arm if heads[arm].seeds >= SEEDS else f"{arm} *" for arm in heads]
+    axes.set_yticks(range(len(heads)), names, fontsize=7)
+    axes.set_ylim(len(heads) - 0.4, -0.6)
+    axes.set_xlim(left=0)
+    for share in (1 / 3, 1):
+        axes.axvline(share, color=_GREY, linewidth=0.8, linestyle=":")
+    axes.set(
+        xlabel=f"device-seconds to the dense arm's final {_named(measure)}, over its own (*: fewer than {SEEDS} seeds)"
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    _write(figure, path)
+
+
+def _named(measure: str) -> str:
+    return "FID" if measure == "fid" else "held-out loss"
+
+
+def _write(figure: Figure, path: Path) -> None:
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=110, metadata={"Software": None})
+    write_bytes(path, content.getvalue())

@@ -1,0 +1,121 @@
+"""A suite: data, a base network, and the few numbers that all its arms share; one YAML file beside this one each."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ebdiff.config import Config
+from ebdiff.errors import EbdiffError
+
+HERE = Path(__file__).parent
+NAMES = tuple(sorted(path.stem for path in HERE.glob("*.yaml")))
+
+
+@dataclass(frozen=True)
+class SearchPace:
+    """How tickets are looked for.
+
+    Args:
+        steps: dense steps of a search of fixed length.
+        most: of one that ends when its ticket has settled, at the latest.
+        window, every: iteration-wise: masks compared span so many steps, one is drawn every so many.
+        epoch: epoch-wise: one mask in so many steps, five are compared. A pseudo-epoch, since a real one is too long.
+    """
+
+    steps: int
+    most: int
+    window: int
+    every: int
+    epoch: int
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What all arms of a suite share.
+
+    Args:
+        name: also of its folder of results.
+        about: one line.
+        steps: of the dense arm; every other arm gets the steps that cost as many device-seconds, search included.
+        lr: of every arm.
+        lrs: what `--tune` tries.
+        search: how tickets are looked for.
+        finetune: steps after pruning a trained network, over the dense steps.
+        marks, score_marks: shares of the training at which arms are judged, and at which of them images are scored.
+        cost_of_step: {ratio: device-seconds of a step of a ticket over those of a dense step}; `--pace` measures them.
+        base: sections of a configuration.
+        threads: of each cell's process.
+    """
+
+    name: str
+    about: str
+    steps: int
+    lr: float
+    lrs: tuple[float, ...]
+    search: SearchPace
+    finetune: float
+    marks: tuple[float, ...]
+    score_marks: tuple[float, ...]
+    cost_of_step: Mapping[float, float]
+    base: Mapping[str, Any]
+    threads: int = 1
+
+    @classmethod
+    def load(cls, name: str) -> Suite:
+        """The suite of this name, or of a YAML file.
+
+        Raises:
+            EbdiffError: there is none.
+        """
+        path = HERE / f"{name}.yaml" if name in NAMES else Path(name)
+        if path.suffix != ".yaml" or not path.is_file():
+            raise EbdiffError("no such suite", expected=f"one of {', '.join(NAMES)}, or a .yaml file", got=name)
+        values = yaml.safe_load(path.read_text("utf-8"))
+        tuples = {key: tuple(values.pop(key)) for key in ("lrs", "marks", "score_marks")}
+        return cls(name=path.stem, search=SearchPace(**values.pop("search")), **tuples, **values)
+
+    def on(self, data: str | None) -> Suite:
+        """The same on images from elsewhere.
+
+        Raises:
+            EbdiffError: the suite needs images and got none.
+        """
+        if data is not None:
+            base = {**self.base, "data": {**self.base.get("data", {}), "source": data}}
+            return replace(self, base=base)
+        if "source" not in self.base.get("data", {}):
+            raise EbdiffError(
+                f"{self.name} needs images", expected="--data FILE", remedy="any .npz, folder or hf: name"
+            )
+        return self
+
+    def quarter(self, lr: float) -> Suite:
+        """A quarter of the steps at another learning rate, for `--tune`."""
+        return replace(self, name=f"{self.name}/tune/{lr:g}", lr=lr, steps=self.steps // 4)
+
+    def config(self, overrides: Mapping[str, Any], seed: int) -> Config:
+        """The base with dotted keys on top, {"train.lr": 1e-3, ...}.
+
+        No preset lies below it: what nobody says is the schema's default.
+        """
+        values: dict[str, Any] = copy.deepcopy(dict(self.base))
+        shared = {
+            "seed": seed,
+            "train.lr": self.lr,
+            "evaluate.marks": list(self.marks),
+            "evaluate.score_marks": list(self.score_marks),
+            "evaluate.control": False,
+        }
+        for key, value in {**shared, **overrides}.items():
+            *path, last = key.split(".")
+            section = values
+            for part in path:
+                section = section.setdefault(part, {})
+            section[last] = value
+        return Config.model_validate(values)

@@ -1,0 +1,190 @@
+"""The tables of a suite: results in, markdown out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ebdiff.report_tables import table
+
+from .arms import ARMS
+from .counting import (
+    SEEDS,
+    SHARES,
+    Clock,
+    Headline,
+    Results,
+    Spread,
+    headline,
+    measure_of,
+    seconds_at,
+    wall_seconds,
+)
+from .suite import Suite
+
+Facts = Mapping[str, Any]
+
+RULE = (
+    "Device-seconds are {device}; those of all stages are added up, the search included, and of arms that start from "
+    "the dense arm's network all of its own. Judging is not counted. {clock} Between two marks scores are linear in "
+    "the logarithm of the device-seconds. *To the dense score*: where an arm's curve first comes down to the final "
+    "{measure} of the dense arm of the same seed, over all device-seconds of that dense arm. *At 25, 50 and 100%*: the "
+    "{measure} of the network that this share of the dense arm's device-seconds gives; an arm that ended before keeps "
+    "its last. Mean ± standard deviation over seeds; a star marks fewer than {seeds}."
+)
+OWN = "A step counts the seconds that it took in its own cell; cells ran beside other work."
+CLOCKED = "Steps count the seconds of one clock, on which all networks were timed in turn (`--clock`){missing}."
+
+
+def markdown(
+    suite: Suite, results: Results, unfinished: Sequence[str], clock: Clock | None, pictures: Mapping[str, str]
+) -> str:
+    """The page of a suite.
+
+    Args:
+        results: of finished cells.
+        unfinished: a line for each of the others.
+        clock: see `counting`.
+        pictures: {what: file name} beside the page.
+    """
+    parts = [f"# {suite.name}: {suite.about}"]
+    if "dense" not in results:
+        return "\n\n".join([*parts, "No dense arm is finished, so nothing can be compared.", *_rest(unfinished)]) + "\n"
+    measure = measure_of(results)
+    parts += [
+        _setting(suite, results["dense"][0], measure, clock, results),
+        "## When an arm is as good as the dense one",
+        table(
+            [title.format(measure.upper()) for title in _HEADLINES],
+            headlines(results, measure, clock),
+        ),
+        *(f"![{what}]({name})" for what, name in pictures.items()),
+        "## What arms cost",
+        table(_COSTS, costs(results, clock)),
+        "## Arms",
+        table(["arm", "what it is"], [[name, ARMS[name].about] for name in results]),
+        *_rest(unfinished),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+_HEADLINES = [
+    "arm",
+    "seeds",
+    "to the dense score",
+    "{} at 25%",
+    "at 50%",
+    "at 100%",
+    "at its end",
+    "held-out loss at its end",
+    "precision, recall",
+]
+
+
+def headlines(results: Results, measure: str, clock: Clock | None) -> list[list[str]]:
+    """A row per arm."""
+    rows = []
+    form = ".2f" if measure == "fid" else ".4f"
+    for arm, found in results.items():
+        head = headline(found, results["dense"], measure, clock)
+        ends = [facts["curve"][-1] for facts in found]
+        rows.append(
+            [
+                arm,
+                f"{len(found)}{'' if len(found) >= SEEDS else ' *'}",
+                to_dense(head),
+                *(head.at[share].text(form) for share in SHARES),
+                head.final.text(form),
+                Spread(tuple(end["loss"] for end in ends)).text(".4f"),
+                ", ".join(_mean(ends, key, ".2f") for key in ("precision", "recall")),
+            ]
+        )
+    return rows
+
+
+def to_dense(head: Headline) -> str:
+    """Share of the dense device-seconds, and how many seeds got there where not all did."""
+    count = len(head.reached.values)
+    if not count:
+        return "not reached" if head.seeds else "-"
+    return head.reached.text() + ("" if count == head.seeds else f" ({count} of {head.seeds} seeds)")
+
+
+_COSTS = [
+    "arm",
+    "device-seconds",
+    "before the regions",
+    "wall-clock, a device per region",
+    "steps",
+    "a step, s",
+    "parameters stored",
+    "at work",
+    "MACs of an image, by the sampler's steps",
+    "by all timesteps",
+    "ticket settled",
+]
+
+
+def costs(results: Results, clock: Clock | None) -> list[list[str]]:
+    """A row per arm; means over seeds."""
+    rows = []
+    for arm, found in results.items():
+        spent = [seconds_at(facts, facts["curve"][-1], clock) for facts in found]
+        before = [sum(s for name, s in each.items() if not name.startswith("region")) for each in spent]
+        first = found[0]
+        stages = {name: stage for name, stage in first["stages"].items() if stage["steps"]}
+        dense, macs = first["parameters"]["dense"], first["macs_per_image"]
+        rows.append(
+            [
+                arm,
+                Spread(tuple(sum(each.values()) for each in spent)).text(".0f"),
+                Spread(tuple(before)).text(".0f"),
+                Spread(tuple(wall_seconds(facts, clock) for facts in found)).text(".0f"),
+                " + ".join(str(stage["steps"]) for stage in stages.values()),
+                " / ".join(f"{spent[0][name] / stage['steps']:.3f}" for name, stage in stages.items()),
+                *(
+                    f"{first['parameters'][key] / 1e6:.2f}M ({first['parameters'][key] / dense:.0%})"
+                    for key in ("stored", "active")
+                ),
+                *(f"{macs[key] / 1e6:.1f}M ({macs[key] / macs['dense']:.0%})" for key in ("sampler", "uniform")),
+                settled(found),
+            ]
+        )
+    return rows
+
+
+def settled(found: Sequence[Facts]) -> str:
+    """At which step of the search, seed by seed; regions beside each other."""
+    if not found[0]["stages"]["search"]["steps"]:
+        return "no search"
+    seeds = []
+    for facts in found:
+        seeds.append("/".join(str(t["step"]) if t["settled"] else "no" for t in facts["tickets"]))
+    return ", ".join(seeds)
+
+
+def _setting(suite: Suite, dense: Facts, measure: str, clock: Clock | None, results: Results) -> str:
+    train, config, place = dense["config"]["train"], dense["config"], dense["machine"]
+    missing = [arm for arm in results if clock is not None and arm not in clock]
+    note = f", but for {', '.join(missing)}, whose own seconds count" if missing else ""
+    rule = RULE.format(
+        device="wall-clock times GPUs" if config["device"] == "cuda" else "CPU seconds of the process",
+        clock=OWN if clock is None else CLOCKED.format(missing=note),
+        measure="FID" if measure == "fid" else "held-out loss",
+        seeds=SEEDS,
+    )
+    return (
+        f"Every arm: {place['threads']}, {place['cpu']}; batch {train['batch_size']} x {train['accumulate']}, AdamW "
+        f"{train['lr']:g} (of {', '.join(f'{lr:g}' for lr in suite.lrs)}, tried for the dense arm and for a ticket of "
+        f"half the channels alike), EMA up to {train['ema_decay']:g}, {config['evaluate']['samples']} images in "
+        f"{config['sample']['steps']} DDIM steps, judged with EMA weights.\n\n{rule}"
+    )
+
+
+def _mean(ends: Sequence[Facts], key: str, form: str) -> str:
+    values = [end[key] for end in ends if end[key] is not None]
+    return f"{sum(values) / len(values):{form}}" if values else "-"
+
+
+def _rest(unfinished: Sequence[str]) -> list[str]:
+    return ["## Not finished", "\n".join(f"- {line}" for line in unfinished)] if unfinished else []

@@ -1,0 +1,182 @@
+"""The counting of benchmarks/evidence, by hand; and its tables of cells made by hand."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.evidence import plots
+from benchmarks.evidence.counting import (
+    Spread,
+    curve,
+    headline,
+    measure_of,
+    reached,
+    score_at,
+    seconds_at,
+    wall_seconds,
+)
+from benchmarks.evidence.suite import Suite
+from benchmarks.evidence.table import markdown
+
+
+def stage(steps: int, seconds: float, macs: float) -> dict[str, Any]:
+    return {"steps": steps, "images": 4 * steps, "macs": macs, "device_seconds": seconds, "wall_seconds": 2 * seconds}
+
+
+def cell(
+    arm: str,
+    curve: list[tuple[float, float | None]],
+    seed: int = 0,
+    search: float = 0.0,
+    before: float | None = None,
+    regions: int = 1,
+) -> dict[str, Any]:
+    """A finished cell from (device-seconds of its regions, FID); a step takes 2 s in the search and 1 s later."""
+    points: list[dict[str, Any]] = []
+    for number, (seconds, fid) in enumerate(curve, 1):
+        stages = {} if before is None else {"before": stage(10, before, 1e6)}
+        stages["search"] = stage(int(search / 2), search, 100.0 * 3 * 4 * search / 2)
+        for k in range(regions):
+            mine = seconds * (k + 1) / sum(range(1, regions + 1))
+            stages[f"region {k}"] = stage(int(mine), mine, 600 * mine)
+        scores = {"loss": (fid or 50) / 100, "fid": fid, "kid": 0.01, "precision": 0.5, "recall": 0.25}
+        points.append({"share": number / len(curve), "stages": stages, **scores})
+    return {
+        "arm": arm,
+        "seed": seed,
+        "config": {
+            "device": "cpu",
+            "train": {"batch_size": 4, "accumulate": 1, "lr": 1e-3, "ema_decay": 0.9},
+            "evaluate": {"samples": 10},
+            "sample": {"steps": 5},
+        },
+        "machine": {"threads": "1 thread", "cpu": "one"},
+        "stages": points[-1]["stages"],
+        "curve": points,
+        "parameters": {"dense": 2e6, "stored": 1e6, "active": 5e5},
+        "macs_per_image": {"uniform": 50.0, "sampler": 25.0, "dense": 100.0},
+        "tickets": [{"settled": k == 0, "step": 7 + k} for k in range(regions)],
+    }
+
+
+def test_between_marks_scores_follow_the_logarithm_of_device_seconds() -> None:
+    points = [(1.0, 40.0), (4.0, 20.0), (16.0, 20.0), (64.0, 10.0)]
+    assert score_at(points, 2.0) == pytest.approx(30.0)
+    assert score_at(points, 4.0) == 20.0
+    assert reached(points, 30.0) == pytest.approx(2.0)
+    assert reached(points, 15.0) == pytest.approx(32.0)
+    assert reached(points, 20.0) == pytest.approx(4.0)
+
+
+def test_what_is_never_reached_and_what_was_never_measured_are_none() -> None:
+    points = [(1.0, 40.0), (4.0, 20.0)]
+    assert reached(points, 19.0) is None
+    assert reached([], 19.0) is None
+    assert score_at(points, 0.5) is None
+
+
+def test_the_first_mark_may_be_good_enough_and_the_last_network_stays() -> None:
+    points = [(1.0, 40.0), (4.0, 20.0)]
+    assert reached(points, 45.0) == 1.0
+    assert score_at(points, 400.0) == 20.0
+
+
+def test_a_curve_that_rises_again_reached_where_it_first_came_down() -> None:
+    assert reached([(1.0, 40.0), (4.0, 20.0), (16.0, 30.0), (64.0, 10.0)], 20.0) == pytest.approx(4.0)
+
+
+def test_search_and_the_network_it_started_from_count() -> None:
+    assert curve(cell("prune-taylor-50", [(1.0, 9.0), (2.0, 8.0)], search=4.0, before=100.0), "fid") == [
+        (105.0, 9.0),
+        (106.0, 8.0),
+    ]
+
+
+def test_marks_without_a_score_are_passed_over() -> None:
+    facts = cell("dense", [(1.0, None), (2.0, 8.0)])
+    assert curve(facts, "fid") == [(2.0, 8.0)]
+    assert [point[0] for point in curve(facts, "loss")] == [1.0, 2.0]
+    assert measure_of({"dense": [facts]}) == "fid"
+    assert measure_of({"dense": [facts], "eb-speed-50": [cell("eb-speed-50", [(1.0, None)])]}) == "loss"
+
+
+def test_on_a_clock_steps_count_its_seconds() -> None:
+    facts = cell("regions-30-60-80", [(30.0, 9.0)], search=4.0, before=100.0, regions=2)  # regions take 10 and 20 steps
+    clock = {"regions-30-60-80": {"search": 5.0, "region 0": 3.0, "region 1": 2.0}, "dense": {"region 0": 7.0}}
+    assert seconds_at(facts, facts["curve"][-1], clock) == {
+        "before": 70.0,  # 10 dense steps
+        "search": 10.0,  # its MACs are those of two dense steps
+        "region 0": 30.0,
+        "region 1": 40.0,
+    }
+    assert seconds_at(facts, facts["curve"][-1], {"dense": {"region 0": 7.0}})["region 1"] == 20.0
+
+
+def test_with_a_device_for_each_region_the_slowest_counts() -> None:
+    facts = cell("regions-30-60-80", [(30.0, 9.0)], search=4.0, regions=2)
+    assert wall_seconds(facts) == 2 * (4.0 + 20.0)
+    clock = {"regions-30-60-80": {"search": 5.0, "region 0": 3.0, "region 1": 1.0}}
+    assert wall_seconds(facts, clock) == 10.0 + 30.0
+
+
+def test_headlines_go_seed_by_seed() -> None:
+    dense = [cell("dense", [(25.0, 40.0), (100.0, 20.0)]), cell("dense", [(50.0, 40.0), (200.0, 10.0)], seed=1)]
+    arm = [
+        cell("eb-speed-50", [(10.0, 30.0), (40.0, 20.0)], search=10.0),  # at 50 s as good as the dense one at 100
+        cell("eb-speed-50", [(40.0, 30.0), (190.0, 12.0)], seed=1, search=10.0),
+        cell("eb-speed-50", [(40.0, 1.0)], seed=2),  # has no dense one
+    ]
+    found = headline(arm, dense, "fid")
+    assert found.seeds == 2
+    assert found.reached.values == (pytest.approx(0.5),)
+    assert found.final.values == (20.0, 12.0)
+    assert found.at[0.25].values == (pytest.approx(30 - 10 * math.log(25 / 20) / math.log(50 / 20)), 30.0)
+    assert found.at[1.0].values == (20.0, 12.0)
+    assert headline(dense, dense, "fid").reached.values == pytest.approx((1.0, 1.0))
+    assert headline([cell("eb-speed-50", [(90.0, 1.0)])], dense, "fid").at[0.25].values == ()
+
+
+def test_spread_over_seeds() -> None:
+    assert Spread((1.0, 3.0)).text() == "2.00 ± 1.41"
+    assert Spread((1.5,)).text(".1f") == "1.5"
+    assert Spread(()).text() == "-"
+
+
+@pytest.fixture
+def results() -> dict[str, list[dict[str, Any]]]:
+    def spread(arm: str, curve: list[tuple[float, float]], seeds: int, **options: Any) -> list[dict[str, Any]]:
+        return [cell(arm, [(s, fid * (1 + seed / 10)) for s, fid in curve], seed, **options) for seed in range(seeds)]
+
+    return {
+        "dense": spread("dense", [(25.0, 40.0), (50.0, 30.0), (100.0, 20.0)], 3),
+        "eb-speed-50": spread("eb-speed-50", [(20.0, 30.0), (40.0, 20.0), (90.0, 15.0)], 3, search=10.0),
+        "regions-30-60-80": spread("regions-30-60-80", [(20.0, 50.0), (90.0, 25.0)], 1, search=10.0, regions=3),
+        "prune-taylor-50": spread("prune-taylor-50", [(5.0, 30.0), (10.0, 22.0)], 2, search=4.0, before=100.0),
+    }
+
+
+def test_the_page_of_a_suite(results: dict[str, list[dict[str, Any]]], tmp_path: Path) -> None:
+    page = markdown(Suite.load("fashion16"), results, ["dense, seed 9: no result"], None, {"curves": "curves.png"})
+    assert "| eb-speed-50 | 3 | 0.50 ± 0.00 |" in page
+    assert "| regions-30-60-80 | 1 * | not reached |" in page
+    assert "| prune-taylor-50 | 2 * | not reached | - | - |" in page
+    assert "| prune-taylor-50 | 114 ± 0 | 104 ± 0 | 228 ± 0 |" in page
+    assert "7/no/no" in page
+    assert "- dense, seed 9: no result" in page
+    assert "![curves](curves.png)" in page
+    assert "{" not in page
+
+
+def test_without_a_dense_cell_nothing_is_compared(results: dict[str, list[dict[str, Any]]]) -> None:
+    del results["dense"]
+    assert "No dense arm is finished" in markdown(Suite.load("fashion16"), results, [], None, {})
+
+
+def test_pictures(results: dict[str, list[dict[str, Any]]], tmp_path: Path) -> None:
+    plots.curves(results, "fid", None, tmp_path / "curves.png")
+    plots.bars(results, "fid", None, tmp_path / "bars.png")
+    assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in ("curves", "bars"))
