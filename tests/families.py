@@ -178,3 +178,39 @@ def cogvideox() -> Built:
 def cogvideox_rotary() -> Built:
     model, arguments = _cogvideox(16, use_rotary_positional_embeddings=True)
     return model, {**arguments, "image_rotary_emb": (torch.randn(32, 16), torch.randn(32, 16))}
+
+
+@family("LTX")
+def ltx() -> Built:
+    model = diffusers.LTXVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=4, attention_head_dim=8, cross_attention_dim=32,
+        num_layers=2, caption_channels=20,
+    )  # fmt: skip
+    x, text, mask = torch.randn(2, 16, 4), torch.randn(2, 5, 20), torch.tensor([[1.0] * 5, [1.0] * 3 + [0.0] * 2])
+    return model, {
+        "hidden_states": x, "encoder_hidden_states": text, "timestep": steps(), "encoder_attention_mask": mask,
+        "num_frames": 2, "height": 2, "width": 4,
+    }  # fmt: skip
+
+
+@family("Lumina")
+def lumina() -> Built:
+    model = diffusers.LuminaNextDiT2DModel(
+        sample_size=8, patch_size=2, in_channels=4, hidden_size=32, num_layers=2, num_attention_heads=4,
+        num_kv_heads=2, multiple_of=8, cross_attention_dim=20,
+    )  # fmt: skip
+    x, text, turns = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 20), torch.randn(384, 384, 4)
+    return model, {
+        "hidden_states": x, "encoder_hidden_states": text, "timestep": torch.rand(2), "cross_attention_kwargs": {},
+        "encoder_mask": torch.ones(2, 5), "image_rotary_emb": torch.polar(torch.ones_like(turns), turns),
+    }  # fmt: skip
+
+
+@family("AuraFlow")
+def auraflow() -> Built:
+    model = diffusers.AuraFlowTransformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=8,
+        num_attention_heads=4, joint_attention_dim=20, caption_projection_dim=32, out_channels=4, pos_embed_max_size=16,
+    )  # fmt: skip
+    x, text = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 20)
+    return model, {"hidden_states": x, "encoder_hidden_states": text, "timestep": torch.rand(2)}

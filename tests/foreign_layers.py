@@ -131,3 +131,36 @@ class AcrossChannels(Image):
 
     def middle(self, h: Tensor) -> Tensor:
         return self.norm(h)
+
+
+class PickedRows(Image):
+    """A table of rows, picked by an index, is added: for every image, and for every position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.places = nn.Parameter(torch.ones(9, C)), nn.Parameter(torch.ones(1, C, 9, 2))
+        self.register_buffer("order", torch.tensor([4, 1]))
+
+    def middle(self, h: Tensor) -> Tensor:
+        near, far = torch.arange(6)[:, None], self.order[:1].expand(6)[None]
+        places = self.places.index_select(-1, torch.tensor([1]))[..., 0]
+        return h + self.rows[self.order][:, :, None, None] + self.places[:, :, near, far % 2] + places[:, :, :6, None]
+
+
+class ExpandedByWidth(Image):
+    """One number is spread over as many channels as the module remembers; removed ones are to get none of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.shift, self.scale = C, nn.Parameter(torch.ones(1)), nn.Conv2d(C, C, 1)
+
+    def middle(self, h: Tensor) -> Tensor:
+        return F.silu(self.scale(h) + self.shift.expand(self.width)[:, None, None])
+
+
+class ExpandedIntoProducts(ExpandedByWidth):
+    """The channels are added up in a product of two of them, in which the spread number would count."""
+
+    def middle(self, h: Tensor) -> Tensor:
+        spread = (self.scale(h) + self.shift.expand(self.width)[:, None, None]).flatten(2)
+        return h * (spread.transpose(1, 2) @ spread).mean((1, 2))[:, None, None, None]

@@ -30,7 +30,7 @@ FREE: dict[type[nn.Module], dict[str, int]] = {
     attention.GroupedQueryInSDPA: {"embed": 16, "q.head": 2},
     attention.NormedQueryKey: {"embed": 16, "q.head": 4},
     attention.Rotary: {"embed": 16, "q.head": 4},
-    attention.ComplexRotary: {"embed": 16},
+    attention.ComplexRotary: {"embed": 16, "q.head": 4},
     attention.HeadByHead: {"embed": 16},
     attention.Fused: BLOCK | {"qkv.head_dim": 4},
     attention.FusedHeadsFirst: BLOCK,
@@ -90,6 +90,9 @@ FREE: dict[type[nn.Module], dict[str, int]] = {
     layers.Maxout: {"a": 8, "b": 12},
     layers.MaxoutByLiteral: {"first": 12},
     layers.AcrossChannels: {},
+    layers.PickedRows: {"first": 12},
+    layers.ExpandedByWidth: {"first": 12, "scale": 12},
+    layers.ExpandedIntoProducts: {"first": 12},
 }
 # It holds weak references to its own weights; `save` says so.
 NOT_SAVED = (nets.Recurrent,)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from .axes import Atom, Axis, freeze, leaves, resolve
+from .axes import Atom, Axis, doubt, freeze, leaves, resolve
+from .integers import integers
 from .plan import Along, Norm
 from .rules import tensors_in
 from .zeros import clear
@@ -100,9 +101,15 @@ class Statistics:
         call.reduced.append((axis, reason, any(atom in own for atom in leaves(axis))))
 
     def expanded(self, length: int, reason: str) -> Atom:
-        """The axis of a tensor expanded to a length that the forward names: that of its input, inside a norm."""
+        """The axis of a tensor expanded to a length that the forward names: that of its input, inside a norm.
+
+        Elsewhere it can follow another axis only by an integer that the module keeps.
+        """
         atom = Atom(length)
-        self.over(atom, reason)
+        if not self.running and length in (value for _, value in integers(self.tracer.module)):
+            doubt(atom, reason)
+        else:
+            self.over(atom, reason)
         return atom
 
     def added(self, axes: list[Axis]) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from .axes import UNIT, Atom, Axis, Cat, cut, doubt, freeze, fuse, leaves, size, split, unify
 from .diffusers_classes import width_of_views
-from .rules import meet, rule, tensors_in
+from .rules import meet, rule, tensors_in, unknown
 
 if TYPE_CHECKING:
     from .trace import Tracer
@@ -77,8 +79,8 @@ def _divide(tr: Tracer, axis: Axis, wanted: list[int]) -> list[Axis]:
 def _expand(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     axes = [*[UNIT] * (out.dim() - args[0].dim()), *tr.axes(args[0])]
     reason = f"matched with a length fixed by expand in {tr.where()}"
-    fixed = [tr.statistics.expanded(length, reason) for length in out.shape]
-    tr.label(out, [old if size(old) == n else new for old, new, n in zip(axes, fixed, out.shape, strict=True)])
+    lengths = zip(axes, out.shape, strict=True)
+    tr.label(out, [old if size(old) == n else tr.statistics.expanded(n, reason) for old, n in lengths])
 
 
 @rule("cat", "concatenate")
@@ -149,6 +151,32 @@ def _select(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     for tensor in tensors_in([out]):
         tr.label(tensor, list(axes))
         tr.when_used(tensor, read, f"single positions are read in {tr.where()}")  # not for weight[0].numel()
+
+
+@rule("index", "index_select")
+def _index(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """What is picked by integer tensors: their dimensions come in the place of those they pick from."""
+    axes = list(tr.axes(args[0]))
+    one = func._schema.name == "aten::index_select"
+    indices = [None] * (args[1] % len(axes)) + [args[2]] if one else args[1]
+    if any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices):
+        return unknown(tr, func, args, kwargs, out)
+    reason = f"picked by an index in {tr.where()}"
+    picked = [dim for dim, index in enumerate(indices) if index is not None]
+    for dim in picked:
+        freeze(axes[dim], reason)
+    rest = [axis for dim, axis in enumerate(axes) if dim not in picked]
+    first = picked[0] if picked[-1] - picked[0] == len(picked) - 1 else 0
+    made = out.shape[first : first + out.dim() - len(rest)]
+    tr.label(out, [*rest[:first], *(Atom(n, reason) for n in made), *rest[first:]])
+
+
+@rule("view_as_complex", "view_as_real")
+def _complex(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Real and imaginary parts are the last dimension of the real view."""
+    *leading, parts = [*tr.axes(args[0]), Atom(2)][: max(args[0].dim(), out.dim())]
+    freeze(parts, f"real and imaginary parts in {tr.where()}")
+    tr.label(out, [*leading, parts][: out.dim()])
 
 
 @rule("flip", "roll")

@@ -54,6 +54,8 @@ def follow(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
         marked = _is_marked(args[2])
     elif name in _PRODUCTS:
         marked = _after_product(tr, name, args, outputs[0])
+    elif name == "expand":
+        marked = _is_marked(args[0]) or _is_spread(tr, args[0], outputs[0])
     else:
         marked = name not in _FRESH and any(map(_is_marked, inputs))
     for tensor in outputs:
