@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from .errors import EbdiffError
 
@@ -35,10 +34,17 @@ console = Console(markup=False)
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As train.lr=1e-4.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="The same as an option.")]
 File = Annotated[Path | None, typer.Option("--config", help="A YAML file on top of the preset.")]
-Preset = Annotated[str | None, typer.Option(help="smoke, demo (the default) or cifar10.")]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        help="smoke, demo (the default); of EB-Diff-Train cifar10, celeba, lsun-church, lsun-bedroom, imagenet-ldm; "
+        "of SpeeD metfaces-dit, metfaces-unet, ffhq-dit, ffhq-unet."
+    ),
+]
 Out = Annotated[Path | None, typer.Option(help="The run's folder; runs/<preset> by default.")]
 Seed = Annotated[int | None, typer.Option(help="Overrides the configuration's.")]
 Dry = Annotated[bool, typer.Option("--dry-run", help="Print what would be done; touch nothing.")]
+Measure = Annotated[bool, typer.Option("--measure", help="With --dry-run: time a step; estimate device-seconds.")]
 Parallel = Annotated[int, typer.Option(min=1, help="So many regions side by side, as local processes.")]
 Drawn = Annotated[
     str | None, typer.Option("--sampler", help="Of timesteps: speed (the default), uniform, min-snr, ...")
@@ -118,13 +124,15 @@ def main() -> None:
 def run(
     world: World,
     dry_run: Dry = False,
+    measure: Measure = False,
     parallel: Parallel = 1,
 ) -> None:
     """The main job: search, tickets, region training, router, dense control, report. To resume, run it again."""
+    from .dry_run import planned
     from .training import job
 
-    if dry_run:
-        return _show_plan(world, job.work(world))
+    if planned(world, job.work, console, dry_run, measure):
+        return
     _go(world, lambda: job.run(world, parallel), job.work)
     from . import report
 
@@ -138,14 +146,17 @@ def run(
 def find(
     world: World,
     dry_run: Dry = False,
+    measure: Measure = False,
 ) -> None:
     """Only the dense search: a ticket for each region, in <out>/search/tickets."""
+    from .dry_run import planned
     from .training import job
     from .training.regions import ticket_of
 
-    if dry_run:
-        return _show_plan(world, job.work(world)[:1])
-    _go(world, lambda: job.find(world), lambda world: job.work(world)[:1])
+    works = lambda world: job.work(world)[:1]  # noqa: E731
+    if planned(world, works, console, dry_run, measure):
+        return
+    _go(world, lambda: job.find(world), works)
     for number in range(len(world.partition)):
         console.print(f"{world.out / 'search' / 'tickets' / str(number)}: {ticket_of(world, number)}", highlight=False)
 
@@ -154,11 +165,13 @@ def find(
 def train(
     world: World,
     dry_run: Dry = False,
+    measure: Measure = False,
     region: Annotated[int | None, typer.Option(help="The region's number, ascending in t; all by default.")] = None,
     parallel: Parallel = 1,
     parent: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Train the small network of one region, or of all, from a finished search. To resume, run it again."""
+    from .dry_run import planned
     from .training import job
     from .training.regions import ticket_of
 
@@ -168,8 +181,8 @@ def train(
         names = [f"region {number}" for number in wanted]
         return [work for work in job.work(world) if work.stage in names]
 
-    if dry_run:
-        return _show_plan(world, works(world))
+    if planned(world, works, console, dry_run, measure):
+        return
     for number in wanted:
         ticket_of(world, number)
     _go(world, lambda: _while_alive(job.train(world, wanted, parallel), parent), works)
@@ -238,7 +251,9 @@ def evaluate(
 
     work = judging_one(world, network)
     if dry_run:
-        return _show_plan(world, [work])
+        from .dry_run import show_stages
+
+        return show_stages(world, [work], console)
     from .progress import follow
 
     facts: dict[str, Any] = {}
@@ -330,21 +345,3 @@ def _network(world: World, arm: str, model: Path | None) -> Any:
     if arm not in ARMS:
         raise EbdiffError("--arm", expected=" or ".join(ARMS), got=arm, remedy="choose one")
     return arm_network(world, arm)
-
-
-def _show_plan(world: World, works: list[Work]) -> None:
-    world.check(images=False)
-    table = Table("stage", "steps", "MACs", "share", "", box=None, header_style="bold")
-    total = sum(work.macs for work in works)
-    for work in works:
-        steps = str(work.steps) if work.steps else "-"
-        table.add_row(work.stage, steps, f"{work.macs / 1e12:.3f} T", f"{work.macs / total:.1%}", work.note)
-    plan = world.plan
-    console.print(table)
-    console.print(
-        f"total {total / 1e12:.2f} TMACs; dense network {plan.parameters() / 1e6:.2f}M parameters, "
-        f"{plan.macs() / 1e6:.1f} MMACs an image, {len(plan)} prunable axes; results would go to {world.out}; "
-        "nothing was touched",
-        highlight=False,
-        soft_wrap=True,
-    )

@@ -42,6 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": set(),
     "training": {"pruning", "tickets", "timesteps", "nn", "optim", "evaluation", "data", "config"},
     "report": {"training", "timesteps", "report_text", "report_tables", "report_verdict", "plots"},
+    "dry_run": {"training", "pruning"},
     "report_text": {"report_tables", "report_verdict"},
     "report_tables": {"report_verdict"},
     "report_verdict": set(),
