@@ -66,13 +66,18 @@ _STARTS = {
 }
 
 
+def _first(facts: Facts) -> str:
+    folder = facts["config"]["pretrained"]
+    return "" if folder is None else f", first weights from {folder}"
+
+
 def _notes(facts: Facts) -> str:
     train, sampler, both = facts["config"]["train"], facts["sampler"], "dense" in facts["marks"]
     return (
         f"{'Both arms: ' if both else ''}{facts['machine']}; batch {train['batch_size']} x {train['accumulate']}, "
         f"AdamW {train['lr']:g}, EMA up to {train['ema_decay']:g}, precision {train['precision']}"
-        f"{', the same first weights and seed' if both else ''}; trained on {facts['data']['train']} images, judged "
-        f"with EMA weights on {facts['data']['test']} held-out ones. "
+        f"{', the same first weights and seed' if both else ''}{_first(facts)}; trained on "
+        f"{facts['data']['train']} images, judged with EMA weights on {facts['data']['test']} held-out ones. "
         + ("The control is dense and sees all timesteps in every step. " if both else "")
         + f"The sampler is DDIM, {sampler['steps']} steps ({sampler['spacing']}), of which "
         f"{' + '.join(map(str, sampler['in_region']))} fall into the regions. A training step counts three forward "

@@ -203,12 +203,14 @@ class Config(Section):
     """Everything a run depends on.
 
     `model`: the arguments of diffusers' UNet2DModel, or of the class of diffusers that `class` names;
-    `in_channels` are the image's. `conditional`: none by default.
+    `in_channels` are the image's. `pretrained`: the folder of a dense network of this `model`, as its save_pretrained
+    wrote it, whose weights are the first instead of random ones. `conditional`: none by default.
     """
 
     seed: int = Field(default=0, ge=0)
     device: str = "auto"
     model: dict[str, Any]
+    pretrained: str | None = None
     data: Data = Data()
     conditional: Conditional | None = None
     schedule: Schedule = Schedule()

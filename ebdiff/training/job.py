@@ -16,6 +16,7 @@ from ..nn.router import TimestepRouter
 from ..pruning.save import load
 from ..timesteps.region import Partition, Region
 from .judge import arms_of, judge, judging
+from .pretrained import fingerprint
 from .regions import joint, region, region_folder, side_by_side, steps_of
 from .search import control, search
 from .stages import Tick, Work, needed, write_folder
@@ -39,12 +40,26 @@ def prepare(world: World) -> None:
     world.check()
     _refuse_other_data(world)
     configuration.keep(world.config, world.out)
-    write_json(world.out / DATA, {"name": world.data.name, "fingerprint": world.data.fingerprint})
+    write_json(world.out / DATA, _from_outside(world))
+
+
+def _from_outside(world: World) -> dict[str, str]:
+    """What a configuration only names: its data, and the network whose weights it starts from."""
+    weights = {} if world.pretrained is None else {"pretrained": fingerprint(world.pretrained)}
+    return {"name": world.data.name, "fingerprint": world.data.fingerprint, **weights}
 
 
 def _refuse_other_data(world: World) -> None:
-    """A configuration names its data, and what lies there may have changed since the run began."""
-    if (world.out / DATA).exists() and read_json(world.out / DATA)["fingerprint"] != world.data.fingerprint:
+    """What is named may have changed since the run began."""
+    kept = read_json(world.out / DATA) if (world.out / DATA).exists() else _from_outside(world)
+    if kept.get("pretrained") != _from_outside(world).get("pretrained"):
+        raise EbdiffError(
+            f"{world.out} holds results of other pretrained weights",
+            expected=f"{world.pretrained} as it was when the run began",
+            got="another fingerprint",
+            remedy="give another --out, or the same weights",
+        )
+    if kept["fingerprint"] != world.data.fingerprint:
         raise EbdiffError(
             f"{world.out} holds results of other {world.data.noun}",
             expected=f"{world.data.name} as it was when the run began",

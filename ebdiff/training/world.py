@@ -27,6 +27,7 @@ from ..timesteps.region import Partition, Region
 from ..timesteps.sampler import Sampler, Stratified, Within
 from .conditions import Conditions, call_of
 from .network import build, check_call, in_channels, in_tokens
+from .pretrained import refuse_other_architecture, take_weights
 from .told import check_vae, classes_of, conditions_of, made_up
 
 __all__ = ["World"]
@@ -53,7 +54,7 @@ class World:
         Raises:
             EbdiffError: regions that do not tile the schedule or that the sampler never draws, numbers of ratios or
                 steps that differ from the number of regions, unknown model arguments, images that do not fit the model,
-                no extractor for the images.
+                no extractor for the images, a pretrained network of another architecture.
         """
         search, count = self.config.search, len(self.partition)
         lists = {"regions.steps": self.config.regions.steps, "search.ratios": search.ratios}
@@ -75,6 +76,9 @@ class World:
         if images and isinstance(self.data, Latents):
             check_vae(self.vae, self.data)
         check_call(self._meta, *self._example())
+        if self.pretrained is not None:
+            refuse_other_architecture(self._meta, self.pretrained)
+            _ = images and self.network()
         _ = self.plan, self.device, [Within(region, self.sampler).weights() for region in self.partition]
         shape = tuple(self.data.train.shape[1:]) if images else self.image_shape
         if shape != self.image_shape:
@@ -257,10 +261,18 @@ class World:
 
     def network(self) -> Any:
         """The dense network as it is before the first step: the same for search and control."""
-        return self.new_network(self.config.seed)
+        network = self.new_network(self.config.seed)
+        if self.pretrained is not None:
+            take_weights(network, self.pretrained)
+        return network
+
+    @property
+    def pretrained(self) -> Path | None:
+        """The folder that the first weights come from; None where they are random."""
+        return None if self.config.pretrained is None else Path(self.config.pretrained)
 
     def new_network(self, seed: int) -> Any:
-        """A dense network with weights of this seed."""
+        """A dense network with random weights of this seed."""
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             return self._build()
