@@ -49,9 +49,12 @@ def test_a_module_stands_for_every_space_its_layers_make() -> None:
     assert widths(ChannelMask.draw(scores, plan=plan, ratio={"two": 0.3})) == {"one.a": 10, "one.b": 7, "two.a": 7}
 
 
-def test_a_transposed_convolution_makes_its_outputs() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ConvTranspose2d(8, 6, 3), nn.GroupNorm(2, 6), nn.Conv2d(6, 4, 1))
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_transposed_convolution_makes_its_outputs(bias: bool) -> None:
+    turned = nn.ConvTranspose2d(8, 6, 3, bias=bias)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), turned, nn.GroupNorm(2, 6), nn.Conv2d(6, 4, 1))
     plan = ebdiff.trace(model, torch.randn(1, 3, 4, 4))
+    assert ebdiff.ChannelPlan.from_json(plan.to_json()) == plan
     mask = ChannelMask.draw(ebdiff.importance(model, plan), plan=plan, ratio={"0": 0.25, "1": 0.5})
     assert [conv.weight.shape[:2] for conv in ebdiff.shrink(model, mask)[:2]] == [(6, 3), (6, 3)]
 

@@ -121,6 +121,7 @@ class ChannelPlan:
         norms: the modules whose statistics follow the kept channels.
         cost: multiply-accumulates of one sample.
         sizes: integers that modules keep about their axes.
+        transposed: weights of transposed convolutions, whose second dimension is what they make.
     """
 
     spaces: tuple[ChannelSpace, ...]
@@ -131,6 +132,7 @@ class ChannelPlan:
     norms: tuple[Norm, ...] = ()
     cost: Terms = ()
     sizes: tuple[ModuleSize, ...] = ()
+    transposed: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         names = [space.name for space in self.spaces]
@@ -255,6 +257,7 @@ class ChannelPlan:
             "norms": [asdict(norm) for norm in self.norms],
             "cost": self.cost,
             "sizes": [asdict(size) for size in self.sizes],
+            "transposed": sorted(self.transposed),
         }
 
     @classmethod
@@ -273,6 +276,7 @@ class ChannelPlan:
                 norms=tuple(map(_norm_from, value["norms"])),
                 cost=_terms_from(value["cost"]),
                 sizes=tuple(ModuleSize(s["module"], s["attribute"], _terms_from(s["terms"])) for s in value["sizes"]),
+                transposed=frozenset(value.get("transposed", ())),
             )
         except (KeyError, TypeError) as error:
             raise EbdiffError("damaged channel plan", got=repr(error), remedy="trace the model again") from None

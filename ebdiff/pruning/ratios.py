@@ -57,13 +57,10 @@ def _matches(plan: ChannelPlan, space: ChannelSpace, key: str) -> bool:
 
 
 def _made_by(plan: ChannelPlan, space: ChannelSpace) -> Iterator[str]:
-    """The weights that make a space: their bias follows it, or, where they have none, their rows do.
-
-    The rows of a transposed convolution are its inputs; without a bias it counts as a maker of these.
-    """
+    """The weights that make a space: their bias follows it, or, where they have none, the dimension they make."""
     following = {member.parameter for member in space.members}
     for member in space.members:
         bias = f"{member.parameter.removesuffix('weight')}bias"
-        makes = bias in following if bias in plan.shapes else member.dim == 0
+        makes = bias in following if bias in plan.shapes else member.dim == (member.parameter in plan.transposed)
         if makes and len(plan.shapes[member.parameter]) > 1:
             yield member.parameter

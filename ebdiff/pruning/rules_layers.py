@@ -83,6 +83,8 @@ def _convolution(tr: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Non
     for axis in kernel:
         freeze(axis, "kernel size")
     outward, inward = (second, first) if transposed else (first, second)
+    if transposed and groups == 1:
+        tr.transposed.add(id(weight))
     if groups > 1:
         outward, inward = _grouped(tr, axes[1], outward, inward, groups, transposed)
     else:

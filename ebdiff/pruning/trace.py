@@ -86,6 +86,7 @@ class Tracer(Walk):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self.used: set[int] = set()
+        self.transposed: set[int] = set()  # weights that make their second dimension
         self.foreign: dict[int, tuple[Tensor, list[Axis]]] = {}
         self.norms: dict[str, Norm] = {}
         self.costs: list[list[Axis]] = []  # one multiply-accumulate per position of each product of axes
@@ -229,6 +230,7 @@ class Tracer(Walk):
                 ModuleSize(module, attribute, terms_of(kept_size(resolve(axis), names)))
                 for (module, attribute), axis in self.sizes.items()
             ),
+            transposed=frozenset(name for name, t in self.parameters.items() if id(t) in self.transposed),
         )
 
     def _members(self) -> tuple[dict[Atom, list[tuple[Member, Place]]], list[Frozen]]:
