@@ -110,6 +110,8 @@ class Search(Section):
 
     `steps`: with 0 masks are drawn from the network as it is before its first step, which has no gradients yet.
     `until`: with "settled" it ends as soon as every ticket has settled, after `steps` at the latest.
+    `criterion`: "diff-pruning" (Fang et al. 2023) scores channels once, when the search ends, by the losses of one
+    batch at about 100 timesteps of the schedule.
     `ratios` is the share of channels REMOVED per region; "auto" splits `macs`, the share of the dense MACs KEPT on
     average over all timesteps, by each region's predicted loss increase.
     """
@@ -118,7 +120,7 @@ class Search(Section):
     until: Literal["steps", "settled"] = "steps"
     ratios: list[float] | Literal["auto"] = [0.3, 0.6, 0.8]
     macs: float | None = Field(default=None, gt=0, lt=1)
-    criterion: Literal["magnitude", "magnitude-l1", "taylor", "random"] = "taylor"
+    criterion: Literal["magnitude", "magnitude-l1", "taylor", "diff-pruning", "random"] = "taylor"
     window: int = Field(ge=1)
     every: int | None = Field(default=None, ge=1)
     eta: float | None = Field(default=None, gt=0)
@@ -134,6 +136,8 @@ class Search(Section):
             raise ValueError("ratios: auto predicts the loss from gradients, so it needs criterion: taylor")
         if self.criterion == "taylor" and not self.steps:
             raise ValueError("criterion: taylor reads the gradients of training, so it needs steps of at least 1")
+        if self.criterion == "diff-pruning" and self.until == "settled":
+            raise ValueError("until: steps with criterion: diff-pruning, which draws once, when the search ends")
         return self
 
 

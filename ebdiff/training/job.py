@@ -15,6 +15,7 @@ from ..files import read_json, write_json
 from ..nn.router import TimestepRouter
 from ..pruning.save import load
 from ..timesteps.region import Partition, Region
+from .diff_pruning import macs_at_most
 from .judge import arms_of, judge, judging
 from .pretrained import fingerprint
 from .regions import joint, region, region_folder, side_by_side, steps_of
@@ -141,7 +142,8 @@ def work(world: World) -> list[Work]:
     s, r = world.config.search, world.config.regions
     each, dense = [world.plan.macs(mask) for mask in world.example_masks()], world.plan.macs()
     note = f"dense, {dense / 1e6:.1f} MMACs an image" + ("; until all have settled" if s.until == "settled" else "")
-    works = [Work("search", cost_per_step(world, dense) * s.steps, s.steps, note)]
+    drawing = macs_at_most(world) if s.criterion == "diff-pruning" else 0.0
+    works = [Work("search", cost_per_step(world, dense) * s.steps + drawing, s.steps, note)]
     if r.branch_at:
         macs = min(dense, max(each))
         works.append(Work("joint", cost_per_step(world, macs) * r.branch_at, r.branch_at, "at least the widest region"))

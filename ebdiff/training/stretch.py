@@ -6,14 +6,13 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from accelerate import Accelerator
 from torch import nn
 
 from ..files import read_json, write_json
 from ..pruning.save import save
-from ..tickets.early_bird import EarlyBird
 from ..timesteps.region import Partition
 from ..timesteps.sampler import Sampler
 from .accounting import FORWARD_AND_BACKWARD, Cost, Meter
@@ -23,9 +22,36 @@ from .loop import StepReport, TrainConfig, TrainState, train
 from .stages import Tick, done, finish, locked, write_folder
 from .world import World
 
-__all__ = ["Stretch", "begun", "cost_of", "cost_per_step", "dense_state", "network_at", "restore"]
+__all__ = [
+    "Conclusion",
+    "Stretch",
+    "Watch",
+    "begun",
+    "cost_of",
+    "cost_per_step",
+    "dense_state",
+    "network_at",
+    "restore",
+]
 
 Facts = dict[str, Any]
+
+
+class Watch(Protocol):
+    """What looks at every step of a search, an `EarlyBird` or an `AttentionWatch`."""
+
+    @property
+    def settled(self) -> bool: ...
+    def step(self, region: int | None = None) -> None: ...
+    def state_dict(self) -> dict[str, dict[str, Any]]: ...
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None: ...
+
+
+class Conclusion(NamedTuple):
+    """Facts to leave, and the MACs that it took to find them."""
+
+    facts: Facts
+    macs: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -43,7 +69,7 @@ class Stretch:
         marks: {share: steps}: after so many steps the EMA network is kept under this name.
         regions: let all timesteps of a step come from one of these.
         watch: makes what watches for tickets.
-        conclude: facts to leave at the end; called with what watched.
+        conclude: what to leave at the end; called with the state then, and what watched.
         until_settled: end earlier, as soon as what watches says that all has settled.
     """
 
@@ -56,8 +82,8 @@ class Stretch:
     start: Callable[[], TrainState]
     marks: Mapping[float, int]
     regions: Partition | None = None
-    watch: Callable[[TrainState], EarlyBird] | None = None
-    conclude: Callable[[EarlyBird], Facts] | None = None
+    watch: Callable[[TrainState], Watch | None] | None = None
+    conclude: Callable[[TrainState, Watch | None], Conclusion] | None = None
     facts: Facts = field(default_factory=dict)
     until_settled: bool = False
 
@@ -109,8 +135,11 @@ class Stretch:
                     break
         if state.step - first < self.steps:
             yield Tick(self.name, per_step * (first + self.steps - state.step), f"settled at step {state.step}", True)
-        conclusion = self.conclude(watch) if self.conclude and watch is not None else {}
-        finish(self.folder, {**self.facts, **conclusion, "cost": cost(state.step).to_json()})
+        conclusion = self.conclude(state, watch) if self.conclude else Conclusion({})
+        total = cost(state.step) + Cost(macs=conclusion.macs)
+        finish(self.folder, {**self.facts, **conclusion.facts, "cost": total.to_json()})
+        if conclusion.macs:
+            yield Tick(self.name, conclusion.macs, "finished")
 
     def _steps(self, world: World, state: TrainState, until: int, checkpoints: Checkpoints) -> Iterator[StepReport]:
         return train(
@@ -163,7 +192,7 @@ def cost_per_step(world: World, macs: float) -> float:
     return macs * FORWARD_AND_BACKWARD * t.batch_size * t.accumulate
 
 
-def store(checkpoints: Checkpoints, state: TrainState, watch: EarlyBird | None, cost: Cost) -> None:
+def store(checkpoints: Checkpoints, state: TrainState, watch: Watch | None, cost: Cost) -> None:
     """Save everything that going on exactly needs, and what it cost so far."""
     tensors, facts = dict(state.tensors()), {"state": state.facts(), "cost": cost.to_json()}
     if watch is not None:
@@ -173,7 +202,7 @@ def store(checkpoints: Checkpoints, state: TrainState, watch: EarlyBird | None, 
     checkpoints.save(state.step, tensors, facts)
 
 
-def restore(saved: Saved, state: TrainState, watch: EarlyBird | None = None) -> Cost:
+def restore(saved: Saved, state: TrainState, watch: Watch | None = None) -> Cost:
     """Go on from what `store` saved; returns the cost up to there."""
     own = {name: tensor for name, tensor in saved.tensors.items() if not name.startswith(_WATCH)}
     state.restore(Saved(saved.step, own, saved.facts["state"]))
