@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from .pruning.importance import importance as importance
     from .pruning.mask import ChannelMask as ChannelMask
     from .pruning.mask import distance as distance
+    from .pruning.masked import masked as masked
     from .pruning.plan import ChannelPlan as ChannelPlan
     from .pruning.save import load as load
     from .pruning.save import save as save
-    from .pruning.shrink import masked as masked
     from .pruning.shrink import shrink as shrink
     from .pruning.shrink import shrink_ as shrink_
     from .pruning.trace import trace as trace
@@ -53,7 +53,7 @@ _HOME = {
     "distance": "pruning.mask",
     "importance": "pruning.importance",
     "load": "pruning.save",
-    "masked": "pruning.shrink",
+    "masked": "pruning.masked",
     "nn": "nn",  # rooms: ebdiff.nn.GroupNormSiLU, ebdiff.ops.group_norm_silu, ebdiff.optim.AdamW
     "ops": "ops",
     "optim": "optim",

@@ -20,6 +20,8 @@ from .errors import EbdiffError
 
 __all__ = ["checksum", "digest", "read_json", "read_tensors", "sync", "write_bytes", "write_json", "write_tensors"]
 
+_WIDE = "ebdiff.complex128"  # names of the tensors that lie in a file as pairs of real numbers
+
 
 def write_bytes(path: str | Path, content: bytes) -> None:
     """Write `content` to `path` atomically and durably: a crash at any point leaves the old file or the new one."""
@@ -71,6 +73,9 @@ def read_json(path: str | Path) -> Any:
 def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], **metadata: str) -> None:
     """Write named tensors as safetensors, atomically. Tensors may live on any device and share storage."""
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    wide = [name for name, tensor in plain.items() if tensor.dtype == torch.complex128]  # safetensors has no such dtype
+    plain |= {name: torch.view_as_real(plain[name]) for name in wide}
+    metadata |= {_WIDE: json.dumps(wide)} if wide else {}
     write_bytes(path, to_safetensors(plain, metadata=metadata or None))
 
 
@@ -89,8 +94,11 @@ def read_tensors(
         with safe_open(path, framework="pt", device=str(device)) as file:
             # Clones are aligned; tensors as they lie in the file are not, and CPU convolutions round by alignment.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-            return tensors, dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
+            metadata = dict(file.metadata() or {})
+            for name in json.loads(metadata.pop(_WIDE, "[]")):
+                tensors[name] = torch.view_as_complex(tensors[name])
+            return tensors, metadata
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise EbdiffError(
             f"{path} is damaged",
             expected="a whole safetensors file",

@@ -28,7 +28,7 @@ def small() -> UNet2DModel:
 
 
 class Ours(nn.Module):
-    """A model of the user's own: tied weights, a buffer, a plain tensor, a function and a tuple as attributes."""
+    """A model of the user's own: tied weights, buffers, a plain tensor, a function and a tuple as attributes."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -37,10 +37,14 @@ class Ours(nn.Module):
         self.right = self.left
         self.act, self.sizes, self.table = nn.functional.silu, (1, 2), torch.arange(3.0)
         self.register_buffer("shift", torch.ones(1), persistent=False)
+        self.register_buffer(
+            "turns", torch.polar(torch.ones(3, dtype=torch.float64), torch.arange(3.0).double()).conj()
+        )
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         h = self.act(self.norm(self.conv(x)))
-        return self.out(self.right(self.left(h))) + self.table[1] * self.shift + t.reshape(-1, 1, 1, 1)
+        shift = self.table[1] * self.shift + self.turns.imag.sum().float()
+        return self.out(self.right(self.left(h))) + shift + t.reshape(-1, 1, 1, 1)
 
 
 def test_a_shrunken_diffusers_model_comes_back_bit_equal(small: UNet2DModel, tmp_path: Path) -> None:

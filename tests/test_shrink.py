@@ -11,6 +11,7 @@ from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
 from test_law import random_mask
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from unets import inputs, unet
 
 import ebdiff
@@ -175,7 +176,7 @@ def test_foreign_ticket_optimizer_and_ema_are_refused() -> None:
         ebdiff.shrink_(model, mask, optimizer=torch.optim.AdamW(other.parameters()))
     with pytest.raises(ebdiff.EbdiffError, match="EMA does not belong"):
         ebdiff.shrink_(model, mask, optimizer=trainer, ema=EMAModel(other.parameters()))
-    with pytest.raises(ebdiff.EbdiffError, match="another architecture"):
+    with pytest.raises(ebdiff.EbdiffError, match="pass the EMA that follows this model"):
         ebdiff.shrink_(model, mask, ema=other)
     with pytest.raises(ebdiff.EbdiffError, match="None until it has settled"):
         ebdiff.shrink(model, None)  # type: ignore[type-var]
@@ -189,6 +190,26 @@ def test_foreign_ticket_optimizer_and_ema_are_refused() -> None:
     ebdiff.shrink_(model, mask, optimizer=trainer, ema=ema)
     with pytest.raises(ebdiff.EbdiffError, match="another architecture"):
         ebdiff.shrink_(model, mask)
+
+
+class Diffusion(nn.Module):
+    """What is averaged as a whole, where only the network in it is shrunken."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.model, self.schedule = network, nn.Parameter(torch.ones(3))
+
+
+def test_an_average_of_more_than_the_model_is_refused_with_the_part_that_is_meant() -> None:
+    model, _, _, _, mask = trained(steps=0)
+    before, whole = snapshot(model), Diffusion(model)
+    for ema, path in ((copy.deepcopy(whole), "ema.model"), (AveragedModel(whole), "ema.module.model")):
+        with pytest.raises(ebdiff.EbdiffError, match=f"UNet2DModel.*of a Diffusion.*at {path}.*pass ema={path}$"):
+            ebdiff.shrink_(model, mask, ema=ema)
+    assert_untouched(model, before)
+    average = copy.deepcopy(whole)
+    ebdiff.shrink_(model, mask, ema=average.model)
+    assert [p.shape for p in average.model.parameters()] == [p.shape for p in model.parameters()]
 
 
 def test_factored_optimizer_state_is_refused_before_anything_changes() -> None:
