@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -46,6 +45,7 @@ Seed = Annotated[int | None, typer.Option(help="Overrides the configuration's.")
 Dry = Annotated[bool, typer.Option("--dry-run", help="Print what would be done; touch nothing.")]
 Measure = Annotated[bool, typer.Option("--measure", help="With --dry-run: time a step; estimate device-seconds.")]
 Parallel = Annotated[int, typer.Option(min=1, help="So many regions side by side, as local processes.")]
+Minutes = Annotated[float | None, typer.Option(min=0, help="Stop after so many; the same command goes on.")]
 Drawn = Annotated[
     str | None, typer.Option("--sampler", help="Of timesteps: speed (the default), uniform, min-snr, ...")
 ]
@@ -109,10 +109,7 @@ def main() -> None:
     """Run a command; what the user can put right is one line on stderr and exit code 2."""
     try:
         app()
-    except EbdiffError as error:
-        print(f"ebdiff: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
+    except (EbdiffError, OSError) as error:
         print(f"ebdiff: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -126,6 +123,7 @@ def run(
     dry_run: Dry = False,
     measure: Measure = False,
     parallel: Parallel = 1,
+    minutes: Minutes = None,
 ) -> None:
     """The main job: search, tickets, region training, router, dense control, report. To resume, run it again."""
     from .dry_run import planned
@@ -133,7 +131,7 @@ def run(
 
     if planned(world, job.work, console, dry_run, measure):
         return
-    _go(world, lambda: job.run(world, parallel), job.work)
+    _go(world, lambda: job.run(world, parallel), job.work, minutes)
     from . import report
 
     path, sentence = report.write(world)
@@ -147,6 +145,7 @@ def find(
     world: World,
     dry_run: Dry = False,
     measure: Measure = False,
+    minutes: Minutes = None,
 ) -> None:
     """Only the dense search: a ticket for each region, in <out>/search/tickets."""
     from .dry_run import planned
@@ -156,7 +155,7 @@ def find(
     works = lambda world: job.work(world)[:1]  # noqa: E731
     if planned(world, works, console, dry_run, measure):
         return
-    _go(world, lambda: job.find(world), works)
+    _go(world, lambda: job.find(world), works, minutes)
     for number in range(len(world.partition)):
         console.print(f"{world.out / 'search' / 'tickets' / str(number)}: {ticket_of(world, number)}", highlight=False)
 
@@ -168,12 +167,14 @@ def train(
     measure: Measure = False,
     region: Annotated[int | None, typer.Option(help="The region's number, ascending in t; all by default.")] = None,
     parallel: Parallel = 1,
+    minutes: Minutes = None,
     parent: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Train the small network of one region, or of all, from a finished search. To resume, run it again."""
     from .dry_run import planned
     from .training import job
     from .training.regions import ticket_of
+    from .training.stages import while_alive
 
     wanted = range(len(world.partition)) if region is None else [world.region_number(region)]
 
@@ -185,7 +186,7 @@ def train(
         return
     for number in wanted:
         ticket_of(world, number)
-    _go(world, lambda: _while_alive(job.train(world, wanted, parallel), parent), works)
+    _go(world, lambda: while_alive(job.train(world, wanted, parallel), parent), works, minutes)
 
 
 @_command(without=["overrides"])
@@ -320,20 +321,18 @@ def info(
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
-def _go(world: World, ticks: Callable[[], Iterator[Tick]], works: Callable[[World], list[Work]]) -> None:
+def _go(
+    world: World,
+    ticks: Callable[[], Iterator[Tick]],
+    works: Callable[[World], list[Work]],
+    minutes: float | None,
+) -> None:
     from .progress import follow
     from .training import job
 
     job.prepare(world)
-    follow(ticks(), works(world), console)
-
-
-def _while_alive(ticks: Iterator[Tick], parent: int | None) -> Iterator[Tick]:
-    """Stop when the process that started this one is gone: the command that is run again starts its own."""
-    for tick in ticks:
-        if parent is not None and os.getppid() != parent:
-            sys.exit(3)
-        yield tick
+    if not follow(ticks(), works(world), console, minutes):
+        raise typer.Exit
 
 
 def _network(world: World, arm: str, model: Path | None) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Protocol
 
 from rich.console import Console
@@ -34,6 +34,8 @@ class Tick(Protocol):
     def note(self) -> str: ...
     @property
     def before(self) -> bool: ...
+    @property
+    def kept(self) -> bool: ...
 
 
 class Tally:
@@ -72,9 +74,33 @@ class Tally:
         return f"{self.share:6.1%}  {self.stage}: {self.note}" + (f"  (ETA {_clock(left)})" if left else "")
 
 
-def follow(ticks: Iterable[Tick], works: Sequence[Work], console: Console) -> None:
-    """Run `ticks` to the end and show it."""
-    tally = Tally(works)
+class Slice:
+    """The ticks of so many minutes; then their generator is closed, where nothing is lost and something was done."""
+
+    def __init__(self, ticks: Iterable[Tick], minutes: float) -> None:
+        self.ticks, self.until, self.closed = ticks, time.monotonic() + 60 * minutes, False
+
+    def __iter__(self) -> Iterator[Tick]:
+        for tick in self.ticks:
+            yield tick
+            if tick.kept and not tick.before and time.monotonic() >= self.until:
+                self.closed = True
+                if isinstance(self.ticks, Generator):
+                    self.ticks.close()
+                return
+
+
+def follow(ticks: Iterable[Tick], works: Sequence[Work], console: Console, minutes: float | None = None) -> bool:
+    """Run `ticks` to the end, or for so many minutes, and show it; was it to the end?"""
+    tally, timed = Tally(works), Slice(ticks, float("inf") if minutes is None else minutes)
+    _show(timed, tally, console)
+    if timed.closed:
+        sentence = f"stopped after {minutes:g} minutes at {tally.stage}, {tally.note}; the same command goes on"
+        console.print(sentence, highlight=False, soft_wrap=True)
+    return not timed.closed
+
+
+def _show(ticks: Iterable[Tick], tally: Tally, console: Console) -> None:
     if not console.is_terminal:
         _lines(ticks, tally, console)
         return

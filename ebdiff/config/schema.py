@@ -87,7 +87,7 @@ class Train(Section):
     """What all training runs share: the search, every region and the dense control.
 
     `sampler`: how timesteps are drawn and weighted, one of `ebdiff.timesteps.SAMPLERS`; `stratified`: spread them
-    evenly over each batch.
+    evenly over each batch. `channels_last`, `compile`: for speed, on CUDA; see `ebdiff.training.state.TrainConfig`.
     """
 
     batch_size: int = Field(default=128, ge=1)
@@ -101,8 +101,16 @@ class Train(Section):
     flip: bool = True
     sampler: str = "speed"
     stratified: bool = True
+    channels_last: bool = False
+    compile: bool | Literal["reduce-overhead"] = False
     checkpoint_every: int = Field(default=1000, ge=1)
     log_every: int = Field(default=50, ge=1)
+
+    @model_validator(mode="after")
+    def _graphs(self) -> Train:
+        if self.compile == "reduce-overhead" and self.accumulate > 1:
+            raise ValueError("compile: reduce-overhead reuses the memory of gradients, so it needs accumulate: 1")
+        return self
 
 
 class Search(Section):

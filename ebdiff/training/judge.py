@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +79,12 @@ def judge(world: World, arm: str, mark: float) -> Iterator[Tick]:
         return
     facts: dict[str, Any] = {"arm": arm, "mark": mark, "training_cost": training_cost(world, arm, mark).to_json()}
     images: list[Tensor] = []
-    yield from judgement(world, arm_network(world, arm, mark), name, _images(world, mark), facts, images)
+    for tick in judgement(world, arm_network(world, arm, mark), name, _images(world, mark), facts, images):
+        yield replace(tick, kept=False)
     if images:
         write_tensors(path.with_suffix(".safetensors"), {"grid": _grid(world, torch.cat(images))})
     write_json(path, facts)
+    yield Tick(name, 0, "judged")
 
 
 def judgement(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from .batches import Batch, Batches
 from .checkpoint import Checkpoints
 from .conditions import Conditions, Told, ask
 from .objective import Objective
+from .prepared import prepared
 from .state import TrainConfig, TrainState
 
 __all__ = ["StepReport", "TrainConfig", "TrainState", "train"]
@@ -118,18 +120,18 @@ def _steps(
 ) -> Iterator[StepReport]:
     total = config.batch_size * config.accumulate
     batches, objective = Batches(images, sampler, config, regions, conditions), Objective(scheduler)
-    network, prepared = None, None
+    network, known = None, None
     while state.step < until:
         step = state.step
         batch = batches(step)
+        backward = partial(_backward, batch, objective, config, step, accelerator)
         present = [(id(p), p.shape) for p in state.model.parameters()]
-        if present != prepared:  # the first step, or shrunken since
-            network = accelerator.prepare_model(state.model) if accelerator.num_processes > 1 else state.model
-            prepared = present
+        if present != known:  # the first step, or shrunken since
+            network, known = prepared(state.model, config, accelerator, backward), present
         assert network is not None
         network.train()
         state.model.zero_grad(set_to_none=True)
-        loss, seen = _backward(network, batch, objective, config, step, accelerator)
+        loss, seen = backward(network)
         parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip or float("inf"))
         _check_finite(float(loss), float(norm), step + 1, config, checkpoints)
@@ -195,6 +197,9 @@ def _check_training(state: TrainState, config: TrainConfig, accelerator: Acceler
             got=f'"{accelerator.mixed_precision}"',
             remedy="set the precision in TrainConfig",
         )
+    if config.compile == "reduce-overhead" and accelerator.num_processes > 1:
+        got, remedy = f"{accelerator.num_processes} processes", "use compile=True"
+        raise EbdiffError("compile='reduce-overhead'", expected="one process", got=got, remedy=remedy)
     held = {id(p) for group in state.optimizer.param_groups for p in group["params"]}
     if not held or not held <= {id(p) for p in state.model.parameters()}:
         raise EbdiffError(
@@ -216,7 +221,7 @@ def _check_learner(state: TrainState, sampler: Sampler) -> None:
 
 
 def _backward(
-    network: nn.Module, batch: Batch, objective: Objective, config: TrainConfig, step: int, accelerator: Accelerator
+    batch: Batch, objective: Objective, config: TrainConfig, step: int, accelerator: Accelerator, network: nn.Module
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """Accumulate the gradients of one step.
 
@@ -225,6 +230,8 @@ def _backward(
     """
     share = config.batch_size // accelerator.num_processes
     losses, seen = [], []
+    if config.compile:
+        torch.compiler.cudagraph_mark_step_begin()  # what graphs gave in the last step may be written over
     for micro in range(config.accumulate):
         start = micro * config.batch_size + accelerator.process_index * share
         clean, noise, t, weight = batch.part(start, share, accelerator.device)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +17,7 @@ from typing import Any
 from ..errors import EbdiffError
 from ..files import read_json, sync, write_json
 
-__all__ = ["Tick", "Work", "done", "finish", "locked", "write_folder"]
+__all__ = ["Tick", "Work", "done", "finish", "locked", "while_alive", "write_folder"]
 
 _DONE = "done.json"
 
@@ -29,12 +31,14 @@ class Tick:
         macs: multiply-accumulates since the last tick of this stage.
         note: a few words for whoever watches.
         before: the work was done by an earlier process.
+        kept: closing what yields this loses nothing of it.
     """
 
     stage: str
     macs: float
     note: str = ""
     before: bool = False
+    kept: bool = True
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,17 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     sync(beside)
     os.replace(beside, folder)
     sync(folder.parent)
+
+
+def while_alive(ticks: Iterator[Tick], parent: int | None) -> Iterator[Tick]:
+    """Stop when the process that started this one is gone, or ends it: the command that is run again starts its own."""
+    ended: list[int] = []
+    if parent is not None:
+        signal.signal(signal.SIGTERM, lambda number, _: ended.append(number))
+    for tick in ticks:
+        if ended or (parent is not None and os.getppid() != parent):
+            sys.exit(3)
+        yield tick
 
 
 @contextmanager

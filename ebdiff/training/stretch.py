@@ -88,7 +88,10 @@ class Stretch:
     until_settled: bool = False
 
     def run(self, world: World) -> Iterator[Tick]:
-        """Train to the end, yielding after every step; at once where it is finished already."""
+        """Train to the end, yielding after every step; at once where it is finished already.
+
+        Closed before the end, it leaves a checkpoint of where it is.
+        """
         per_step = cost_per_step(world, self.macs)
         with locked(self.folder):
             if done(self.folder):
@@ -130,7 +133,11 @@ class Stretch:
                     watch.step(report.region)
                 keep()
                 log.add(report, cost(report.step).device_seconds)
-                yield Tick(self.name, per_step, f"loss {report.loss:.4f}")
+                try:
+                    yield Tick(self.name, per_step, f"step {report.step}, loss {report.loss:.4f}")
+                except GeneratorExit:
+                    store(checkpoints, state, watch, cost(state.step))
+                    raise
                 if over():
                     break
         if state.step - first < self.steps:
@@ -183,6 +190,8 @@ def train_config(world: World, seed: int) -> TrainConfig:
         precision=t.precision,
         seed=seed,
         flip=t.flip,
+        channels_last=t.channels_last,
+        compile=t.compile,
     )
 
 

@@ -1,0 +1,95 @@
+"""The network as the loop calls it: laid out, compiled, one of several processes'; the state's stays plain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ..errors import EbdiffError
+from ..nn.replace.layout import to_channels_last
+from .state import TrainConfig
+
+__all__ = ["compiled", "prepared"]
+
+# Relative difference of all gradients together that rounding can make: 1e-6 in float32, 1e-3 in tf32, 1e-2 in bf16.
+ALLOWED = {"no": 1e-2, "bf16": 1e-1}
+_DROPOUT = nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Dropout3d
+
+
+def prepared(
+    model: nn.Module, config: TrainConfig, accelerator: Accelerator, backward: Callable[[nn.Module], object]
+) -> nn.Module:
+    """What to call instead of `model`, whose parameters it shares.
+
+    Args:
+        model: on its device.
+        config: how to train.
+        accelerator: of the loop.
+        backward: adds the gradients of the coming step to those of the parameters, by the network it is given.
+
+    Raises:
+        EbdiffError: compiled, the network has other gradients.
+    """
+    if config.channels_last:
+        to_channels_last(model, True)
+    network = model
+    if config.compile:
+        network = compiled(model, config.compile)
+        _check_gradients(model, network, config.precision, backward)
+    return accelerator.prepare_model(network) if accelerator.num_processes > 1 else network
+
+
+def compiled(model: nn.Module, how: bool | str) -> Any:
+    """torch.compile with random numbers from torch's own generators, which the loop seeds.
+
+    Args:
+        how: True, or "reduce-overhead" for CUDA graphs, too.
+    """
+    options: dict[str, Any] = {"fallback_random": True, "triton.cudagraphs": how == "reduce-overhead"}
+    return torch.compile(model, dynamic=False, options=options)
+
+
+def _check_gradients(
+    model: nn.Module, network: nn.Module, precision: str, backward: Callable[[nn.Module], object]
+) -> None:
+    """Compilers err (torch 2.13's by a quarter, for a small UNet on the CPU), and training would hide it."""
+    difference, allowed = _difference(model, network, backward), ALLOWED[precision]
+    dropouts = [module for module in model.modules() if isinstance(module, _DROPOUT) and module.p]
+    if not difference <= allowed and dropouts:  # drawn in the order of memory, which is the compiler's to choose
+        shares = [module.p for module in dropouts]
+        for module in dropouts:
+            module.p = 0.0
+        difference = _difference(model, network, backward)
+        for module, share in zip(dropouts, shares, strict=True):
+            module.p = share
+    if not difference <= allowed:
+        raise EbdiffError(
+            "torch.compile changes the gradients of this network",
+            expected=f"a relative difference of at most {allowed:g}",
+            got=f"{difference:.2g}, by torch {torch.__version__}",
+            remedy="train with compile=False",
+        )
+
+
+def _difference(model: nn.Module, network: nn.Module, backward: Callable[[nn.Module], object]) -> float:
+    """Of the gradients of all parameters together, relative to those of the plain model."""
+    wanted, found = (_gradients(model, each, backward) for each in (model, network))
+    return float((found - wanted).norm() / wanted.norm().clamp(min=1e-30))
+
+
+def _gradients(model: nn.Module, network: nn.Module, backward: Callable[[nn.Module], object]) -> Tensor:
+    """All in one vector; neither they nor what the forward passes did to buffers is left behind."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    network.train()
+    model.zero_grad(set_to_none=True)
+    backward(network)
+    gradients = torch.cat([p.grad.flatten().float() for p in model.parameters() if p.grad is not None])
+    model.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for buffer, before in buffers:
+            buffer.copy_(before)
+    return gradients
