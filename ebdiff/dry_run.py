@@ -61,10 +61,10 @@ def show_tickets(world: World, console: Console) -> None:
 
 
 def kept(mask: ChannelMask) -> str:
-    """The widths of a mask, one entry for all axes of a size: "128→90 256→179, heads 16→11"."""
+    """The widths of a mask, one entry for all axes of a size: "1152→806, 4608→3226, head 16→11"."""
     found: dict[tuple[str, int], list[int]] = {}
     for space in mask.plan:
-        unit = "" if space.unit in ("channel", "residual") else f"{space.unit} "
+        unit = "" if space.unit == "channel" else f"{space.unit} "
         found.setdefault((unit, space.size), []).append(int(mask.keep[space.name].sum()))
     parts = []
     for (unit, size), widths in sorted(found.items()):

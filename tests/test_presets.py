@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from ebdiff.config import resolve
+from ebdiff.cli import Preset
+from ebdiff.config import PRESETS, resolve
+from ebdiff.dry_run import planned
+from ebdiff.training import job
 from ebdiff.training.world import World
 
 # Millions of parameters, as published, but for LDM's embedding of classes and the embeddings of t in each block of DiT.
@@ -25,7 +30,7 @@ def test_full_size_without_memory_and_data(preset: str, tmp_path: Path, monkeypa
     monkeypatch.setattr(World, "network", lambda world: pytest.fail("real weights"))
     monkeypatch.setattr(World, "data", property(lambda world: pytest.fail("data")))
     world = World(resolve(preset), tmp_path)
-    world.check(images=False)
+    assert planned(world, job.work, Console(file=io.StringIO()), dry_run=True)
     assert round(world.plan.parameters() / 1e6, 2) == round(SIZES[preset], 2)
     assert not list(tmp_path.iterdir())
 
@@ -45,3 +50,8 @@ def test_a_model_of_the_same_class_is_changed_and_one_of_another_replaced() -> N
     assert cifar.keys() == celeba.keys()
     assert celeba["downsample_padding"] == cifar["downsample_padding"] == 0
     assert "downsample_padding" not in imagenet
+
+
+def test_help_names_every_preset() -> None:
+    help_text = Preset.__metadata__[0].help  # type: ignore[attr-defined]
+    assert set(PRESETS) <= set(help_text.replace(",", " ").replace(";", " ").replace(".", " ").split())
