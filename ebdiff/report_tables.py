@@ -143,7 +143,12 @@ def tickets(facts: Facts) -> str:
         "steps",
         "of all timesteps drawn",
     ]
-    return table(head, [_ticket(facts, ticket) for ticket in facts["tickets"]])
+    rows = [_ticket(facts, ticket) for ticket in facts["tickets"]]
+    kept = [ticket["achieved"].get("blocks") for ticket in facts["tickets"]]
+    if any(kept):
+        head.append("attention blocks kept")
+        rows = [[*row, f"{share:.1%}"] for row, share in zip(rows, kept, strict=True)]
+    return table(head, rows)
 
 
 def _ticket(facts: Facts, ticket: Facts) -> list[str]:

@@ -82,6 +82,7 @@ def _notes(facts: Facts) -> str:
         + f"The sampler is DDIM, {sampler['steps']} steps ({sampler['spacing']}), of which "
         f"{' + '.join(map(str, sampler['in_region']))} fall into the regions. A training step counts three forward "
         "passes of MACs. Device-seconds are process CPU time, or wall-clock times GPUs; judging is not counted."
+        + (" MACs count every block of attention." if facts["config"]["search"]["attention"] else "")
         + _STARTS[facts["config"]["regions"]["start"]]
         + _told(facts)
     )

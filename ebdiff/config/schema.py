@@ -119,7 +119,8 @@ class Search(Section):
     `steps`: with 0 masks are drawn from the network as it is before its first step, which has no gradients yet.
     `until`: with "settled" it ends as soon as every ticket has settled, after `steps` at the latest.
     `criterion`: "diff-pruning" (Fang et al. 2023) scores channels once, when the search ends, by the losses of one
-    batch at about 100 timesteps of the schedule.
+    batch at about 100 timesteps of the schedule. `attention`: also watch the attention of 2048 tokens and more; tickets
+    then keep this share of its blocks (see `ebdiff.tickets.attention.Attention`).
     `ratios` is the share of channels REMOVED per region; "auto" splits `macs`, the share of the dense MACs KEPT on
     average over all timesteps, by each region's predicted loss increase.
     """
@@ -135,6 +136,7 @@ class Search(Section):
     corrected: bool = False
     norm: Literal["ragged", "balanced"] = "ragged"
     multiple_of: int = Field(default=1, ge=1)
+    attention: float | None = Field(default=None, gt=0, lt=1)
 
     @model_validator(mode="after")
     def _auto(self) -> Search:
@@ -144,6 +146,8 @@ class Search(Section):
             raise ValueError("ratios: auto predicts the loss from gradients, so it needs criterion: taylor")
         if self.criterion == "taylor" and not self.steps:
             raise ValueError("criterion: taylor reads the gradients of training, so it needs steps of at least 1")
+        if self.attention is not None and not self.steps:
+            raise ValueError("attention: is watched while it trains, so it needs steps of at least 1")
         if self.criterion == "diff-pruning" and self.until == "settled":
             raise ValueError("until: steps with criterion: diff-pruning, which draws once, when the search ends")
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..pruning.mask import ChannelMask, distance
+from ..tickets.attention_watch import AttentionWatch
 from ..tickets.budget import split_budget
 from ..tickets.early_bird import EarlyBird
 from ..tickets.settings import Pace
@@ -28,11 +30,12 @@ WATCHED = (0.3, 0.6, 0.8)  # with ratios "auto": what is watched, to tell whethe
 def watcher(world: World, state: TrainState) -> Watch | None:
     """An EarlyBird as the configuration describes it, on the raw weights: a slow EMA settles by construction.
 
-    None with the criterion "diff-pruning", which looks at the end of the search only.
+    With the criterion "diff-pruning", which looks at the end of the search only, what watches the attention, if any.
     """
     s = world.config.search
     if s.criterion == "diff-pruning":
-        return None
+        pace = Pace.of(s.window, s.every, s.eta, s.corrected, regions=world.partition)
+        return None if s.attention is None else AttentionWatch(state.model, s.attention, pace)
     return EarlyBird(
         state.model,
         world.plan,
@@ -46,6 +49,7 @@ def watcher(world: World, state: TrainState) -> Watch | None:
         regions=world.partition,
         norm=s.norm,
         multiple_of=s.multiple_of,
+        attention=s.attention,
         seed=world.config.seed,
     )
 
@@ -58,7 +62,10 @@ def conclude(world: World, state: TrainState, watch: Watch | None) -> Conclusion
         scores = [watch.scores(s.criterion, number) for number in numbers]
     else:
         scores, macs = region_scores(world, state.model)
-        tickets = [from_losses(world, state, scores[number], number) for number in numbers]
+        if isinstance(watch, AttentionWatch):
+            watch.finish()
+        drawn = [from_losses(world, state, scores[number], number) for number in numbers]
+        tickets = [with_blocks(ticket, watch, number) for number, ticket in enumerate(drawn)]
 
     def write(where: Path) -> None:
         for number, ticket in enumerate(tickets):
@@ -106,8 +113,8 @@ def tickets_of(world: World, watch: EarlyBird) -> list[Ticket]:
     for number, (region, share) in enumerate(zip(regions, shares, strict=True)):
         mask = draw(world, watch, number, share)
         nearest = found[s.criterion, min(WATCHED, key=lambda ratio: abs(ratio - mask.removed)), number]
-        settled = nearest is not None and nearest.settled
-        tickets.append(Ticket(mask, mask.removed, watch.steps, s.criterion, region, settled))
+        assert nearest is not None
+        tickets.append(Ticket(mask, mask.removed, watch.steps, s.criterion, region, nearest.settled, nearest.blocks))
     return tickets
 
 
@@ -116,6 +123,12 @@ def from_losses(world: World, state: TrainState, scores: Mapping[str, Tensor], n
     s, ratio = world.config.search, watched_ratios(world)[number]
     mask = ChannelMask.draw(scores, plan=world.plan, ratio=ratio, norm=s.norm, multiple_of=s.multiple_of)
     return Ticket(mask, ratio, state.step, s.criterion, world.partition[number], settled=False)
+
+
+def with_blocks(ticket: Ticket, watch: Watch | None, number: int) -> Ticket:
+    """The same with the blocks of attention that were found in its region, where it was watched."""
+    found = watch.found(number) if isinstance(watch, AttentionWatch) else None
+    return ticket if found is None else replace(ticket, blocks=found.blocks)
 
 
 def draw(world: World, watch: EarlyBird, number: int, share: float) -> ChannelMask:

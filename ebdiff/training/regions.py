@@ -7,15 +7,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from ..errors import EbdiffError
+from ..pruning.blocks import of_kept_heads
 from ..pruning.mask import ChannelMask
 from ..pruning.plan import ChannelPlan
 from ..pruning.shrink import shrink, shrink_
 from ..seeds import seed_for
+from ..tickets.attention import union
 from ..tickets.ticket import Ticket
 from ..timesteps.budget import region_budget
 from ..timesteps.sampler import Within
@@ -82,15 +85,15 @@ def steps_of(world: World) -> list[int]:
 
 def joint(world: World) -> Stretch:
     """`branch_at` steps of one network on all timesteps: it has every channel that some region keeps."""
-    mask = joint_mask(world)
+    ticket = joint_ticket(world)
     return Stretch(
         name="joint",
         folder=world.out / "joint",
-        macs=world.plan.macs(mask),
+        macs=world.plan.macs(ticket.mask),
         steps=world.config.regions.branch_at,
         sampler=world.sampler,
         seed=world.config.seed + 999_983,
-        start=lambda: from_search(world, mask),
+        start=lambda: from_search(world, ticket),
         marks={},
     )
 
@@ -100,6 +103,14 @@ def joint_mask(world: World) -> ChannelMask:
     masks = [ticket_of(world, number).mask for number in range(len(world.partition))]
     keep = {name: torch.stack([mask.keep[name] for mask in masks]).any(0) for name in masks[0]}
     return ChannelMask(world.plan, keep, masks[0].norm)
+
+
+def joint_ticket(world: World) -> Ticket:
+    """The same, with every block of attention that some region's ticket keeps."""
+    tickets, mask = [ticket_of(world, number) for number in range(len(world.partition))], joint_mask(world)
+    return replace(
+        tickets[0], mask=mask, ratio=mask.removed, region=None, blocks=union([each.blocks for each in tickets])
+    )
 
 
 def inside(mask: ChannelMask, outer: ChannelMask, plan: ChannelPlan) -> ChannelMask:
@@ -115,24 +126,24 @@ def start_of(world: World, number: int, ticket: Ticket) -> TrainState:
         return begun(world, drawn_anew(world, ticket, seed_for(world.config.seed, "fresh", number)))
     if r.start == "initial":
         return begun(world, shrink(world.network(), ticket))
-    return (from_joint if r.branch_at else from_search)(world, ticket.mask)
+    return (from_joint if r.branch_at else from_search)(world, ticket)
 
 
-def from_search(world: World, mask: ChannelMask) -> TrainState:
+def from_search(world: World, ticket: Ticket) -> TrainState:
     """The training state at the end of the search, shrunken: weights, Adam moments, EMA, step."""
     state = dense_state(world)
     restore(_newest(world.out / "search", FIND), state)
-    shrink_(state.model, mask, optimizer=state.optimizer, ema=state.ema)
+    shrink_(state.model, ticket, optimizer=state.optimizer, ema=state.ema)
     return state
 
 
-def from_joint(world: World, mask: ChannelMask) -> TrainState:
-    """The training state at the end of the joint stage, shrunken on to `mask`."""
-    outer = joint_mask(world)
+def from_joint(world: World, ticket: Ticket) -> TrainState:
+    """The training state at the end of the joint stage, shrunken on to `ticket`."""
+    mask, outer = ticket.mask, joint_ticket(world)
     state = from_search(world, outer)
     restore(_newest(world.out / "joint", "ebdiff run"), state)
     plan = world.trace(state.model)
-    inner = inside(mask, outer, plan)
+    inner = inside(mask, outer.mask, plan)
     if plan.macs(inner) != world.plan.macs(mask):
         raise EbdiffError(
             "the joint network cannot be shrunken on to a region's ticket",
@@ -140,7 +151,8 @@ def from_joint(world: World, mask: ChannelMask) -> TrainState:
             got=f"{plan.macs(inner):.0f}",
             remedy="use regions.branch_at=0 for this architecture",
         )
-    shrink_(state.model, inner, optimizer=state.optimizer, ema=state.ema)
+    left = replace(ticket, mask=inner, blocks=of_kept_heads(ticket.blocks, outer.mask))
+    shrink_(state.model, left, optimizer=state.optimizer, ema=state.ema)
     return state
 
 

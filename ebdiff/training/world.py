@@ -25,6 +25,7 @@ from ..timesteps.named import sampler_named
 from ..timesteps.profile import NoiseProfile
 from ..timesteps.region import Partition, Region
 from ..timesteps.sampler import Sampler, Stratified, Within
+from .attended import check_attention
 from .conditions import Conditions, call_of
 from .network import build, check_call, in_channels, in_tokens
 from .pretrained import refuse_other_architecture, take_weights
@@ -79,6 +80,8 @@ class World:
         if self.pretrained is not None:
             refuse_other_architecture(self._meta, self.pretrained)
             _ = images and self.network()
+        if search.attention is not None:
+            check_attention(self._meta, *self._example(), search.attention)
         _ = self.plan, self.device, [Within(region, self.sampler).weights() for region in self.partition]
         shape = tuple(self.data.train.shape[1:]) if images else self.image_shape
         if shape != self.image_shape:
