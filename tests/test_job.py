@@ -277,3 +277,14 @@ def test_work_is_named_once(finished: World) -> None:
     names = [work.stage for work in job.work(finished)]
     assert len(set(names)) == len(names)
     assert all(isinstance(work, Work) and work.macs > 0 for work in job.work(finished))
+
+
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_goes_on(tmp_path: Path) -> None:
+    world = tiny(tmp_path)
+    job.prepare(world)
+    first = job.run(world)
+    next(first)
+    with pytest.raises(EbdiffError, match="another process works in"):
+        next(job.run(world))
+    first.close()
+    assert next(job.run(world)).stage == "search"

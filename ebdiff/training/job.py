@@ -20,7 +20,7 @@ from .judge import arms_of, judge, judging
 from .pretrained import fingerprint
 from .regions import joint, region, region_folder, side_by_side, steps_of
 from .search import control, search
-from .stages import Tick, Work, needed, write_folder
+from .stages import Tick, Work, locked, needed, write_folder
 from .stretch import cost_per_step, network_at
 from .world import World
 
@@ -70,15 +70,20 @@ def _refuse_other_data(world: World) -> None:
 
 
 def run(world: World, parallel: int = 1) -> Iterator[Tick]:
-    """The whole main job; each stage returns at once when its result is there."""
-    yield from search(world).run(world)
-    yield from train(world, range(len(world.partition)), parallel)
-    merge(world)
-    if world.config.evaluate.control:
-        yield from control(world).run(world)
-    for mark in world.config.evaluate.marks:
-        for arm in arms_of(world):
-            yield from judge(world, arm, mark)
+    """The whole main job; each stage returns at once when its result is there.
+
+    Raises:
+        EbdiffError: another process runs it in the same folder.
+    """
+    with locked(world.out, patience_seconds=2):
+        yield from search(world).run(world)
+        yield from train(world, range(len(world.partition)), parallel)
+        merge(world)
+        if world.config.evaluate.control:
+            yield from control(world).run(world)
+        for mark in world.config.evaluate.marks:
+            for arm in arms_of(world):
+                yield from judge(world, arm, mark)
 
 
 def find(world: World) -> Iterator[Tick]:
