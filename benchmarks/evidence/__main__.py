@@ -49,7 +49,7 @@ def options() -> argparse.ArgumentParser:
     add("--cells", nargs="+", default=["*"], metavar="PATTERN", help="arms by name; all by default")
     add("--seeds", default="0,1,2", help="0,1,2 by default; all arms of the first come first")
     add("--jobs", type=int, default=os.cpu_count() or 1, help="so many cells side by side, a core each")
-    add("--minutes", type=float, help="interrupt what is at work after so long; the same command goes on")
+    add("--minutes", type=float, help="stop after so long; the same command goes on")
     add("--data", metavar="FILE", help="images, as data.source of a configuration")
     add("--out", type=Path, default=Path("runs/evidence"), help="where runs are kept")
     add("--results", type=Path, default=RESULTS, help="where what is to be committed goes")

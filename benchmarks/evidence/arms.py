@@ -53,7 +53,8 @@ class Arm:
 
 def dense(suite: Suite) -> Overrides:
     """Nothing removed, one region."""
-    return {**NO_SEARCH, **WHOLE, "search.ratios": [0.0], "regions.steps": [suite.steps]}
+    marks = {"evaluate.score_marks": list(suite.dense_score_marks)}
+    return {**NO_SEARCH, **WHOLE, **marks, "search.ratios": [0.0], "regions.steps": [suite.steps]}
 
 
 def pruned(suite: Suite, criterion: str, ratio: float) -> Overrides:

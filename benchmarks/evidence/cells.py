@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -18,9 +17,11 @@ from pydantic import ValidationError
 
 from ebdiff.config import Config
 from ebdiff.files import read_json, write_bytes, write_json
+from ebdiff.pruning.save import load
 from ebdiff.training.regions import region_folder
-from ebdiff.training.stages import done
+from ebdiff.training.stages import write_folder
 from ebdiff.training.stretch import network_at
+from ebdiff.training.world import World
 
 from .arms import ARMS, Arm
 from .result import cost_of_run, gathered, portable
@@ -65,8 +66,8 @@ class Cell:
 
     @property
     def network(self) -> Path:
-        """The finished network of an arm with one region."""
-        return network_at(region_folder(self.folder, 0), 1.0)
+        """Where a cell that removes nothing leaves its network, as the dense one that it is."""
+        return self.folder / "network"
 
     @cached_property
     def before(self) -> Cell | None:
@@ -82,7 +83,7 @@ class Cell:
     @property
     def ready(self) -> bool:
         """Is there what it starts from?"""
-        return self.before is None or done(region_folder(self.before.folder, 0)) is not None
+        return self.before is None or self.before.network.exists()
 
     def facts(self) -> dict[str, Any] | None:
         """Its result, None where there is none or one of another configuration."""
@@ -91,18 +92,28 @@ class Cell:
         found: dict[str, Any] = read_json(self.place)
         return found if same(found["config"], portable(self.config)) else None
 
-    def start(self) -> subprocess.Popen[bytes]:
-        """Begin its run, or go on with it."""
+    def start(self, minutes: float | None = None) -> subprocess.Popen[bytes]:
+        """Begin its run, or go on with it; for so many minutes."""
         given = self.folder.with_suffix(".yaml")
         write_bytes(given, self.config.to_yaml().encode())
         command = [sys.executable, "-m", "ebdiff", "run", "--config", str(given), "--out", str(self.folder)]
+        command += [] if minutes is None else ["--minutes", f"{minutes:.2f}"]
         threads = str(self.suite.threads)
         environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
         with open(self.log, "ab") as log:
             return subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment)
 
+    def ended(self, code: int) -> str:
+        """What came of its process, which ended with this exit code; the result is written if it was finished."""
+        if code:
+            lines = self.log.read_text("utf-8", "replace").strip().splitlines() or ["no output"]
+            return f"{self} FAILED: {lines[-1]} (see {self.log})"
+        return self.finish() if (self.folder / "report.md").exists() else f"{self}: stopped; the same command goes on"
+
     def finish(self) -> str:
         """Write the result of its finished run; a line about it."""
+        if self.arm.name in {arm.after for arm in ARMS.values()}:
+            keep_dense(World(self.config, self.folder), self.network)
         cost = cost_of_run(self.before.folder) if self.before is not None else None
         facts = {
             "suite": self.suite.name,
@@ -120,10 +131,12 @@ class Cell:
         fid = "" if end["fid"] is None else f", FID {end['fid']:.2f}"
         return f"{self}: {end['device_seconds']:.0f} device-seconds, loss {end['loss']:.4f}{fid}"
 
-    def trouble(self) -> str:
-        """Why its process ended, as its log says."""
-        lines = self.log.read_text("utf-8", "replace").strip().splitlines() or ["no output"]
-        return f"{self} FAILED: {lines[-1]} (see {self.log})"
+
+def keep_dense(world: World, folder: Path) -> None:
+    """Save the finished network of a run that removed nothing as diffusers does."""
+    network = world.network()
+    network.load_state_dict(load(network_at(region_folder(world.out, 0), 1.0)).state_dict())
+    write_folder(folder, lambda where: network.save_pretrained(str(where)))
 
 
 def same(kept: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
@@ -148,29 +161,24 @@ def wanted(cells: Sequence[Cell]) -> list[Cell]:
 def run(cells: Sequence[Cell], jobs: int, minutes: float | None = None) -> Iterator[str]:
     """Every cell in a process of its own, `jobs` side by side; yields a line for each that ends.
 
-    After so many minutes no cell is started, and those at work are interrupted: they go on from their newest checkpoint
-    when the same command runs again.
+    After so many minutes no cell is started, and those at work stop where the same command goes on.
     """
     waiting, running = list(cells), dict[subprocess.Popen[bytes], Cell]()
-    until = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
+    until = float("inf") if minutes is None else time.monotonic() + 60 * minutes
     try:
-        while (waiting or running) and time.monotonic() < until:
-            for cell in [cell for cell in waiting if cell.ready][: jobs - len(running)]:
+        while waiting or running:
+            left = until - time.monotonic()
+            ready = [cell for cell in waiting if cell.ready] if left > 0 else []
+            for cell in ready[: jobs - len(running)]:
                 waiting.remove(cell)
-                running[cell.start()] = cell
+                running[cell.start(None if minutes is None else left / 60)] = cell
             if not running:
-                yield from (f"{cell}: waits for {cell.before}" for cell in waiting)
-                return
+                break
             time.sleep(0.2)
             for process in [process for process in running if process.poll() is not None]:
-                cell = running.pop(process)
-                yield cell.finish() if process.returncode == 0 else cell.trouble()
-        for process in running:
-            process.send_signal(signal.SIGINT)
-        while running:
-            process, cell = running.popitem()
-            yield cell.finish() if process.wait() == 0 else f"{cell}: interrupted; the same command goes on"
+                yield running.pop(process).ended(process.returncode)
     finally:
         for process in running:
             process.terminate()
             process.wait()
+    yield from (f"{cell}: not begun" for cell in waiting)

@@ -1,6 +1,6 @@
 """What a step costs, measured interleaved in one run, so that a busy spell hits every network.
 
-`relative_costs` is for choosing steps before anything has run. `clock` times every stage of finished cells: cells that
+`ratio_costs` is for choosing steps before anything has run. `clock` times every stage of finished cells: cells that
 ran beside other work differ in what the same step took, and steps times one clock's seconds are free of that.
 """
 
@@ -36,18 +36,13 @@ ROUNDS = 15
 STEPS = 3  # per round and network
 
 
-def relative_costs(suite: Suite, rounds: int = ROUNDS) -> dict[float, float]:
-    """{ratio: device-seconds of a training step of its ticket over those of a dense step}."""
+def ratio_costs(suite: Suite, rounds: int = ROUNDS) -> dict[float, list[float]]:
+    """{ratio: device-seconds of a training step of its ticket, in each round}."""
     stretches = {}
     for ratio in suite.cost_of_step:
-        arm = suite.config({**ARMS["dense"].overrides(suite), "search.ratios": [ratio]}, 0)
-        world = World(arm, Path("nowhere"))
+        world = World(suite.config({**ARMS["dense"].overrides(suite), "search.ratios": [ratio]}, 0), Path("nowhere"))
         stretches[ratio] = world, alone(world, world.example_masks()[0])
-    each = interleaved(stretches, rounds, suite.threads)
-    return {
-        ratio: statistics.median(mine / dense for mine, dense in zip(seconds, each[0.0], strict=True))
-        for ratio, seconds in each.items()
-    }
+    return interleaved(stretches, rounds, suite.threads)
 
 
 def alone(world: World, mask: ChannelMask) -> Stretch:

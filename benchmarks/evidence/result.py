@@ -85,5 +85,5 @@ def portable(config: Config) -> Facts:
     for section, key in ((values["data"], "source"), (values["evaluate"], "extractor")):
         section[key] = Path(section[key]).name
     if values.get("pretrained"):
-        values["pretrained"] = Path(values["pretrained"]).parts[-4]  # <arm>-<seed>/regions/0/nets/1
+        values["pretrained"] = Path(values["pretrained"]).parent.name  # <arm>-<seed>
     return values

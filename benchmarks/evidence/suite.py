@@ -48,6 +48,7 @@ class Suite:
         search: how tickets are looked for.
         finetune: steps after pruning a trained network, over the dense steps.
         marks, score_marks: shares of the training at which arms are judged, and at which of them images are scored.
+        dense_score_marks: the latter of the dense arms.
         cost_of_step: {ratio: device-seconds of a step of a ticket over those of a dense step}; `--pace` measures them.
         base: sections of a configuration.
         threads: of each cell's process.
@@ -62,6 +63,7 @@ class Suite:
     finetune: float
     marks: tuple[float, ...]
     score_marks: tuple[float, ...]
+    dense_score_marks: tuple[float, ...]
     cost_of_step: Mapping[float, float]
     base: Mapping[str, Any]
     threads: int = 1
@@ -77,7 +79,7 @@ class Suite:
         if path.suffix != ".yaml" or not path.is_file():
             raise EbdiffError("no such suite", expected=f"one of {', '.join(NAMES)}, or a .yaml file", got=name)
         values = yaml.safe_load(path.read_text("utf-8"))
-        tuples = {key: tuple(values.pop(key)) for key in ("lrs", "marks", "score_marks")}
+        tuples = {key: tuple(values.pop(key)) for key in ("lrs", "marks", "score_marks", "dense_score_marks")}
         return cls(name=path.stem, search=SearchPace(**values.pop("search")), **tuples, **values)
 
     def on(self, data: str | None) -> Suite:

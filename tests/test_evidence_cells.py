@@ -1,0 +1,154 @@
+"""Cells of benchmarks/evidence: every arm is a valid configuration, and what is killed goes on."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.evidence.__main__ import cells_of, lines, options
+from benchmarks.evidence.arms import ARMS
+from benchmarks.evidence.cells import Cell, run, wanted
+from benchmarks.evidence.suite import NAMES, SearchPace, Suite
+from ebdiff.errors import EbdiffError
+from ebdiff.files import write_json
+from ebdiff.training.accounting import FORWARD_AND_BACKWARD
+from ebdiff.training.regions import steps_of
+from ebdiff.training.world import World
+
+
+def mini() -> Suite:
+    """fashion16 with a network, steps and images small enough for a test."""
+    suite = Suite.load("fashion16")
+    base = {
+        **suite.base,
+        "model": {
+            **suite.base["model"],
+            "block_out_channels": [8, 16],
+            "down_block_types": ["DownBlock2D", "DownBlock2D"],
+            "up_block_types": ["UpBlock2D", "UpBlock2D"],
+            "add_attention": False,
+            "norm_num_groups": 4,
+        },
+        "data": {"source": "fashion16", "limit": 64},
+        "train": {**suite.base["train"], "batch_size": 4, "checkpoint_every": 3, "log_every": 2},
+        "sample": {"steps": 3, "batch_size": 6, "grid": 4},
+        "evaluate": {"samples": 6, "loss_bins": 4, "loss_per_bin": 4},
+    }
+    search = SearchPace(steps=4, most=9, window=3, every=1, epoch=2)
+    few = {"marks": (0.25, 0.5, 1.0), "score_marks": (0.5, 1.0), "dense_score_marks": (1.0,)}
+    return replace(suite, name="mini", steps=12, search=search, base=base, **few)
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Any:
+    """Makes the cell of an arm."""
+    return lambda arm, seed=0, suite=None: Cell(suite or mini(), ARMS[arm], seed, tmp_path / "runs", tmp_path / "res")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_arm_of_every_suite_can_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    suite = Suite.load(name).on(None if name == "fashion16" else "images.npz")
+    dense = World(Cell(suite, ARMS["dense"], 0, tmp_path).config, tmp_path)
+    monkeypatch.setattr(World, "plan", dense.plan)  # one network in all arms: traced once
+    monkeypatch.setattr(World, "device", None)  # a suite for a GPU can be checked without one
+    for arm in ARMS.values():
+        world = World(suite.config(arm.overrides(suite), seed=0), tmp_path / arm.name)
+        world.check(images=False)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_arms_spend_what_the_dense_one_does(name: str) -> None:
+    suite = Suite.load(name).on(None if name == "fashion16" else "images.npz")
+    for arm in ("scratch-50", "eb-speed-30", "regions-30-60-80", "regions-30-60-80-speed-budgeted-branch-25"):
+        config = suite.config(ARMS[arm].overrides(suite), 0)
+        steps = steps_of(World(config, Path("nowhere")))
+        small = sum(n * suite.cost_of_step[r] for n, r in zip(steps, config.search.ratios, strict=True))
+        spent = config.search.steps + config.regions.branch_at + small
+        assert spent == pytest.approx(suite.steps, rel=0.01)
+
+
+def test_every_arm_says_what_it_is() -> None:
+    assert all(arm.about and "\n" not in arm.about for arm in ARMS.values())
+    assert len({arm.about for arm in ARMS.values()}) == len(ARMS)
+
+
+def test_a_suite_needs_its_images_and_a_name() -> None:
+    with pytest.raises(EbdiffError, match="--data FILE"):
+        Suite.load("cifar32").on(None)
+    with pytest.raises(EbdiffError, match=r"one of .*fashion16"):
+        Suite.load("fashion61")
+    with pytest.raises(EbdiffError, match="no such arm"):
+        cells_of(mini(), ["eb-speed-60"], "0", Path(), Path())
+    with pytest.raises(EbdiffError, match="--seeds"):
+        cells_of(mini(), ["*"], "0,x", Path(), Path())
+
+
+def test_what_an_arm_starts_from_comes_first(made: Any) -> None:
+    pruned, scratch = made("prune-random-50"), made("scratch-50")
+    assert [cell.arm.name for cell in wanted([scratch, pruned])] == ["scratch-50", "dense", "prune-random-50"]
+    assert [cell.arm.name for cell in wanted([pruned, made("dense")])] == ["dense", "prune-random-50"]
+
+
+def test_without_time_nothing_starts(made: Any) -> None:
+    assert list(run([made("dense")], jobs=1, minutes=0)) == ["mini: dense, seed 0: not begun"]
+    assert not made("dense").folder.exists()
+
+
+def test_a_cell_from_a_kill_to_its_page(made: Any, tmp_path: Path) -> None:
+    cell = made("eb-speed-50")
+    first = cell.start()
+    until = time.monotonic() + 300
+    while not list(cell.folder.glob("search/checkpoints/step-*")) and first.poll() is None:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    first.kill()
+    first.wait()
+    (line,) = run([cell], jobs=1)
+    assert line.startswith("mini: eb-speed-50, seed 0: "), line
+    facts = cell.facts()
+    (region,) = steps_of(World(cell.config, tmp_path / "nowhere"))
+    assert [stage["steps"] for stage in facts["stages"].values()] == [4, region]
+    assert [point["share"] for point in facts["curve"]] == [0.25, 0.5, 1.0]
+    assert [point["fid"] is not None for point in facts["curve"]] == [False, True, True]
+    end = facts["curve"][-1]
+    assert end["device_seconds"] == pytest.approx(sum(s["device_seconds"] for s in facts["stages"].values()))
+    dense_step = facts["macs_per_image"]["dense"] * FORWARD_AND_BACKWARD * 4
+    assert facts["stages"]["search"]["macs"] == 4 * dense_step
+    assert facts["parameters"]["stored"] < facts["parameters"]["dense"]
+    assert str(tmp_path) not in cell.place.read_text()
+    assert wanted([cell]) == []
+    assert not list(cell.folder.rglob("checkpoints"))
+
+
+def test_a_result_of_another_configuration_is_none(made: Any) -> None:
+    cell = made("dense")
+    config = cell.config.model_dump(mode="json")
+    write_json(cell.place, {"config": config})
+    assert cell.facts() is not None
+    del config["train"]["weight_decay"]  # as if the key were newer than the result
+    write_json(cell.place, {"config": config})
+    assert cell.facts() is not None
+    config["train"]["lr"] = 0.5
+    write_json(cell.place, {"config": config})
+    assert cell.facts() is None
+    write_json(cell.place, {"config": {**config, "gone": 1}})
+    assert cell.facts() is None
+
+
+def test_a_failed_cell_names_its_log(made: Any) -> None:
+    suite = replace(mini(), base={**mini().base, "data": {"source": "nothing.npz"}})
+    cell = made("dense", suite=suite)
+    (line,) = run([cell], jobs=1)
+    assert "FAILED: ebdiff: no images there" in line
+    assert str(cell.log) in line
+
+
+def test_cells_are_listed(tmp_path: Path) -> None:
+    args = options().parse_args(["--suite", "fashion16", "--list", "--seeds", "1", "--out", str(tmp_path)])
+    args.results = tmp_path
+    assert len(list(lines(args))) == len(ARMS)
+    assert next(iter(lines(args))) == "dense, seed 1: -; the whole network, timesteps uniform"
