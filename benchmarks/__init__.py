@@ -85,6 +85,11 @@ def seconds_of(call: Callable[[], Any], device: torch.device | str) -> float:
     return time.perf_counter() - start
 
 
+def few(rounds: int, full: bool) -> int:
+    """So many rounds at full size, and three elsewhere."""
+    return rounds if full else min(rounds, 3)
+
+
 @dataclass
 class SideBySide:
     """Seconds of several candidates, one of each per round, so that a busy spell hits all of them."""

@@ -11,19 +11,19 @@ import pytest
 import torch
 
 import ebdiff
-from benchmarks import SideBySide, ddpm_cifar10
+from benchmarks import SideBySide, ddpm_cifar10, few
 from benchmarks.bench_shrink import BATCH, halves, training_step
 
 ROUNDS = 7
 
 
 @pytest.mark.benchmark(group="accelerate")
-def test_accelerated_training_step(benchmark: Any, device: torch.device, report: Any) -> None:
-    dense = ddpm_cifar10()
+def test_accelerated_training_step(benchmark: Any, device: torch.device, report: Any, full: bool) -> None:
+    dense, batch, rounds = ddpm_cifar10(), BATCH[full], few(ROUNDS, full)
     networks = {"dense": dense, **{name: net for name, net in halves(dense).items() if name != "torch-pruning"}}
     networks |= {f"{name}, accelerated": _accelerated(net) for name, net in list(networks.items())}
-    timing = SideBySide({name: training_step(net, device) for name, net in networks.items()}, device)
-    timing.run(benchmark, ROUNDS)
+    timing = SideBySide({name: training_step(net, device, batch) for name, net in networks.items()}, device)
+    timing.run(benchmark, rounds)
     example = torch.empty(1, 3, 32, 32, device=device), torch.ones(1, device=device)
     rows = [
         {
@@ -36,7 +36,7 @@ def test_accelerated_training_step(benchmark: Any, device: torch.device, report:
         }
         for name in networks
     ]
-    report(rows, {"what": "forward + backward, float32", "batch": BATCH, "rounds": ROUNDS})
+    report(rows, {"what": "forward + backward, float32", "batch": batch, "rounds": rounds})
 
 
 def _accelerated(model: torch.nn.Module) -> torch.nn.Module:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import ebdiff
-from benchmarks import Candidate, copy_of, side_by_side
+from benchmarks import Candidate, copy_of, few, side_by_side
 from benchmarks.axes import axes_of, full_size, listed, random_mask, tensors_of
 from benchmarks.floors import Elements
 from ebdiff import ChannelMask, ChannelPlan
@@ -167,7 +167,7 @@ class State:
         return average
 
 
-def measured(benchmark: Any, state: State, ways: Mapping[str, Way]) -> list[dict[str, Any]]:
+def measured(benchmark: Any, state: State, ways: Mapping[str, Way], rounds: int) -> list[dict[str, Any]]:
     """Rows of these ways and of copy_."""
     size = state.w[0].element_size()
     elements = Elements.of(state.w, state.axes)
@@ -175,7 +175,7 @@ def measured(benchmark: Any, state: State, ways: Mapping[str, Way]) -> list[dict
     for name, way in ways.items():
         floor = 7 * size * elements.all if name == "fused alone" else elements.masked_adamw(size)
         candidates[name] = Candidate(way, floor, OURS)
-    return side_by_side(benchmark, state.device, candidates, ROUNDS)
+    return side_by_side(benchmark, state.device, candidates, rounds)
 
 
 def cifar_state(device: torch.device, dtype: torch.dtype) -> State:
@@ -183,40 +183,44 @@ def cifar_state(device: torch.device, dtype: torch.dtype) -> State:
     return State(plan, random_mask(plan, 0.5), device, dtype)
 
 
-def facts(dtype: torch.dtype) -> dict[str, Any]:
-    return {"what": "AdamW, masks and EMA", "dtype": str(dtype), "ratio": 0.5, "rounds": ROUNDS}
+def facts(dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+    return {"what": "AdamW, masks and EMA", "dtype": str(dtype), "ratio": 0.5, "rounds": rounds}
 
 
 @pytest.mark.benchmark(group="adamw")
-def test_masked_adamw_float32(benchmark: Any, device: torch.device, report: Any) -> None:
+def test_masked_adamw_float32(benchmark: Any, device: torch.device, report: Any, full: bool) -> None:
     state = cifar_state(device, torch.float32)
+    rounds = few(ROUNDS, full)
     state.check(state.ways())
-    report(measured(benchmark, state, state.ways()), facts(torch.float32))
+    report(measured(benchmark, state, state.ways(), rounds), facts(torch.float32, rounds))
 
 
 @pytest.mark.benchmark(group="adamw")
-def test_masked_adamw_bfloat16(benchmark: Any, device: torch.device, report: Any) -> None:
+def test_masked_adamw_bfloat16(benchmark: Any, device: torch.device, report: Any, full: bool) -> None:
     state = cifar_state(device, torch.bfloat16)
+    rounds = few(ROUNDS, full)
     state.check(state.ways())
-    report(measured(benchmark, state, state.ways()), facts(torch.bfloat16))
+    report(measured(benchmark, state, state.ways(), rounds), facts(torch.bfloat16, rounds))
 
 
 @pytest.mark.benchmark(group="adamw")
 @pytest.mark.skipif(os.environ.get("EBDIFF_BENCH_COMPILE") != "1", reason="minutes: EBDIFF_BENCH_COMPILE=1 runs it")
-def test_masked_adamw_compiled(benchmark: Any, device: torch.device, report: Any) -> None:
+def test_masked_adamw_compiled(benchmark: Any, device: torch.device, report: Any, full: bool) -> None:
     state = cifar_state(device, torch.float32)
     names = (OURS, "fused + foreach masks + foreach EMA", "foreach + foreach masks + foreach EMA")
     ways = {name: way for name, way in state.ways().items() if name in names}
     ways["foreach + foreach masks + foreach EMA, compiled"] = state.compiled()
     state.check(ways)
-    report(measured(benchmark, state, ways), facts(torch.float32))
+    rounds = few(ROUNDS, full)
+    report(measured(benchmark, state, ways, rounds), facts(torch.float32, rounds))
 
 
 @pytest.mark.benchmark(group="adamw")
-def test_adamw_overhead(benchmark: Any, device: torch.device, report: Any) -> None:
+def test_adamw_overhead(benchmark: Any, device: torch.device, report: Any, full: bool) -> None:
     plan = ChannelPlan((), (), {f"parameter{i}": (1,) for i in range(300)})
     state = State(plan, ChannelMask(plan, {}), device, torch.float32)
     ways = state.ways()
     candidates = {name: Candidate(way, ours=OURS) for name, way in ways.items()}
-    rows = side_by_side(benchmark, device, candidates, 50)
-    report(rows, {"what": "300 parameters of one element, no channel removed", "rounds": 50})
+    rounds = few(50, full)
+    rows = side_by_side(benchmark, device, candidates, rounds)
+    report(rows, {"what": "300 parameters of one element, no channel removed", "rounds": rounds})

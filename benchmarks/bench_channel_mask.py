@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import Candidate, copy_of, ddpm_cifar10, seconds_of, side_by_side
+from benchmarks import Candidate, copy_of, ddpm_cifar10, few, seconds_of, side_by_side
 from benchmarks.axes import axes_of, full_size, listed, module_of, random_mask, tensors_of
 from benchmarks.floors import Elements
 from ebdiff import ChannelMask, EarlyBird
@@ -28,7 +28,7 @@ from ebdiff.ops.channel_mask import apply_mask_, channel_sums, mask_distance
 from ebdiff.pruning.channel_sums import ChannelSums
 
 ROUNDS = 15
-BATCH = 32
+BATCH = {True: 32, False: 4}  # at full size, and elsewhere
 
 
 class Masked:
@@ -100,7 +100,7 @@ def copy_of_all(device: torch.device) -> Candidate:
 
 
 @pytest.mark.benchmark(group="channel mask")
-def test_mask_of_weights(benchmark: Any, device: torch.device, report: Any) -> None:
+def test_mask_of_weights(benchmark: Any, device: torch.device, report: Any, full: bool) -> None:
     weights, compiled = tensors_of(listed("cifar_unet"), device), compiled_multiplication()
     candidates = {"copy_": copy_of_all(device)}
     for ratio in (0.5, 0.8):
@@ -109,12 +109,13 @@ def test_mask_of_weights(benchmark: Any, device: torch.device, report: Any) -> N
         masked.check(ways, device)
         for name, way in ways.items():
             candidates[f"{ratio} {name}"] = Candidate(partial(way, weights), masked.floor, f"{ratio} ebdiff")
-    rows = side_by_side(benchmark, device, candidates, ROUNDS)
-    report(rows, {"what": "weights, float32, ratio removed", "rounds": ROUNDS})
+    rounds = few(ROUNDS, full)
+    rows = side_by_side(benchmark, device, candidates, rounds)
+    report(rows, {"what": "weights, float32, ratio removed", "rounds": rounds})
 
 
 @pytest.mark.benchmark(group="channel mask")
-def test_mask_of_training_state(benchmark: Any, device: torch.device, report: Any) -> None:
+def test_mask_of_training_state(benchmark: Any, device: torch.device, report: Any, full: bool) -> None:
     masked = Masked(0.5, device)
     lists = [tensors_of(masked.plan, device) for _ in range(4)]
     together = [tensor for tensors in lists for tensor in tensors]
@@ -127,8 +128,9 @@ def test_mask_of_training_state(benchmark: Any, device: torch.device, report: An
     for name, way in ways.items():
         if name != "ebdiff":
             candidates[name] = Candidate(partial(_each, way, lists), 4 * masked.floor, "ebdiff")
-    rows = side_by_side(benchmark, device, candidates, 9)
-    report(rows, {"what": "weights, gradients and both moments, float32", "ratio": 0.5, "rounds": 9})
+    rounds = few(9, full)
+    rows = side_by_side(benchmark, device, candidates, rounds)
+    report(rows, {"what": "weights, gradients and both moments, float32", "ratio": 0.5, "rounds": rounds})
 
 
 def _each(way: Callable[[list[Tensor]], None], lists: list[list[Tensor]]) -> None:
@@ -137,7 +139,7 @@ def _each(way: Callable[[list[Tensor]], None], lists: list[list[Tensor]]) -> Non
 
 
 @pytest.mark.benchmark(group="channel mask")
-def test_channel_sums(benchmark: Any, device: torch.device, report: Any) -> None:
+def test_channel_sums(benchmark: Any, device: torch.device, report: Any, full: bool) -> None:
     plan = listed("cifar_unet")
     sums, weights, gradients = ChannelSums(plan), tensors_of(plan, device), tensors_of(plan, device)
     named, named_gradients = (dict(zip(plan.shapes, tensors, strict=True)) for tensors in (weights, gradients))
@@ -172,12 +174,13 @@ def test_channel_sums(benchmark: Any, device: torch.device, report: Any) -> None
         ),
     }
     assert torch.allclose(candidates["magnitude: channel_sums"].call().float(), plain(lambda i: x[i].square()))
-    rows = side_by_side(benchmark, device, candidates, ROUNDS)
-    report(rows, {"what": "sums per channel along every prunable axis; theirs in float32", "rounds": ROUNDS})
+    rounds = few(ROUNDS, full)
+    rows = side_by_side(benchmark, device, candidates, rounds)
+    report(rows, {"what": "sums per channel along every prunable axis; theirs in float32", "rounds": rounds})
 
 
 @pytest.mark.benchmark(group="channel mask")
-def test_mask_draw(benchmark: Any, device: torch.device, report: Any) -> None:
+def test_mask_draw(benchmark: Any, device: torch.device, report: Any, full: bool) -> None:
     plan = listed("cifar_unet")
     model = module_of(plan, tensors_of(plan, device))
     watch = EarlyBird(model, plan, window=20)  # draws at every step; weights that stand still never settle
@@ -192,21 +195,23 @@ def test_mask_draw(benchmark: Any, device: torch.device, report: Any) -> None:
         "mask_distance, 64 masks": Candidate(lambda: mask_distance(bytes_)),
         "bool xor and sum, 64 masks": Candidate(lambda: (history ^ history[-1]).sum(1), ours="mask_distance, 64 masks"),
     }
-    rows = side_by_side(benchmark, device, candidates, ROUNDS)
-    facts: dict[str, Any] = {"channels": len(bits), "rounds": ROUNDS}
+    rounds = few(ROUNDS, full)
+    rows = side_by_side(benchmark, device, candidates, rounds)
+    facts: dict[str, Any] = {"channels": len(bits), "rounds": rounds}
     if find_spec("diffusers"):
-        step = training_step(device)
-        facts |= {"training_step_ms": 1e3 * step, "batch": BATCH, "draw_share_of_step": rows[0]["ms"] / 1e3 / step}
+        batch = BATCH[full]
+        step = training_step(device, batch)
+        facts |= {"training_step_ms": 1e3 * step, "batch": batch, "draw_share_of_step": rows[0]["ms"] / 1e3 / step}
     report(rows, facts)
 
 
-def training_step(device: torch.device) -> float:
+def training_step(device: torch.device, batch: int) -> float:
     """Seconds of forward and backward of the UNet, the least of several."""
     model = ddpm_cifar10().to(device)
 
-    def step(batch: int) -> float:
-        x, t = torch.randn(batch, 3, 32, 32, device=device), torch.ones(batch, device=device)
+    def step(count: int) -> float:
+        x, t = torch.randn(count, 3, 32, 32, device=device), torch.ones(count, device=device)
         return seconds_of(lambda: model(x, t).sample.square().mean().backward(), device)
 
     step(1)
-    return min(step(BATCH) for _ in range(2 if device.type == "cpu" else 10))
+    return min(step(batch) for _ in range(2 if device.type == "cpu" else 10))

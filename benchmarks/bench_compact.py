@@ -23,7 +23,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import Candidate, copy_of, side_by_side
+from benchmarks import Candidate, copy_of, few, side_by_side
 from benchmarks.axes import axes_of, listed, random_mask, tensors_of
 from benchmarks.floors import Elements
 from ebdiff.ops import native, native_cpu
@@ -132,22 +132,24 @@ def available(device: torch.device) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
 
 
-def measure(name: str, benchmark: Any, device: torch.device, report: Any) -> None:
+def measure(name: str, benchmark: Any, device: torch.device, report: Any, rounds: int) -> None:
     """Check, measure and report one model."""
     model = Compaction(name, device)
     model.check()
-    rows = side_by_side(benchmark, device, model.candidates(), ROUNDS, model.release)
-    facts = {"parameters": model.elements.all, "kept": model.elements.kept, "ratio": 0.5, "rounds": ROUNDS}
+    rows = side_by_side(benchmark, device, model.candidates(), rounds, model.release)
+    facts = {"parameters": model.elements.all, "kept": model.elements.kept, "ratio": 0.5, "rounds": rounds}
     report(rows, {"what": "float32, results freshly allocated", **facts})
 
 
 @pytest.mark.benchmark(group="compact")
-def test_compact_cifar_unet(benchmark: Any, device: torch.device, report: Any) -> None:
-    measure("cifar_unet", benchmark, device, report)
+def test_compact_cifar_unet(benchmark: Any, device: torch.device, report: Any, full: bool) -> None:
+    measure("cifar_unet", benchmark, device, report, few(ROUNDS, full))
 
 
 @pytest.mark.benchmark(group="compact")
-def test_compact_sd15_unet(benchmark: Any, device: torch.device, report: Any) -> None:
+def test_compact_sd15_unet(benchmark: Any, device: torch.device, report: Any, full: bool) -> None:
+    if not full:
+        pytest.skip("--full: 860M parameters")
     if available(device) < NEEDED:
         pytest.skip(f"needs {NEEDED / 1e9:.0f} GB of free memory, there are {available(device) / 1e9:.1f}")
-    measure("sd15_unet", benchmark, device, report)
+    measure("sd15_unet", benchmark, device, report, ROUNDS)

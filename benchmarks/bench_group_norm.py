@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import Candidate, copy_of, replayed, side_by_side
+from benchmarks import Candidate, copy_of, few, replayed, side_by_side
 from ebdiff.kernels.group_norm_plan import OnePass, Shape, plan_of
 from ebdiff.ops.group_norm import fallbacks, group_norm_silu
 
@@ -215,8 +215,8 @@ def candidates_of(
 
 @pytest.mark.benchmark(group="group norm")
 @pytest.mark.parametrize("shape", CASES)
-def test_group_norm_silu(benchmark: Any, device: torch.device, report: Any, shape: str) -> None:
-    case = CASES[shape]
+def test_group_norm_silu(benchmark: Any, device: torch.device, report: Any, full: bool, shape: str) -> None:
+    case, rounds = CASES[shape], few(ROUNDS, full)
     candidates = {"copy_": copy_of(torch.Size(case.shape).numel(), device)}
     fallbacks.clear()
     torch._dynamo.reset()  # 8 variants of a function are compiled, then no more: just what one shape needs
@@ -228,17 +228,18 @@ def test_group_norm_silu(benchmark: Any, device: torch.device, report: Any, shap
         name: saved_bytes(function, inputs) / 1e6
         for name, function in ways(case, "NCHW", torch.float32, device).items()
     }
-    rows = side_by_side(benchmark, device, candidates, ROUNDS, warm=True)
-    facts = {"what": "GroupNorm + SiLU", "shape": list(case.shape), "groups": list(case.sizes), "rounds": ROUNDS}
+    rows = side_by_side(benchmark, device, candidates, rounds, warm=True)
+    facts = {"what": "GroupNorm + SiLU", "shape": list(case.shape), "groups": list(case.sizes), "rounds": rounds}
     report(rows, {**facts, "saved_mb": saved, "served_by_the_reference": dict(fallbacks)})
 
 
 @pytest.mark.benchmark(group="group norm kernels")
 @pytest.mark.parametrize("name", LARGE)
-def test_group_norm_kernels(benchmark: Any, device: torch.device, report: Any, name: str) -> None:
+def test_group_norm_kernels(benchmark: Any, device: torch.device, report: Any, full: bool, name: str) -> None:
     """Forward and backward alone of each kind of kernel, in bfloat16. The floors are an H200's, so only on a GPU."""
     large, small = LARGE[name]
     case, dtype = large if device.type == "cuda" else small, torch.bfloat16
+    rounds = few(ROUNDS, full)
     elements = torch.Size(case.shape).numel()
     candidates = {"copy_": copy_of(elements, device)}
     fallbacks.clear()
@@ -247,8 +248,8 @@ def test_group_norm_kernels(benchmark: Any, device: torch.device, report: Any, n
         functions = ways(case, layout, dtype, device)
         functions.pop("max-autotune", None)
         candidates |= candidates_of(case, layout, dtype, device, functions, "forward backward")
-    rows = side_by_side(benchmark, device, candidates, ROUNDS, warm=True)
-    facts = {"what": "GroupNorm + SiLU kernels", "shape": list(case.shape), "groups": len(case.sizes), "rounds": ROUNDS}
+    rows = side_by_side(benchmark, device, candidates, rounds, warm=True)
+    facts = {"what": "GroupNorm + SiLU kernels", "shape": list(case.shape), "groups": len(case.sizes), "rounds": rounds}
     if device.type == "cuda":
         rows = list(with_floors(rows, elements * dtype.itemsize))
         facts["kinds"] = {layout: case.kind(dtype, layout) for layout in LAYOUTS}

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import Candidate, side_by_side
+from benchmarks import Candidate, few, side_by_side
 from ebdiff.timesteps.profile import NoiseProfile
 from ebdiff.timesteps.region import Region
 from ebdiff.timesteps.sampler import Sampler, Stratified, Uniform, Within
@@ -79,15 +79,16 @@ def repeated(draw: Draw) -> Draw:
     return many
 
 
-def measure(benchmark: Any, device: torch.device, report: Any, draws: dict[str, Draw], what: str) -> None:
+def measure(benchmark: Any, device: torch.device, report: Any, draws: dict[str, Draw], what: str, full: bool) -> None:
+    rounds = few(ROUNDS, full)
     candidates = {name: Candidate(repeated(draw), ours=OURS) for name, draw in draws.items()}
-    rows = side_by_side(benchmark, device, candidates, ROUNDS, warm=True)
+    rows = side_by_side(benchmark, device, candidates, rounds, warm=True)
     each = [{**row, "us_per_draw": 1e3 * row["ms"] / DRAWS, "least_us": 1e3 * row["least_ms"] / DRAWS} for row in rows]
-    report(each, {"what": what, "batch": BATCH, "draws_per_call": DRAWS, "rounds": ROUNDS})
+    report(each, {"what": what, "batch": BATCH, "draws_per_call": DRAWS, "rounds": rounds})
 
 
 @pytest.mark.benchmark(group="sampling")
-def test_sampling(benchmark: Any, device: torch.device, report: Any) -> None:
+def test_sampling(benchmark: Any, device: torch.device, report: Any, full: bool) -> None:
     profile = linear()
     speed, released = SpeeD(profile), SpeeD(profile, tau=700, variant="released")
     table, weights = speed.pmf().float(), speed.weights()
@@ -108,11 +109,11 @@ def test_sampling(benchmark: Any, device: torch.device, report: Any) -> None:
         "torch.multinomial and weights": multinomial,
         "as released": Released(released, device).draw,
     }
-    measure(benchmark, device, report, draws, "timesteps and weights of a batch")
+    measure(benchmark, device, report, draws, "timesteps and weights of a batch", full)
 
 
 @pytest.mark.benchmark(group="sampling")
-def test_sampling_coefficients(benchmark: Any, device: torch.device, report: Any) -> None:
+def test_sampling_coefficients(benchmark: Any, device: torch.device, report: Any, full: bool) -> None:
     profile = linear()
     sampler, steps = Stratified(SpeeD(profile)), count()
 
@@ -121,4 +122,4 @@ def test_sampling_coefficients(benchmark: Any, device: torch.device, report: Any
         return (weight, *profile.coefficients(t))
 
     draws = {OURS: table_and_rows, "as released": Released(SpeeD(profile, variant="released"), device).full_size}
-    measure(benchmark, device, report, draws, f"the same with alpha and sigma, for images {list(IMAGES)}")
+    measure(benchmark, device, report, draws, f"the same with alpha and sigma, for images {list(IMAGES)}", full)

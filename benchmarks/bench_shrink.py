@@ -14,15 +14,15 @@ import torch
 from torch import nn
 
 import ebdiff
-from benchmarks import SideBySide, ddpm_cifar10, halved_by_torch_pruning
+from benchmarks import SideBySide, ddpm_cifar10, few, halved_by_torch_pruning
 
-BATCH = 8
+BATCH = {True: 8, False: 2}  # at full size, and elsewhere
 ROUNDS = 7
 
 
-def training_step(model: nn.Module, device: torch.device) -> Callable[[], None]:
+def training_step(model: nn.Module, device: torch.device, batch: int) -> Callable[[], None]:
     """Forward and backward of one batch in float32; gradients are dropped before the clock starts again."""
-    x, t = torch.randn(BATCH, 3, 32, 32, device=device), torch.randint(0, 1000, (BATCH,), device=device)
+    x, t = torch.randn(batch, 3, 32, 32, device=device), torch.randint(0, 1000, (batch,), device=device)
     model.to(device).train()
 
     def step() -> None:
@@ -47,11 +47,11 @@ def halves(dense: nn.Module) -> dict[str, nn.Module]:
 
 
 @pytest.mark.benchmark(group="shrink")
-def test_half_the_channels(benchmark: Any, device: torch.device, report: Any) -> None:
-    dense = ddpm_cifar10()
+def test_half_the_channels(benchmark: Any, device: torch.device, report: Any, full: bool) -> None:
+    dense, batch, rounds = ddpm_cifar10(), BATCH[full], few(ROUNDS, full)
     networks = {"dense": dense, **halves(dense)}
-    timing = SideBySide({name: training_step(net, device) for name, net in networks.items()}, device)
-    timing.run(benchmark, ROUNDS)
+    timing = SideBySide({name: training_step(net, device, batch) for name, net in networks.items()}, device)
+    timing.run(benchmark, rounds)
     example = torch.empty(1, 3, 32, 32, device=device), torch.ones(1, device=device)
     rows = [
         {
@@ -65,4 +65,4 @@ def test_half_the_channels(benchmark: Any, device: torch.device, report: Any) ->
         }
         for name, net in networks.items()
     ]
-    report(rows, {"what": "forward + backward, float32", "batch": BATCH, "rounds": ROUNDS})
+    report(rows, {"what": "forward + backward, float32", "batch": batch, "rounds": rounds})

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks import Candidate, side_by_side
+from benchmarks import Candidate, few, side_by_side
 from ebdiff.ops import BlockMask, sparse_attention
 from ebdiff.ops.sparse_attention_ops import fallbacks
 
@@ -131,8 +131,10 @@ def forward_alone(function: Function, *inputs: Tensor) -> Tensor:
 
 @pytest.mark.benchmark(group="sparse attention")
 @pytest.mark.parametrize(("name", "density"), MEASURED)
-def test_sparse_attention(benchmark: Any, device: torch.device, report: Any, name: str, density: float) -> None:
-    case = CASES[name]
+def test_sparse_attention(
+    benchmark: Any, device: torch.device, report: Any, full: bool, name: str, density: float
+) -> None:
+    case, rounds = CASES[name], few(ROUNDS, full)
     inputs = case.inputs(device)
     mask = mask_of(case, inputs[0], density)
     fallbacks.clear()
@@ -144,7 +146,7 @@ def test_sparse_attention(benchmark: Any, device: torch.device, report: Any, nam
         for which, run in passes.items()
         for who, function in found.items()
     }
-    rows = side_by_side(benchmark, device, candidates, ROUNDS, warm=device.type == "cuda")
+    rows = side_by_side(benchmark, device, candidates, rounds, warm=device.type == "cuda")
     times = {row["what"]: row["ms"] for row in rows}
     b, heads, tokens, width = inputs[0].shape
     for row in rows:
@@ -154,5 +156,5 @@ def test_sparse_attention(benchmark: Any, device: torch.device, report: Any, nam
         row["tflops"] = count * computed / row["ms"] / 1e9
         if not who.startswith("dense"):
             row["of_ideal"] = times[f"{which}: {DENSE}"] * mask.density / row["ms"]
-    facts = {"shape": list(inputs[0].shape), "dtype": str(inputs[0].dtype)[6:], "mask": str(mask), "rounds": ROUNDS}
+    facts = {"shape": list(inputs[0].shape), "dtype": str(inputs[0].dtype)[6:], "mask": str(mask), "rounds": rounds}
     report(rows, {**facts, "left_out": left_out, "served_by_the_reference": dict(fallbacks)})

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import Candidate, copy_of, replayed, side_by_side
+from benchmarks import Candidate, copy_of, few, replayed, side_by_side
 from ebdiff.ops.timestep_loss import PhiloxNoise, fallbacks, noised, weighted_timestep_loss
 from ebdiff.timesteps.profile import NoiseProfile
 
@@ -107,7 +107,7 @@ def candidates_of(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devi
 
 @pytest.mark.benchmark(group="timestep loss")
 @pytest.mark.parametrize("shape", SHAPES | LARGE)
-def test_timestep_loss(benchmark: Any, device: torch.device, report: Any, shape: str) -> None:
+def test_timestep_loss(benchmark: Any, device: torch.device, report: Any, full: bool, shape: str) -> None:
     if shape in LARGE and device.type == "cpu":
         pytest.skip("for a GPU")
     size = (SHAPES | LARGE)[shape]
@@ -116,6 +116,7 @@ def test_timestep_loss(benchmark: Any, device: torch.device, report: Any, shape:
     torch._dynamo.reset()  # 8 variants of a function are compiled, then no more: just what one shape needs
     for dtype in (torch.float32, torch.bfloat16):
         candidates |= candidates_of(size, dtype, device)
-    rows = side_by_side(benchmark, device, candidates, ROUNDS, warm=True)
-    facts = {"what": "noising and loss, forward and backward", "shape": list(size), "rounds": ROUNDS}
+    rounds = few(ROUNDS, full)
+    rows = side_by_side(benchmark, device, candidates, rounds, warm=True)
+    facts = {"what": "noising and loss, forward and backward", "shape": list(size), "rounds": rounds}
     report(rows, {**facts, "served_by_the_reference": dict(fallbacks)})

@@ -2,6 +2,8 @@
 
 Targets: under 1 s for google/ddpm-cifar10-32's network; under 5 s for Stable Diffusion 1.5's UNet, of which the trace
 takes under 1 s and under 100 MB; under 2 s for the trace of every published network in benchmarks.families.
+
+The floor of a trace is a forward pass that computes nothing, on the meta device: `times_forward`.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import ebdiff
-from benchmarks import SideBySide, ddpm_cifar10, halved_by_torch_pruning
+from benchmarks import SideBySide, ddpm_cifar10, few, halved_by_torch_pruning
 from benchmarks.families import FULL_SIZE, build
 
 
@@ -96,10 +98,10 @@ def _kilobytes(status: Path, key: str) -> int:
 
 
 @pytest.mark.benchmark(group="trace")
-def test_trace_draw_shrink_ddpm_cifar10(benchmark: Any, device: torch.device, report: Any) -> None:
+def test_trace_draw_shrink_ddpm_cifar10(benchmark: Any, device: torch.device, report: Any, full: bool) -> None:
     peak = trace_peak_mb(ddpm_cifar10_and_arguments)
     model, arguments = ddpm_cifar10_and_arguments()
-    stages, rounds = Stages(model, arguments), 5
+    stages, rounds = Stages(model, arguments), few(5, full)
     candidates: dict[str, Callable[[], Any]] = {"ebdiff": stages}
     if find_spec("torch_pruning"):  # it prunes in place
         candidates["copy"] = lambda: copy.deepcopy(model)
@@ -108,12 +110,14 @@ def test_trace_draw_shrink_ddpm_cifar10(benchmark: Any, device: torch.device, re
     timing.run(benchmark, rounds)
     rows = [{"what": "ebdiff", "seconds": timing.median("ebdiff"), **stages.best()}]
     if "torch-pruning" in candidates:
-        rows.append({"what": "torch-pruning", "seconds": timing.median("torch-pruning") - timing.median("copy")})
+        rows.append(_theirs(timing.median("torch-pruning") - timing.median("copy"), rows[0]["seconds"]))
     report(rows, {"rounds": rounds, "trace_peak_mb": peak})
 
 
 @pytest.mark.benchmark(group="trace")
-def test_trace_draw_shrink_sd15(benchmark: Any, device: torch.device, report: Any) -> None:
+def test_trace_draw_shrink_sd15(benchmark: Any, device: torch.device, report: Any, full: bool) -> None:
+    if not full:
+        pytest.skip("--full: 860M parameters")
     peak = trace_peak_mb(stable_diffusion_unet)
     model, arguments = stable_diffusion_unet()
     stages, rounds = Stages(model, arguments), 3
@@ -123,13 +127,23 @@ def test_trace_draw_shrink_sd15(benchmark: Any, device: torch.device, report: An
     if find_spec("torch_pruning"):  # once, last, in place: a second copy would take another 3.4 GB
         theirs = SideBySide({"torch-pruning": lambda: halved_by_torch_pruning(model, arguments)})
         theirs()
-        rows.append({"what": "torch-pruning", "seconds": theirs.median("torch-pruning")})
+        rows.append(_theirs(theirs.median("torch-pruning"), rows[0]["seconds"]))
     report(rows, {"rounds": rounds, "trace_peak_mb": peak})
 
 
 @pytest.mark.benchmark(group="trace")
-def test_trace_full_size(benchmark: Any, device: torch.device, report: Any) -> None:
+def test_trace_full_size(benchmark: Any, device: torch.device, report: Any, full: bool) -> None:
     built = {name: build(name) for name in FULL_SIZE}
-    timing, rounds = SideBySide({name: partial(ebdiff.trace, model, **a) for name, (model, a) in built.items()}), 3
-    timing.run(benchmark, rounds)
-    report([{"what": name, "seconds": timing.median(name)} for name in built], {"rounds": rounds})
+    rounds, candidates = 3 if full else 1, dict[str, Callable[[], Any]]()
+    for name, (model, arguments) in built.items():
+        candidates[name] = partial(ebdiff.trace, model, **arguments)
+        candidates[f"{name}, forward"] = torch.no_grad()(partial(model, **arguments))
+    timing = SideBySide(candidates)
+    timing.run(benchmark, rounds, warmup_rounds=int(full))
+    ratios = {name: timing.ratio(name, f"{name}, forward") for name in built}
+    rows = [{"what": name, "seconds": timing.median(name), "times_forward": ratios[name]} for name in built]
+    report(rows, {"rounds": rounds})
+
+
+def _theirs(seconds: float, ours: float) -> dict[str, Any]:
+    return {"what": "torch-pruning", "seconds": seconds, "times_ours": seconds / ours}

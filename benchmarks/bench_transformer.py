@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 import ebdiff
-from benchmarks import SideBySide
+from benchmarks import SideBySide, few
 
-BATCH = 8
+BATCH = {True: 8, False: 2}  # at full size, and elsewhere
 ROUNDS = 7
 DEPTH, HEADS, HEAD_DIM, PATCH = 12, 12, 64, 4  # DiT-B/4 (Peebles & Xie 2023) on latents of 256x256 images
 HALVED = {"*.attn1.to_q.head": 0.5, "*.ff.net.0.proj": 0.5}
@@ -63,9 +63,9 @@ def example(batch: int) -> dict[str, torch.Tensor]:
     return {"hidden_states": torch.randn(batch, 4, 32, 32), "timestep": t, "class_labels": labels}
 
 
-def training_step(model: nn.Module, device: torch.device) -> Callable[[], None]:
+def training_step(model: nn.Module, device: torch.device, batch: int) -> Callable[[], None]:
     """Forward and backward of one batch in float32; gradients are dropped before the clock starts again."""
-    arguments = {name: tensor.to(device) for name, tensor in example(BATCH).items()}
+    arguments = {name: tensor.to(device) for name, tensor in example(batch).items()}
     model.to(device).train()
 
     def step() -> None:
@@ -76,10 +76,11 @@ def training_step(model: nn.Module, device: torch.device) -> Callable[[], None]:
 
 
 @pytest.mark.benchmark(group="shrink")
-def test_half_the_heads_and_mlp(benchmark: Any, device: torch.device, report: Any) -> None:
+def test_half_the_heads_and_mlp(benchmark: Any, device: torch.device, report: Any, full: bool) -> None:
+    batch, rounds = BATCH[full], few(ROUNDS, full)
     networks = {"dense": dit(), "shrunken": shrunken(), "native": native()}
-    timing = SideBySide({name: training_step(net, device) for name, net in networks.items()}, device)
-    timing.run(benchmark, ROUNDS)
+    timing = SideBySide({name: training_step(net, device, batch) for name, net in networks.items()}, device)
+    timing.run(benchmark, rounds)
     rows = [
         {
             "network": name,
@@ -90,4 +91,4 @@ def test_half_the_heads_and_mlp(benchmark: Any, device: torch.device, report: An
         }
         for name, net in networks.items()
     ]
-    report(rows, {"what": "DiT-B/4, 64 tokens, forward + backward, float32", "batch": BATCH, "rounds": ROUNDS})
+    report(rows, {"what": "DiT-B/4, 64 tokens, forward + backward, float32", "batch": batch, "rounds": rounds})

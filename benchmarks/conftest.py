@@ -18,8 +18,9 @@ _TABLES = pytest.StashKey[list[str]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    folder = os.environ.get("EBDIFF_RESULTS")
-    parser.addoption("--results", metavar="DIR", default=folder, help="write one JSON file per benchmark here")
+    folder = os.environ.get("EBDIFF_RESULTS", "runs/benchmarks")
+    parser.addoption("--results", metavar="DIR", default=folder, help="one JSON file per benchmark goes here")
+    parser.addoption("--full", action="store_true", help="sizes and rounds of benchmarks/results; on a GPU always")
     parser.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, or cuda if there")
 
 
@@ -33,19 +34,24 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
 
 
 @pytest.fixture
-def report(request: pytest.FixtureRequest, benchmark: Any, device: torch.device) -> Report:
-    """report(rows, facts): print a table after the run, add the facts to the benchmark, write JSON when asked to."""
+def full(request: pytest.FixtureRequest, device: torch.device) -> bool:
+    """Measure at full size; else in a few rounds of what is small, so that all of them take minutes on two cores."""
+    return bool(request.config.getoption("--full")) or device.type == "cuda"
+
+
+@pytest.fixture
+def report(request: pytest.FixtureRequest, benchmark: Any, device: torch.device, full: bool) -> Report:
+    """report(rows, facts): print a table after the run, add the facts to the benchmark, write JSON."""
     where = machine(device)
     name = request.node.name.removeprefix("test_").replace("[", "_").replace("]", "")
 
     def finish(rows: Sequence[Row], facts: Mapping[str, Any]) -> None:
         benchmark.extra_info.update({**facts, "rows": list(rows)})
         request.config.stash.setdefault(_TABLES, []).append(_table(name, rows, {**facts, **where}))
-        folder = request.config.getoption("--results")
-        if folder:
-            test = request.node.name.removeprefix("test_").partition("[")[0]
-            command = f"pytest benchmarks/ --benchmark-only -k {test} --results DIR"
-            write_results(Path(folder), name, {"command": command, "machine": where, **facts, "rows": list(rows)})
+        test = request.node.name.removeprefix("test_").partition("[")[0]
+        command = f"pytest benchmarks/ --benchmark-only -k {test}{' --full' if full else ''} --results DIR"
+        folder = Path(request.config.getoption("--results"))
+        write_results(folder, name, {"command": command, "machine": where, **facts, "rows": list(rows)})
 
     return finish
 
