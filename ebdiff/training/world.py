@@ -21,6 +21,7 @@ from ..evaluation.metrics import HeldOut
 from ..pruning.mask import ChannelMask
 from ..pruning.plan import ChannelPlan
 from ..pruning.trace import trace
+from ..tickets.budget import split_budget
 from ..timesteps.named import sampler_named
 from ..timesteps.profile import NoiseProfile
 from ..timesteps.region import Partition, Region
@@ -80,6 +81,9 @@ class World:
         if self.pretrained is not None:
             refuse_other_architecture(self._meta, self.pretrained)
             _ = images and self.network()
+        if search.macs is not None:
+            scores, sizes = [self._example_scores] * count, [len(region) for region in self.partition]
+            split_budget(self.plan, scores, sizes, search.macs, norm=search.norm, multiple_of=search.multiple_of)
         if search.attention is not None:
             check_attention(self._meta, *self._example(), search.attention)
         _ = self.plan, self.device, [Within(region, self.sampler).weights() for region in self.partition]
@@ -316,6 +320,10 @@ class World:
         x, first = torch.zeros(1, *self.image_shape), torch.zeros(1, dtype=torch.int64)
         return x, first, self.made_up_conditions(1).of(first, x)
 
+    @property
+    def _example_scores(self) -> dict[str, Tensor]:
+        return {space.name: torch.linspace(1, 0.5, space.size) for space in self.plan}
+
     def example_masks(self) -> list[ChannelMask]:
         """For each region a mask as wide as its ticket will be: widths do not depend on the scores.
 
@@ -324,8 +332,7 @@ class World:
         s = self.config.search
         count = len(self.partition)
         wanted = [{"macs": s.macs}] * count if isinstance(s.ratios, str) else [{"ratio": r} for r in s.ratios]
-        scores = {space.name: torch.linspace(1, 0.5, space.size) for space in self.plan}
         return [
-            ChannelMask.draw(scores, plan=self.plan, norm=s.norm, multiple_of=s.multiple_of, **share)
+            ChannelMask.draw(self._example_scores, plan=self.plan, norm=s.norm, multiple_of=s.multiple_of, **share)
             for share in wanted
         ]
