@@ -29,8 +29,13 @@ ROWS: dict[str, list[tuple[float, float, str, str]]] = {
     "celeba": [(0, 0, "78.70", "23.92"), (0.3, 0.25, "43.74", "13.32"), (0.5, 0.5, "19.71", "6.00"),
                (0.8, 0.75, "4.76", "1.46")],
 }  # fmt: skip
-# With one ratio for all channels, as `search.norm=balanced search.ratios=[0.25, 0.5, 0.75]` asks for.
-EVEN = {"cifar10": ("20.13", "8.97", "2.26"), "celeba": ("44.30", "19.71", "4.95")}
+# What `search.norm=balanced search.ratios=...` gives. The first are the table's but for channels that no norm holds to
+# multiples, which lose as much as others. The second are the table's where no layer has 512 channels: these lose a
+# multiple of 32, ours the nearest to what is asked, the paper's the next below.
+CONFIGURED = {
+    "[0.25, 0.5, 0.75]": {"cifar10": ("20.13", "8.97", "2.26"), "celeba": ("44.30", "19.71", "4.95")},
+    "[0.3, 0.5, 0.8]": {"cifar10": ("19.85", "8.97", "2.16"), "celeba": ("40.15", "19.71", "3.67")},
+}
 
 
 @pytest.fixture(scope="module", params=ROWS)
@@ -79,8 +84,9 @@ def test_rows_of_the_papers_table(preset: tuple[str, World]) -> None:
         assert world.plan.macs(mask) == sums["layers"] + sums["attention"], "what our own MACs count"
 
 
-def test_one_ratio_for_all_channels(preset: tuple[str, World]) -> None:
-    """The whole difference to the paper's rows: channels that no norm holds to multiples lose as much as others."""
-    name, world = preset
-    sizes = [world.plan.parameters(drawn(world.plan, ratio, ratio)) for ratio in (0.25, 0.5, 0.75)]
-    assert tuple(f"{size / 1e6:.2f}" for size in sizes) == EVEN[name]
+@pytest.mark.parametrize("ratios", CONFIGURED)
+def test_ratios_as_configured(preset: tuple[str, World], ratios: str) -> None:
+    name, _ = preset
+    world = World(resolve(name, overrides=["search.norm=balanced", f"search.ratios={ratios}"]), Path("nowhere"))
+    sizes = [world.plan.parameters(mask) for mask in world.example_masks()]
+    assert tuple(f"{size / 1e6:.2f}" for size in sizes) == CONFIGURED[ratios][name]
