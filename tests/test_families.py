@@ -43,7 +43,7 @@ FREE: dict[str, tuple[dict[str, int], float]] = {
     "Wan": ({"channel": 5, "head": 4, "head_dim": 6, "residual": 1}, 0.98),
     "CogVideoX-2b": ({"channel": 4, "head": 2, "head_dim": 4, "residual": 1}, 0.98),
     "CogVideoX-5b": ({"channel": 4, "head": 2, "head_dim": 2, "residual": 1}, 0.98),
-    "LTX": ({"channel": 4, "head": 2, "head_dim": 4, "residual": 1}, 0.95),
+    "LTX": ({"channel": 4, "head": 2, "head_dim": 6, "residual": 1}, 0.95),
     "Lumina": ({"channel": 4, "head": 2, "residual": 1}, 0.95),
     "AuraFlow": ({"channel": 5, "head": 2, "residual": 1}, 0.95),
 }

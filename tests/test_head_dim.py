@@ -19,7 +19,7 @@ from ebdiff.nn.attention_calls import AttentionCall, AttentionCalls
 from ebdiff.pruning.mask import ChannelMask
 from ebdiff.pruning.plan import ChannelPlan
 
-NAMES = ("DiT", "SD3", "SD3.5", "Flux", "Wan", "CogVideoX-2b", "CogVideoX-5b")
+NAMES = ("DiT", "SD3", "SD3.5", "Flux", "Wan", "CogVideoX-2b", "CogVideoX-5b", "LTX")
 
 
 def cut(plan: ChannelPlan, kept: float = 0.5) -> ChannelMask:
@@ -88,7 +88,7 @@ def test_it_compiles_in_one_graph(name: str) -> None:
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["Flux", "Wan"])
+@pytest.mark.parametrize("name", ["Flux", "Wan", "LTX"])
 def test_it_goes_on_in_the_backend_that_diffusers_was_told_to_use(name: str) -> None:
     model, arguments = build(name)
     model.set_attention_backend("_native_math")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .attention_calls import AttentionCall
 
-__all__ = ["Pinned", "PinnedScaleProcessor"]
+__all__ = ["Pinned", "PinnedScaleProcessor", "prepared"]
 
 
 class Pinned:
@@ -49,9 +49,7 @@ class PinnedScaleProcessor(Pinned):
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         if encoder_hidden_states is not None and attn.norm_cross:
             context = attn.norm_encoder_hidden_states(context)
-        if attention_mask is not None:
-            attention_mask = attn.prepare_attention_mask(attention_mask, context.shape[1], len(context))
-            attention_mask = attention_mask.view(len(context), attn.heads, -1, attention_mask.shape[-1])
+        mask = prepared(attn, attention_mask, context)
 
         def heads(tokens: Tensor) -> Tensor:
             return tokens.view(*tokens.shape[:-1], attn.heads, -1).transpose(1, 2)
@@ -60,7 +58,7 @@ class PinnedScaleProcessor(Pinned):
         query, key, value = heads(query), heads(key), heads(value)
         query = query if attn.norm_q is None else attn.norm_q(query)
         key = key if attn.norm_k is None else attn.norm_k(key)
-        mixed = self.mix(AttentionCall(query, key, value, attention_mask, scale=self.scale))
+        mixed = self.mix(AttentionCall(query, key, value, mask, scale=self.scale))
         hidden_states = mixed.transpose(1, 2).flatten(2).to(query.dtype)
         for layer in attn.to_out:
             hidden_states = layer(hidden_states)
@@ -69,3 +67,11 @@ class PinnedScaleProcessor(Pinned):
         if attn.residual_connection:
             hidden_states = hidden_states + residual
         return hidden_states / attn.rescale_output_factor  # type: ignore[no-any-return]
+
+
+def prepared(attn: Any, mask: Tensor | None, tokens: Tensor) -> Tensor | None:
+    """A mask of the keys made from `tokens`, as [batch, heads, queries or 1, keys]."""
+    if mask is None:
+        return None
+    mask = attn.prepare_attention_mask(mask, tokens.shape[1], len(tokens))
+    return mask.view(len(tokens), attn.heads, -1, mask.shape[-1])

@@ -11,10 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import Pinned
+from .attention import Pinned, prepared
 from .attention_calls import AttentionCall
 
-__all__ = ["PinnedCogVideoXProcessor", "PinnedFluxProcessor", "PinnedJointProcessor", "PinnedWanProcessor"]
+__all__ = [
+    "PinnedCogVideoXProcessor",
+    "PinnedFluxProcessor",
+    "PinnedJointProcessor",
+    "PinnedLTXProcessor",
+    "PinnedWanProcessor",
+]
 
 
 class PinnedJointProcessor(Pinned):
@@ -56,16 +62,14 @@ class PinnedCogVideoXProcessor(Pinned):
     ) -> tuple[Tensor, Tensor]:
         words = encoder_hidden_states.shape[1]
         tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        if attention_mask is not None:
-            attention_mask = attn.prepare_attention_mask(attention_mask, tokens.shape[1], len(tokens))
-            attention_mask = attention_mask.view(len(tokens), attn.heads, -1, attention_mask.shape[-1])
+        mask = prepared(attn, attention_mask, tokens)
         query, key, value = _normed(attn, [_apart(x, attn).transpose(1, 2) for x in _qkv(attn, tokens)])
         if image_rotary_emb is not None:
             from diffusers.models.embeddings import apply_rotary_emb
 
             for turned in (query,) if attn.is_cross_attention else (query, key):
                 turned[:, :, words:] = apply_rotary_emb(turned[:, :, words:], image_rotary_emb)
-        mixed = AttentionCall(query, key, value, attention_mask, scale=self.scale).run()
+        mixed = AttentionCall(query, key, value, mask, scale=self.scale).run()
         found = _projected(attn, mixed.transpose(1, 2).flatten(2))
         text, video = found.split_with_sizes([words, found.shape[1] - words], dim=1)
         return video, text
@@ -134,6 +138,23 @@ class PinnedWanProcessor(_Dispatching):
     ) -> Tensor:
         found = [_apart(x, attn) for x in _normed(attn, _qkv(attn, hidden_states, encoder_hidden_states))]
         return _projected(attn, self._dispatched(found, attention_mask, parallel=encoder_hidden_states is None))
+
+
+class PinnedLTXProcessor(_Dispatching):
+    """As diffusers' LTXVideoAttnProcessor in cross-attention to text, which has no rotary positions."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
+    ) -> Tensor:
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        mask = prepared(attn, attention_mask, context)
+        found = [_apart(x, attn) for x in _normed(attn, _qkv(attn, hidden_states, context))]
+        return _projected(attn, self._dispatched(found, mask))
 
 
 def _qkv(attn: Any, tokens: Tensor, context: Tensor | None = None) -> list[Tensor]:

@@ -12,6 +12,7 @@ from ..nn.family_processors import (
     PinnedCogVideoXProcessor,
     PinnedFluxProcessor,
     PinnedJointProcessor,
+    PinnedLTXProcessor,
     PinnedWanProcessor,
 )
 from .mask import ChannelMask
@@ -24,8 +25,10 @@ _PINNED: dict[str, type[Pinned]] = {
     "JointAttnProcessor2_0": PinnedJointProcessor,
     "CogVideoXAttnProcessor2_0": PinnedCogVideoXProcessor,
     "FluxAttnProcessor": PinnedFluxProcessor,
+    "LTXVideoAttnProcessor": PinnedLTXProcessor,
     "WanAttnProcessor": PinnedWanProcessor,
 }
+_WIDE = (PinnedLTXProcessor, PinnedWanProcessor)  # for processors that take the width of v as it is
 _PROCESSORS = {"AttnProcessor", *_PINNED, *(kind.__name__ for kind in _PINNED.values())}
 
 
@@ -36,7 +39,7 @@ def is_diffusers(module: nn.Module, *names: str) -> bool:
 
 def is_attention(module: nn.Module) -> bool:
     """Is this attention of which `adapt_attention` knows what it keeps?"""
-    return is_diffusers(module, "Attention", "FluxAttention", "WanAttention")
+    return is_diffusers(module, "Attention", "FluxAttention", "LTXAttention", "WanAttention")
 
 
 def splits_its_own_axes(module: nn.Module) -> bool:
@@ -72,6 +75,7 @@ def adapt_attention(module: nn.Module, name: str, mask: ChannelMask) -> None:
             attn.heads = int(mask.keep[space.name].sum())
     widths = {"sliceable_head_dim": attn.heads}
     widths["inner_dim"], widths["query_dim"] = attn.to_q.weight.shape
+    widths["head_dim"] = widths["inner_dim"] // attn.heads
     if attn.to_k is not None:
         widths["inner_kv_dim"], widths["cross_attention_dim"] = attn.to_k.weight.shape
         widths["kv_inner_dim"] = widths["inner_kv_dim"]
@@ -84,7 +88,7 @@ def adapt_attention(module: nn.Module, name: str, mask: ChannelMask) -> None:
     of_query = attn.to_q.weight.shape[0] // attn.heads != before[0] // dense_heads
     of_value = attn.to_v.weight.shape[0] // attn.heads != mask.plan.shapes[value][0] // dense_heads
     pinned = _PINNED.get(type(attn.processor).__name__)
-    if pinned is not None and (of_query or (of_value and pinned is not PinnedWanProcessor)):
+    if pinned is not None and (of_query or (of_value and pinned not in _WIDE)):
         processor = pinned(1 / sqrt(before[0] // dense_heads))
         vars(processor).update(vars(attn.processor))  # such as the backend that diffusers was told to use
         attn.set_processor(processor)
