@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from .axes import Atom, Axis, Place, freeze, places, resolve, size
 from .confirm import confirm
 from .cost import cost_of, kept_size, terms_of
 from .diffusers_classes import splits_its_own_axes
+from .fakes import Fakes
 from .modules import refuse_wrapped, sizes_read_by
 from .norms import Statistics
 from .plan import ChannelPlan, ChannelSpace, Frozen, Member, ModuleSize, Norm, Unit
@@ -53,8 +55,9 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> ChannelPlan:
     """
     refuse_wrapped(model)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    shadow = _shadow(model, fake)
-    tracer = Tracer(shadow)
+    fakes = Fakes(fake)
+    shadow = _shadow(model, fakes)
+    tracer = Tracer(shadow, fakes)
     fake_args, fake_kwargs = _map_tensors(fake.from_tensor, (args, kwargs))
     for tensor in _tensors((fake_args, fake_kwargs)):
         tracer.label(tensor, [Atom(n, "an input of the model") for n in tensor.shape])
@@ -83,8 +86,8 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> ChannelPlan:
 class Tracer(Walk):
     """Labels every dimension of every tensor of a forward pass with an axis, op by op (see rules.py)."""
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
+    def __init__(self, model: nn.Module, fakes: Fakes) -> None:
+        super().__init__(model, fakes)
         self.used: set[int] = set()
         self.transposed: set[int] = set()  # weights that make their second dimension
         self.foreign: dict[int, tuple[Tensor, list[Axis]]] = {}
@@ -268,14 +271,17 @@ def _space_name(producer: Member, unit: str) -> str:
     return name if unit == "channel" else f"{name}.{unit}"
 
 
-def _shadow(model: nn.Module, fake: FakeTensorMode) -> nn.Module:
+def _shadow(model: nn.Module, fakes: Fakes) -> nn.Module:
     """A copy of the model whose tensors are fake and whose hooks, but for torch's own, are gone."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         held = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]
         for tensor in held:
             if isinstance(tensor, Tensor) and id(tensor) not in memo:
-                memo[id(tensor)] = _fake_like(tensor, fake)
+                memo[id(tensor)] = fakes.like(tensor)
+        for value in vars(module).values():
+            if type(value) is OrderedDict and not value:  # of hooks: a dozen in every module
+                memo[id(value)] = OrderedDict()
     shadow = copy.deepcopy(model, memo)
     densify(shadow)  # which axes belong together does not depend on blocks of attention
     for module in shadow.modules():
@@ -286,15 +292,6 @@ def _shadow(model: nn.Module, fake: FakeTensorMode) -> nn.Module:
                     vars(module)[_HOOKED] = True
     put_stand_ins(shadow)
     return shadow
-
-
-def _fake_like(tensor: Tensor, fake: FakeTensorMode) -> Tensor:
-    if type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_quantized:
-        with fake:  # faster than the general way
-            copied = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-    else:
-        copied = fake.from_tensor(tensor.detach())
-    return nn.Parameter(copied, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
 
 
 def _map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:

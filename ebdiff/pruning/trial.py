@@ -204,7 +204,7 @@ class _Held(Walk):
     """Compares every op with the dense trace's."""
 
     def __init__(self, tracer: Tracer, widths: Widths, until: int, passed: _Passed) -> None:
-        super().__init__(tracer.model, tracer.names)
+        super().__init__(tracer.model, tracer.fakes, tracer.names)
         self.tracer, self.calls, self.widths, self.until, self.passed = tracer, tracer.calls, widths, until, passed
         self.loose = tracer.statistics.calls  # modules whose numbers follow their width
         self.at = self.ran = 0

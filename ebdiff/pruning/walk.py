@@ -15,6 +15,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .fakes import Fakes
+
 __all__ = ["Walk", "uncollected"]
 
 # Seen as one op each, whatever they are made of: which kernel, and so which ops, depends on sizes and strides.
@@ -29,13 +31,17 @@ _ATTENTION = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "s
 class Walk(TorchDispatchMode):
     """Calls `seen` with every op of a forward pass, and keeps track of the module that runs it."""
 
-    def __init__(self, model: nn.Module, names: Mapping[int, str] | None = None) -> None:
+    def __init__(self, model: nn.Module, fakes: Fakes, names: Mapping[int, str] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.model = model
+        self.model, self.fakes = model, fakes
         self.names = names or {id(module): name for name, module in model.named_modules()}
         self.path: tuple[nn.Module, ...] = ()  # the modules that run, outermost first
         self._ordinals: list[int] = [0]
         self._inside = False
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch asks anew at every op; nothing compiles what runs here
 
     def seen(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """An op ran: what went in and came out."""
@@ -91,7 +97,7 @@ class Walk(TorchDispatchMode):
         if func is _DEVICE and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # asked more often than anything is computed
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        out = self.fakes.run(func, args, kwargs)
         if not self._inside:
             self.seen(func, args, kwargs, out)
         return out
@@ -107,7 +113,7 @@ class Walk(TorchDispatchMode):
     def run_whole(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one of the functions that are seen as one op."""
         out = self.unseen(lambda: _linear_shape(args) if func is F.linear and not kwargs else None)
-        out = self.unseen(lambda: func(*args, **kwargs)) if out is None else out
+        out = self.unseen(lambda: self.fakes.run_whole(func, args, kwargs)) if out is None else out
         if func is not F.linear:  # every argument at its place
             given = {**dict(zip(_ATTENTION, args, strict=False)), **kwargs}
             args, kwargs = tuple(given.get(key) for key in _ATTENTION), {}
