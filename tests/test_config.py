@@ -37,6 +37,8 @@ def test_demo_is_the_default_and_cifar10_is_the_papers_setting() -> None:
         ("data.source=hf:mnist", "data", "source", "hf:mnist"),
         ("train.precision=no", "train", "precision", "no"),
         ("train.flip=false", "train", "flip", False),
+        ("train.compile=true", "train", "compile", True),
+        ("train.compile=reduce-overhead", "train", "compile", "reduce-overhead"),
     ],
 )
 def test_overrides_are_yaml(override: str, section: str, key: str, value: object) -> None:
@@ -68,6 +70,8 @@ def test_a_files_model_replaces_the_presets(tmp_path: Path) -> None:
         ("serach={steps: 3}", "did you mean search?"),
         ("train.lr=fast", "train.lr"),
         ("train.lr=-1", "train.lr"),
+        ("train.compile=fast", "train.compile"),
+        ("train={compile: reduce-overhead, accumulate: 2}", "needs accumulate: 1"),
         ("search.ratios=auto", "macs"),
         ("search.macs=0.3", "macs"),
         ("regions.steps=0", "at least 1 for each region, or one for all, got 0"),

@@ -12,6 +12,7 @@ from kill_me import Net, half, net, pictures, training
 from torch import Tensor, nn
 
 import ebdiff
+from ebdiff.config import resolve
 from ebdiff.errors import EbdiffError
 from ebdiff.pruning.save import save
 from ebdiff.training import prepared
@@ -166,3 +167,8 @@ def test_a_compiler_that_errs_is_found_out_before_the_first_step(monkeypatch: py
 def test_what_cannot_be_is_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(EbdiffError, match=words):
         TrainConfig(**options)
+
+
+def test_attention_is_not_watched_in_a_compiled_network() -> None:
+    with pytest.raises(EbdiffError, match=r"train\.compile: false with search\.attention"):
+        resolve("smoke", overrides=["train.compile=true", "search.attention=0.5"])

@@ -242,6 +242,8 @@ class Config(Section):
             raise ValueError("train.flip: false with latents, whose mirror is not the latent of the mirrored image")
         if self.data.vae is not None and self.conditional is not None and self.conditional.by == "low_res":
             raise ValueError("conditional.by: low_res is of images, not of latents")
+        if self.train.compile and self.search.attention is not None:
+            raise ValueError("train.compile: false with search.attention, which cannot look into a compiled network")
         return self
 
     def to_yaml(self) -> str:
