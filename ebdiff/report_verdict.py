@@ -49,11 +49,11 @@ def alone(facts: Facts) -> dict[str, Any]:
     """What there is to say about tickets that nothing is compared with."""
     end = facts["marks"]["tickets"][-1]
     measure = "FID" if end["scores"] else "held-out loss"
-    parts = [f"No dense control was trained; {measure} {_shown(value(end, measure))}"]
+    seconds = seconds_shown(end["cost"]["device_seconds"])
+    parts = [f"No dense control was trained; {measure} {_shown(value(end, measure))} after {seconds} device-seconds"]
     if end["scores"]:
         parts.append(f"held-out loss {value(end, 'held-out loss'):.4f}")
     share = end["macs_per_image"]["sampler"] / facts["dense"]["macs_per_image"]
-    parts.append(f"after {seconds_shown(end['cost']['device_seconds'])} device-seconds")
     parts.append(f"an image costs {share:.0%} of the dense MACs to draw (one seed)")
     return {"better": None, "measure": measure, "sentence": ", ".join(parts) + "."}
 

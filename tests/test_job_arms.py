@@ -120,7 +120,7 @@ def test_a_dense_arm_is_a_ticket_that_removes_nothing(tmp_path: Path) -> None:
     assert end["training_cost"]["macs"] == 4 * cost_per_step(world, world.plan.macs())
     assert end["macs_per_image"]["sampler"] == world.plan.macs()
     _, sentence = report.write(world)
-    assert sentence.startswith(f"No dense control was trained; FID {end['scores']['fid']:.2f}, held-out loss")
+    assert sentence.startswith(f"No dense control was trained; FID {end['scores']['fid']:.2f} after ")
     assert "an image costs 100% of the dense MACs" in sentence
     text = (tmp_path / "report.md").read_text()
     assert not any(

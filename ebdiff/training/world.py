@@ -56,7 +56,8 @@ class World:
         Raises:
             EbdiffError: regions that do not tile the schedule or that the sampler never draws, numbers of ratios or
                 steps that differ from the number of regions, unknown model arguments, images that do not fit the model,
-                no extractor for the images, a pretrained network of another architecture.
+                no extractor for the images, a pretrained network of another architecture, MACs that no ticket can have,
+                attention to watch where there is none.
         """
         search, count = self.config.search, len(self.partition)
         lists = {"regions.steps": self.config.regions.steps, "search.ratios": search.ratios}
