@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.evidence import pace, page
 from benchmarks.evidence.__main__ import cells_of, lines, options
 from benchmarks.evidence.arms import ARMS
 from benchmarks.evidence.cells import Cell, run, wanted
@@ -122,6 +123,13 @@ def test_a_cell_from_a_kill_to_its_page(made: Any, tmp_path: Path) -> None:
     assert str(tmp_path) not in cell.place.read_text()
     assert wanted([cell]) == []
     assert not list(cell.folder.rglob("checkpoints"))
+    seconds = pace.clock([cell], rounds=1)[cell.arm.name]
+    assert set(seconds) == set(facts["stages"])
+    assert min(seconds.values()) > 0
+    text = page.write(cell.suite, [cell, made("scratch-50")]).read_text()
+    assert "No dense arm is finished" in text
+    assert "- scratch-50, seed 0: no result" in text
+    assert "- eb-speed-50" not in text
 
 
 def test_a_result_of_another_configuration_is_none(made: Any) -> None:
@@ -137,6 +145,18 @@ def test_a_result_of_another_configuration_is_none(made: Any) -> None:
     assert cell.facts() is None
     write_json(cell.place, {"config": {**config, "gone": 1}})
     assert cell.facts() is None
+
+
+def test_tuning_tries_as_much_for_a_ticket_as_for_the_dense_arm(tmp_path: Path) -> None:
+    suite = replace(mini(), lrs=(1e-3, 2e-3))
+    cells = page.tuning(suite, tmp_path, tmp_path)
+    assert {(cell.arm.name, cell.config.train.lr) for cell in cells} == {
+        (arm, lr) for arm in ("dense", "eb-speed-50") for lr in (1e-3, 2e-3)
+    }
+    assert cells[0].config.regions.steps == [3]
+    assert len({cell.folder for cell in cells}) == len({cell.place for cell in cells}) == 4
+    write_json(cells[1].place, {"config": cells[1].config.model_dump(mode="json"), "curve": [{"loss": 0.5, "fid": 9}]})
+    assert "| 0.001 | eb-speed-50 | 0.5000 | 9.00 |" in page.write_tuning(suite, cells).read_text()
 
 
 def test_a_failed_cell_names_its_log(made: Any) -> None:

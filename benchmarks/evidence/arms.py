@@ -166,10 +166,9 @@ def _regions() -> Iterator[Arm]:
         about = f"a ticket per region, {removed.replace('-', ', ')}% removed{', SpeeD' * speed}"
         about += ", steps by the budget" if budgeted else ", equal steps"
         about += f", after {joint:.0%} of the dense steps on one joint ticket" if joint else ""
-        sampler = "speed" if speed else "uniform"
-        yield Arm(
-            name, about, "regions", partial(regions, ratios=ratios, sampler=sampler, budgeted=budgeted, joint=joint)
-        )
+        sampler, family = "speed" if speed else "uniform", f"regions {removed}"
+        make = partial(regions, ratios=ratios, sampler=sampler, budgeted=budgeted, joint=joint)
+        yield Arm(name, about, family, make)
 
 
 def _controls() -> Iterator[Arm]:

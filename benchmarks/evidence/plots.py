@@ -25,7 +25,7 @@ def curves(results: Results, measure: str, clock: Clock | None, path: Path) -> N
     families = list(dict.fromkeys(ARMS[arm].family for arm in results if arm != "dense")) or ["dense"]
     across = min(3, len(families))
     down = -(-len(families) // across)
-    figure = Figure(figsize=(5.2 * across, 4.4 * down), layout="constrained")
+    figure = Figure(figsize=(5.6 * across, 5.4 * down), layout="constrained")
     grid = list(figure.subplots(down, across, squeeze=False, sharey=True).flat)
     for axes, family in zip(grid, families, strict=False):
         arms = [arm for arm in results if arm != "dense" and ARMS[arm].family == family]
@@ -42,7 +42,7 @@ def curves(results: Results, measure: str, clock: Clock | None, path: Path) -> N
             axis.set_minor_formatter(FuncFormatter(_few))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, linewidth=0.6, which="both")
-        axes.legend(framealpha=0.8, edgecolor="none", fontsize=7)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=2, edgecolor="none", fontsize=7)
     for axes in grid[len(families) :]:
         axes.set_visible(False)
     _write(figure, path)

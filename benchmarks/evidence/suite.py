@@ -98,8 +98,9 @@ class Suite:
         return self
 
     def quarter(self, lr: float) -> Suite:
-        """A quarter of the steps at another learning rate, for `--tune`."""
-        return replace(self, name=f"{self.name}/tune/{lr:g}", lr=lr, steps=self.steps // 4)
+        """A quarter of the steps, also of the search, at another learning rate; for `--tune`."""
+        search = replace(self.search, steps=max(1, self.search.steps // 4))
+        return replace(self, name=f"{self.name}/tune/{lr:g}", lr=lr, steps=self.steps // 4, search=search)
 
     def config(self, overrides: Mapping[str, Any], seed: int) -> Config:
         """The base with dotted keys on top, {"train.lr": 1e-3, ...}.
