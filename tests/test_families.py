@@ -96,6 +96,16 @@ def test_whole_heads_go_and_what_is_left_is_saved(name: str, tmp_path: Path) -> 
     assert_comes_back(assert_law(model, arguments, mask), arguments, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["SD1.5 UNet", "PixArt"])
+def test_a_mask_of_the_text_leaves_the_heads_free(name: str) -> None:
+    model, arguments, plan = traced(name)
+    mask = torch.tensor([[1.0, 1.0, 1.0, 0.0, 0.0], [1.0] * 5], dtype=torch.float64)
+    arguments = {**arguments, "encoder_attention_mask": mask}
+    again = ebdiff.trace(model, **arguments)
+    assert again.spaces == plan.spaces
+    assert_law(model, arguments, random_keep(again, 9))
+
+
 @pytest.mark.parametrize("name", WITH_GROUP_NORMS)
 def test_law_with_balanced_norms(name: str) -> None:
     model, arguments, plan = traced(name)
