@@ -12,7 +12,7 @@ from torch import nn
 from ebdiff.data import Images, load_images
 from ebdiff.errors import EbdiffError
 from ebdiff.evaluation import (
-    Classifier16,
+    Classifier,
     FeatureExtractor,
     InceptionExtractor,
     LossProfile,
@@ -47,7 +47,7 @@ def data():
 
 @pytest.fixture(scope="module")
 def classifier():
-    return Classifier16.load()
+    return Classifier.embedded("fashion16")
 
 
 def gaussian(count, mean, covariance, seed=0):

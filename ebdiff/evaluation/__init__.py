@@ -1,12 +1,13 @@
 """How good are the images: scores in the features of a named extractor, and the held-out loss per timestep bin."""
 
-from .features import Classifier16, FeatureExtractor, InceptionExtractor, extractor_for
+from .classifier import Classifier
+from .features import FeatureExtractor, InceptionExtractor, extractor_for
 from .likeness import likeness
 from .losses import LossProfile, loss_per_bin
 from .metrics import Scores, evaluate, features_of, fid, kid, precision_recall
 
 __all__ = [
-    "Classifier16",
+    "Classifier",
     "FeatureExtractor",
     "InceptionExtractor",
     "LossProfile",

@@ -5,22 +5,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Mapping
-from importlib import resources
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import EbdiffError
-from ..files import checksum, read_tensors
+from ..files import checksum
+from .classifier import Classifier
 
-__all__ = ["Classifier16", "FeatureExtractor", "InceptionExtractor", "extractor_for"]
+__all__ = ["FeatureExtractor", "InceptionExtractor", "extractor_for"]
 
-EMBEDDED = "fashion16"  # the one data set that the embedded classifier was trained for
+# The data sets whose classifier comes with the package: what their data are called, and (C, H, W) of their images.
+EMBEDDED = {"fashion16": ("fashion16", (1, 16, 16)), "cifar10": (r"(?i).*cifar-?10(?!\d).*", (3, 32, 32))}
 INCEPTION_VARIABLE = "EBDIFF_INCEPTION"
 
 
@@ -41,78 +42,6 @@ class FeatureExtractor(Protocol):
     def __call__(self, images: Tensor, /) -> Tensor:
         """uint8 [N, C, H, W] -> float32 [N, d]."""
         ...
-
-
-class Classifier16(nn.Module):
-    """A small classifier of grey 16x16 images; its 128 penultimate features are the extractor (140k parameters).
-
-    The batch norms of its training are folded into the convolutions (benchmarks/train_extractor.py).
-    """
-
-    num_features = 128
-
-    def __init__(self, classes: int = 10) -> None:
-        super().__init__()
-        self.name, self.fingerprint, self.facts = "untrained", "", dict[str, str]()
-        self.body = nn.Sequential(
-            *_block(1, 32), *_block(32, 32), nn.MaxPool2d(2),
-            *_block(32, 64), *_block(64, 64), nn.MaxPool2d(2),
-            *_block(64, self.num_features), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-        )  # fmt: skip
-        self.head = nn.Linear(self.num_features, classes)
-
-    @classmethod
-    def load(cls, path: str | Path | None = None) -> Classifier16:
-        """The embedded classifier, or another of the same shape from a safetensors file with `name` in its metadata.
-
-        Raises:
-            EbdiffError: the file is missing, damaged or holds something else.
-        """
-        if path is None:
-            with resources.as_file(resources.files("ebdiff.assets") / f"{EMBEDDED}-classifier.safetensors") as file:
-                return cls.load(file)
-        weights, facts = read_tensors(path)
-        model = cls(len(weights.get("head.bias", range(10))))
-        expected = {key: tensor.shape for key, tensor in model.state_dict().items()}
-        if {key: tensor.shape for key, tensor in weights.items()} != expected or "name" not in facts:
-            raise EbdiffError(
-                f"{path} holds no Classifier16",
-                expected=f"{', '.join(expected)} and a name in its metadata",
-                got=f"{', '.join(weights)} and {', '.join(facts) or 'no metadata'}",
-                remedy="make it with benchmarks/train_extractor.py",
-            )
-        model.load_state_dict(weights)
-        model.name, model.facts, model.fingerprint = facts["name"], facts, _fingerprint(weights)
-        return model.eval().requires_grad_(False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """uint8 [N, 1, 16, 16] -> features float32 [N, 128], all >= 0."""
-        if images.dtype != torch.uint8 or images.shape[1:] != (1, 16, 16):
-            raise EbdiffError(
-                f"images for {self.name}",
-                expected="uint8 [N, 1, 16, 16]",
-                got=f"{images.dtype} {list(images.shape)}",
-                remedy="pass weights of an extractor for such images, or run without extractor scores ('none')",
-            )
-        features: Tensor = self.body(images.to(self.head.weight.device, torch.float32) / 127.5 - 1)
-        return features
-
-    def logits(self, images: Tensor) -> Tensor:
-        """uint8 [N, 1, 16, 16] -> float32 [N, classes]."""
-        logits: Tensor = self.head(self(images))
-        return logits
-
-
-def _block(inputs: int, outputs: int) -> tuple[nn.Module, nn.Module]:
-    return nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU()
-
-
-def _fingerprint(weights: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        digest.update(f"{name}{tuple(weights[name].shape)}".encode())
-        digest.update(weights[name].detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 class InceptionExtractor:
@@ -161,29 +90,44 @@ class InceptionExtractor:
 
 
 _REMEDIES = (
-    f"pass the path of local Inception weights (or set {INCEPTION_VARIABLE}), "
+    f"pass the path of local Inception weights (or set {INCEPTION_VARIABLE}), or of a classifier of such images, which "
+    "benchmarks/train_extractor.py trains, "
     "or run without extractor scores ('none'): the held-out loss per timestep needs no extractor"
 )
 
 
-def extractor_for(spec: str | Path, data_name: str) -> FeatureExtractor | None:
+def _embedded_for(data_name: str, shape: Sequence[int] | None) -> str | None:
+    """The data set in EMBEDDED that these images belong to."""
+    for name, (pattern, own) in EMBEDDED.items():
+        if re.fullmatch(pattern, data_name) and (shape is None or tuple(shape) == own):
+            return name
+    return None
+
+
+def extractor_for(spec: str | Path, data_name: str, shape: Sequence[int] | None = None) -> FeatureExtractor | None:
     """The extractor that `spec` asks for.
 
     Args:
-        spec: "auto" is the embedded classifier for the embedded data set, otherwise Inception if EBDIFF_INCEPTION names
-            local weights; "none" is None; "fashion16" is the embedded classifier, whatever the data; a path is a
-            Classifier16 (.safetensors) or Inception weights (any other file).
+        spec: "auto" is the embedded classifier of the data set that `data_name` names ("fashion16"; any name with
+            "cifar10" or "cifar-10" in it, of 32x32 RGB images), otherwise Inception if EBDIFF_INCEPTION names local
+            weights; "none" is None; "fashion16" and "cifar10" are the embedded classifiers, whatever the data; a path
+            is a Classifier (.safetensors) or Inception weights (any other file).
         data_name: the `name` of the Images to be judged.
+        shape: (C, H, W) of these images, where it is known.
 
     Raises:
-        EbdiffError: "auto" has no extractor for this data, or the file is missing or wrong.
+        EbdiffError: "auto" has no extractor for this data, the file is missing or wrong, or is for other images.
     """
     if spec == "none":
         return None
-    if spec == EMBEDDED or (spec == "auto" and data_name == EMBEDDED):
-        return Classifier16.load()
-    if spec == "auto":
+    name = _embedded_for(data_name, shape) if spec == "auto" else str(spec)
+    if name is None:
         if os.environ.get(INCEPTION_VARIABLE):
             return InceptionExtractor()
         raise EbdiffError(f"no feature extractor for {data_name}", got="extractor 'auto'", remedy=_REMEDIES)
-    return Classifier16.load(spec) if Path(spec).suffix == ".safetensors" else InceptionExtractor(spec)
+    if name not in EMBEDDED and Path(name).suffix != ".safetensors":
+        return InceptionExtractor(name)
+    found = Classifier.embedded(name) if name in EMBEDDED else Classifier.load(name)
+    if shape is not None:
+        found.check(shape)
+    return found

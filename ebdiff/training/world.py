@@ -231,10 +231,11 @@ class World:
     @cached_property
     def extractor(self) -> FeatureExtractor | None:
         """What scores look at; None where the configuration says "none"."""
+        wanted = self.config.evaluate.extractor
+        if wanted == "none":
+            return None
         name = self.data.source if isinstance(self.data, Latents) else self.data.name
-        found = extractor_for(self.config.evaluate.extractor, name)
-        _ = found is not None and self.held_out
-        return found
+        return extractor_for(wanted, name, self.held_out.test.shape[1:])
 
     @cached_property
     def image_shape(self) -> tuple[int, int, int]:
