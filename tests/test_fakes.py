@@ -36,6 +36,7 @@ CALLS: dict[str, Any] = {
     "channels last": lambda x, i: aten.clone.default(x, memory_format=torch.channels_last),
     "of channels last": lambda x, i: aten.relu.default(x.contiguous(memory_format=torch.channels_last)),
     "a view": lambda x, i: aten.view.default(x, [2, 4, 48]),
+    "a copy by reshaping": lambda x, i: x.transpose(1, 3).reshape(2, -1),
     "turned": lambda x, i: aten.permute.default(x, [0, 2, 3, 1]),
     "a sum of turned ones": lambda x, i: aten.add.Tensor(x.transpose(1, 3), x.transpose(1, 3)),
     "a slice": lambda x, i: aten.slice.Tensor(x, 1, 1, 3),
@@ -146,3 +147,7 @@ def test_a_fake_of_a_parameter_is_a_parameter(needs_grad: bool, fakes: Fakes) ->
     assert isinstance(fake, nn.Parameter)
     assert (fake.shape, fake.stride(), fake.requires_grad) == (like.shape, like.stride(), needs_grad)
     assert not isinstance(fakes.like(like.data), nn.Parameter)
+    small = fakes.resized(fake, (2, 4))
+    assert type(small) is FakeTensor
+    assert isinstance(small, nn.Parameter)
+    assert (small.shape, small.stride(), small.requires_grad) == ((2, 4), (4, 1), needs_grad)

@@ -13,7 +13,8 @@ __all__ = ["Fakes"]
 
 # Ops with these tags give what depends on values, or change the shape of what they take.
 _UNTOLD = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.inplace_view}
-_MAY_ALIAS = {"aten::lift", "aten::lift_fresh", "aten::lift_fresh_copy", "aten::_unsafe_view"}
+_LIFTS = {"aten::lift", "aten::lift_fresh", "aten::lift_fresh_copy"}
+_UNSAFE_VIEW = torch.ops.aten._unsafe_view.default  # a view that does not say so
 _COMPARED = (int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
@@ -52,7 +53,9 @@ class Fakes:
         plain = self._plain.get(func)
         if plain is None:
             plain = self._plain[func] = _is_plain(func)
-        return self._recalled(func, args, kwargs, func.is_view) if plain else func(*args, **kwargs)
+        if not plain:
+            return func(*args, **kwargs)
+        return self._recalled(func, args, kwargs, func.is_view or func is _UNSAFE_VIEW)
 
     def run_whole(self, func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """What a function of many ops gives, a fresh tensor that follows from shapes alone."""
@@ -65,13 +68,15 @@ class Fakes:
         """A fake of a tensor, and a parameter where it is one."""
         if type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_quantized:
             made = _Made(tensor.shape, tensor.stride(), 0, tensor.dtype, tensor.device)
-            copied = self._make(made, None)
-        else:
-            copied = self.mode.from_tensor(tensor.detach())
-        if isinstance(tensor, nn.Parameter):  # as nn.Parameter does for subclasses, without a copy
-            copied.requires_grad_(tensor.requires_grad)
-            copied._is_param = True
-        return copied
+            return _as(tensor, self._make(made, None))
+        return _as(tensor, self.mode.from_tensor(tensor.detach()))
+
+    def resized(self, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """A fake of another shape, otherwise like the given one, in the plain order."""
+        if tensor.layout is not torch.strided:
+            return _as(tensor, tensor.new_empty(shape))
+        stride = torch.empty(shape, device="meta").stride()
+        return _as(tensor, self._make(_Made(shape, stride, 0, tensor.dtype, tensor.device), None))
 
     def _recalled(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], is_view: bool) -> Any:
         key: list[Any] = [func, torch.get_default_dtype(), torch.is_inference_mode_enabled()]
@@ -150,11 +155,19 @@ class Fakes:
         return fake
 
 
+def _as(tensor: Tensor, fake: Tensor) -> Tensor:
+    """The fake, as a parameter where the tensor is one: what nn.Parameter does to subclasses, without a copy."""
+    if isinstance(tensor, nn.Parameter):
+        fake.requires_grad_(tensor.requires_grad)
+        fake._is_param = True
+    return fake
+
+
 def _is_plain(func: Any) -> bool:
     """Does what an op gives follow from shapes, and is it either new or a view of its one tensor?"""
     if not isinstance(func, torch._ops.OpOverload) or func.namespace != "aten":
         return False
-    if func._schema.is_mutable or _UNTOLD.intersection(func.tags) or func._schema.name in _MAY_ALIAS:
+    if func._schema.is_mutable or _UNTOLD.intersection(func.tags) or func._schema.name in _LIFTS:
         return False
     implicit = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
     return not (func.is_view and implicit)  # which may be views or not

@@ -120,10 +120,9 @@ class Trials:
         adapt_modules(((name, own) for name, own, held in self._held if not held.isdisjoint(changed)), mask)
 
     def _tensor(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-        key = shape, like.dtype, like.device, isinstance(like, nn.Parameter)  # one serves all: nothing is written
-        if key not in self._made:
-            made = like.new_empty(shape)
-            self._made[key] = nn.Parameter(made, requires_grad=False) if isinstance(like, nn.Parameter) else made
+        key = shape, like.dtype, like.device, isinstance(like, nn.Parameter), like.requires_grad
+        if key not in self._made:  # one serves all: nothing is written
+            self._made[key] = self.tracer.fakes.resized(like, shape)
         return self._made[key]
 
     def _restore(self) -> None:
