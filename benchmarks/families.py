@@ -176,6 +176,13 @@ def _cogvideox_5b() -> Built:
     return model, {**arguments, "image_rotary_emb": (torch.empty(tokens, 64), torch.empty(tokens, 64))}
 
 
+@_full_size("Sana 1.6B")
+def _sana() -> Built:
+    from diffusers import SanaTransformer2DModel
+
+    return SanaTransformer2DModel(), _called((32, 32, 32), (300, 2304))
+
+
 # The table ------------------------------------------------------------------------------------------------------------
 
 

@@ -214,3 +214,13 @@ def auraflow() -> Built:
     )  # fmt: skip
     x, text = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 20)
     return model, {"hidden_states": x, "encoder_hidden_states": text, "timestep": torch.rand(2)}
+
+
+@family("Sana")
+def sana() -> Built:
+    model = diffusers.SanaTransformer2DModel(
+        in_channels=4, out_channels=4, num_attention_heads=4, attention_head_dim=8, num_layers=2, sample_size=8,
+        num_cross_attention_heads=2, cross_attention_head_dim=16, cross_attention_dim=32, caption_channels=12,
+    )  # fmt: skip
+    x, text = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 12)
+    return model, {"hidden_states": x, "encoder_hidden_states": text, "timestep": steps()}

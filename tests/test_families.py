@@ -46,6 +46,7 @@ FREE: dict[str, tuple[dict[str, int], float]] = {
     "LTX": ({"channel": 4, "head": 2, "head_dim": 6, "residual": 1}, 0.95),
     "Lumina": ({"channel": 4, "head": 2, "residual": 1}, 0.95),
     "AuraFlow": ({"channel": 5, "head": 2, "residual": 1}, 0.95),
+    "Sana": ({"channel": 4, "head": 4, "head_dim": 4, "residual": 1}, 0.98),
 }
 WITH_GROUP_NORMS = ("SD1.5 UNet", "SDXL UNet", "text-to-video UNet", "SD VAE")
 

@@ -23,6 +23,7 @@ PUBLISHED: dict[str, tuple[float, int]] = {
     "Wan2.1 14B": (14288.5, 2 * 40),
     "CogVideoX-2b": (1693.8, 30),
     "CogVideoX-5b": (5570.3, 42),
+    "Sana 1.6B": (1604.5, 2 * 20),
 }
 
 
