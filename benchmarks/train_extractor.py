@@ -1,12 +1,12 @@
 """Train the feature extractor of a labelled data set: what FID, KID, precision and recall look at.
 
-    python benchmarks/train_extractor.py                                             # fashion16's
-    python benchmarks/train_extractor.py --data FILE.npz --name cifar10 --epochs 12  # of any images with labels
+    python benchmarks/train_extractor.py                                    # fashion16's
+    python benchmarks/train_extractor.py --data FILE.npz --name cifar10 --epochs 10 --precision bf16
 
 It sees the training images only; the stated accuracy is the one on the held-out images, after the last epoch (no epoch
 is chosen by it) and with the weights as they are kept, in float16. Seeded. The two above are embedded in the package
-(ebdiff/assets/<name>-classifier.safetensors); any other is used by evaluate.extractor=FILE. What was measured stands in
-the file's metadata.
+(ebdiff/assets/<name>-classifier.safetensors, from 4 minutes on two CPU cores and 9 on one); any other is written here
+and used by evaluate.extractor=FILE. What was measured stands in the file's metadata.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--precision", choices=("no", "bf16"), default="no")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, help="by default the package's asset for --name")
+    parser.add_argument("--out", type=Path, help="by default <name>-classifier.safetensors")
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
@@ -133,7 +133,7 @@ def main() -> None:
         "data": data.fingerprint,
     }
     facts |= {"licence": LICENCES[name]} if name in LICENCES else {}
-    out = args.out or ASSETS / f"{name}-classifier.safetensors"
+    out = args.out or (ASSETS if name in LICENCES else Path()) / f"{name}-classifier.safetensors"
     write_tensors(out, kept, **facts)
     print(facts, f"{sum(p.numel() for p in model.parameters())} parameters, {out.stat().st_size} bytes")
 
