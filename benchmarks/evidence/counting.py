@@ -72,7 +72,8 @@ def reached(points: Points, target: float) -> float | None:
         return points[0][0]
     for (before, above), (after, below) in pairwise(points):
         if below <= target:
-            return before * (after / before) ** ((above - target) / (above - below))
+            share = (above - target) / (above - below)
+            return before * math.exp(share * math.log(after / before))
     return None
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -114,9 +114,9 @@ def interleaved(stretches: Mapping[Key, tuple[World, Stretch]], rounds: int, thr
     return {key: values[WARM:] for key, values in seconds.items()}
 
 
-def endless(world: World, stretch: Stretch, folder: Path) -> Iterator[Tick]:
+def endless(world: World, stretch: Stretch, folder: Path) -> Generator[Tick, None, None]:
     """The steps of a stage as a run takes them, without an end, in a folder of its own."""
-    return replace(stretch, folder=folder, steps=10**9, marks={}, conclude=None, until_settled=False).run(world)
+    yield from replace(stretch, folder=folder, steps=10**9, marks={}, conclude=None, until_settled=False).run(world)
 
 
 def seconds_of(ticks: Iterator[Tick], on_cpu: bool) -> float:

@@ -79,8 +79,8 @@ class Suite:
         if path.suffix != ".yaml" or not path.is_file():
             raise EbdiffError("no such suite", expected=f"one of {', '.join(NAMES)}, or a .yaml file", got=name)
         values = yaml.safe_load(path.read_text("utf-8"))
-        tuples = {key: tuple(values.pop(key)) for key in ("lrs", "marks", "score_marks", "dense_score_marks")}
-        return cls(name=path.stem, search=SearchPace(**values.pop("search")), **tuples, **values)
+        values |= {key: tuple(values[key]) for key in ("lrs", "marks", "score_marks", "dense_score_marks")}
+        return cls(name=path.stem, **{**values, "search": SearchPace(**values["search"])})
 
     def on(self, data: str | None) -> Suite:
         """The same on images from elsewhere.
