@@ -16,8 +16,7 @@ from ebdiff.errors import EbdiffError
 from ebdiff.nn import blocks_of
 from ebdiff.pruning.blocks import of_kept_heads
 from ebdiff.pruning.save import load
-from ebdiff.training import diff_pruning, job, stretch
-from ebdiff.training.loop import TrainConfig
+from ebdiff.training import diff_pruning, job
 from ebdiff.training.regions import joint, joint_ticket, region, ticket_of
 from ebdiff.training.world import World
 
@@ -115,15 +114,6 @@ def test_a_network_without_such_attention_is_refused(overrides: tuple[str, ...],
     with pytest.raises(EbdiffError, match=rf"search\.attention.*{got}"):
         job.prepare(world)
     assert not world.out.exists()
-
-
-@pytest.mark.parametrize("watched", [True, False])
-def test_what_is_watched_is_not_compiled(watched: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    configs: list[TrainConfig] = []
-    monkeypatch.setattr(stretch, "train", lambda *_, config, **__: configs.append(config) or iter(()))
-    world = tiny(tmp_path, *BIG, "train.compile=true", *([] if watched else ["search.attention=null"]))
-    next(job.find(world))
-    assert [config.compile for config in configs] == [not watched]
 
 
 def test_it_is_watched_in_a_search() -> None:

@@ -28,7 +28,6 @@ def search(world: World) -> Stretch:
         watch=lambda state: watcher(world, state),
         conclude=lambda state, watch: conclude(world, state, watch),
         until_settled=world.config.search.until == "settled",
-        eager=world.config.search.attention is not None,  # calls inside a compiled network cannot be watched
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -71,7 +71,6 @@ class Stretch:
         watch: makes what watches for tickets.
         conclude: what to leave at the end; called with the state then, and what watched.
         until_settled: end earlier, as soon as what watches says that all has settled.
-        eager: do not compile the network, whatever the configuration says.
     """
 
     name: str
@@ -87,7 +86,6 @@ class Stretch:
     conclude: Callable[[TrainState, Watch | None], Conclusion] | None = None
     facts: Facts = field(default_factory=dict)
     until_settled: bool = False
-    eager: bool = False
 
     def run(self, world: World) -> Iterator[Tick]:
         """Train to the end, yielding after every step; at once where it is finished already.
@@ -151,13 +149,12 @@ class Stretch:
             yield Tick(self.name, conclusion.macs, "finished")
 
     def _steps(self, world: World, state: TrainState, until: int, checkpoints: Checkpoints) -> Iterator[StepReport]:
-        config = train_config(world, self.seed)
         return train(
             state,
             world.data.train,
             scheduler=world.scheduler,
             sampler=self.sampler,
-            config=replace(config, compile=False) if self.eager else config,
+            config=train_config(world, self.seed),
             until=until,
             checkpoints=checkpoints,
             checkpoint_every=0,  # written here, with what watches: see `store`
