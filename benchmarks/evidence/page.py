@@ -76,7 +76,7 @@ def write_pace(suite: Suite, home: Path) -> Path:
         ratio: round(statistics.median(mine / dense for mine, dense in zip(each, seconds[0.0], strict=True)), 3)
         for ratio, each in seconds.items()
     }
-    print(yaml.safe_dump({"cost_of_step": costs}, default_flow_style=True, width=200).strip(" {}\n"))
+    print(f"cost_of_step: {yaml.safe_dump(costs, default_flow_style=True, width=200).strip()}")
     medians = {ratio: statistics.median(each) for ratio, each in seconds.items()}
     return _written(suite, home, "pace", {"rounds": pace.ROUNDS, "cost_of_step": costs, "seconds_per_step": medians})
 
