@@ -102,6 +102,13 @@ def test_the_state_s_model_stays_plain_and_may_be_shrunken_between_steps(tmp_pat
     save(state.model, tmp_path / "net")
 
 
+@pytest.mark.skipif(not prepared._CAN_ISOLATE, reason="this torch counts the networks of a class together")
+def test_a_run_may_compile_more_networks_than_torch_keeps_of_one_class(graphs: list[str]) -> None:
+    for width in range(2, 12):
+        run(1, net(width=width), compile=True)
+    assert len(graphs) == 10
+
+
 class Normed(nn.Module):
     """A network whose forward pass changes a buffer."""
 
