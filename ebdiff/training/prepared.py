@@ -60,7 +60,7 @@ def compiled(model: nn.Module, how: bool | str) -> Any:
 def _check_gradients(
     model: nn.Module, network: nn.Module, precision: str, backward: Callable[[nn.Module], object]
 ) -> None:
-    """Compilers err (torch 2.13's by two thirds, for a plain UNet of two levels on the CPU), and training would hide it."""
+    """Compilers err (torch 2.13 by two thirds, for a plain UNet of two levels on the CPU): training would hide it."""
     difference, allowed = _difference(model, network, backward), ALLOWED[precision]
     dropouts = [module for module in model.modules() if isinstance(module, _DROPOUT) and module.p]
     if not difference <= allowed and dropouts:  # drawn in the order of memory, which is the compiler's to choose
