@@ -120,3 +120,13 @@ def test_everything_is_written_down() -> None:
     values = yaml.safe_load(config.to_yaml())
     assert set(values) == set(Config.model_fields)
     assert set(values["train"]) == set(type(config.train).model_fields)
+
+
+def test_a_kept_configuration_older_than_a_key_has_its_default(tmp_path: Path) -> None:
+    config = resolve("smoke")
+    older = {key: value for key, value in config.model_dump(mode="json").items() if key != "pretrained"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(older))
+    keep(config, tmp_path)
+    other = config.model_copy(update={"pretrained": "weights"})
+    with pytest.raises(EbdiffError, match="pretrained=None"):
+        keep(other, tmp_path)

@@ -76,7 +76,7 @@ def keep(config: Config, folder: str | Path) -> None:
 
 def refuse_other(config: Config, path: Path) -> None:
     """Raise unless the configuration kept at `path` is this one."""
-    saved, ours = dict(_flat(_read(path))), dict(_flat(config.model_dump(mode="json")))
+    saved, ours = dict(_flat(_kept(path))), dict(_flat(config.model_dump(mode="json")))
     different = [key for key in {**ours, **saved} if saved.get(key) != ours.get(key)]
     if different:
         raise EbdiffError(
@@ -86,6 +86,15 @@ def refuse_other(config: Config, path: Path) -> None:
             got=str(ours.get(different[0])),
             remedy="give another --out, or the same configuration",
         )
+
+
+def _kept(path: Path) -> dict[str, Any]:
+    """What a run kept, with the defaults of keys that are newer than it."""
+    values = _read(path)
+    try:
+        return Config.model_validate(values).model_dump(mode="json")
+    except ValidationError:
+        return values
 
 
 def _preset(name: str) -> dict[str, Any]:
