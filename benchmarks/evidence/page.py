@@ -27,12 +27,12 @@ TUNED = ("dense", "eb-speed-50")
 def write(suite: Suite, cells: Sequence[Cell]) -> Path:
     """The page and its pictures, of the cells that are finished."""
     results: dict[str, list[dict[str, Any]]] = {}
-    unfinished = []
+    unfinished: dict[tuple[str, str], list[str]] = {}
     for cell in cells:
         facts = cell.facts()
         if facts is None:
             state = "a result of another configuration" if cell.place.exists() else "no result"
-            unfinished.append(f"{cell.arm.name}, seed {cell.seed}: {state}")
+            unfinished.setdefault((cell.arm.name, state), []).append(str(cell.seed))
         else:
             results.setdefault(cell.arm.name, []).append(facts)
     home = cells[0].results
@@ -46,7 +46,8 @@ def write(suite: Suite, cells: Sequence[Cell]) -> Path:
         for draw, name in zip((plots.curves, plots.bars), pictures.values(), strict=True):
             draw(results, measure, clock, home / name)
     path = home / f"{suite.name}.md"
-    write_bytes(path, markdown(suite, results, unfinished, clock, pictures).encode())
+    rest = [f"{arm}, seed {', '.join(seeds)}: {state}" for (arm, state), seeds in unfinished.items()]
+    write_bytes(path, markdown(suite, results, rest, clock, pictures).encode())
     return path
 
 
