@@ -124,9 +124,9 @@ def test_everything_is_written_down() -> None:
 
 def test_a_kept_configuration_older_than_a_key_has_its_default(tmp_path: Path) -> None:
     config = resolve("smoke")
-    older = {key: value for key, value in config.model_dump(mode="json").items() if key != "pretrained"}
+    older = config.model_dump(mode="json")
+    del older["evaluate"]["control"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(older))
     keep(config, tmp_path)
-    other = config.model_copy(update={"pretrained": "weights"})
-    with pytest.raises(EbdiffError, match="pretrained=None"):
-        keep(other, tmp_path)
+    with pytest.raises(EbdiffError, match="evaluate.control=True, got False"):
+        keep(resolve("smoke", overrides=["evaluate.control=false"]), tmp_path)
