@@ -149,7 +149,7 @@ def _early_bird() -> Iterator[Arm]:
         about = f"one ticket, {ratio:.0%} removed by {criterion}, drawn {pace}-wise until it settles"
         make = partial(settled, ratio=ratio, criterion=criterion, pace=pace)
         yield Arm(f"eb-{criterion}-{ratio * 100:.0f}-{pace}", about, "early-bird", make)
-    for ratio in (0.3, 0.5):
+    for ratio in (0.3, 0.5, 0.7):
         about = f"one ticket, {ratio:.0%} removed by taylor after a search of fixed length, SpeeD"
         yield Arm(f"eb-speed-{ratio * 100:.0f}", about, "early-bird", partial(early_bird, ratio=ratio), SPEED)
 

@@ -68,7 +68,7 @@ def evaluate(data: HeldOut, fake: Tensor, extractor: FeatureExtractor, *, batch_
 
     Args:
         data: the images whose test split is the reference.
-        fake: uint8 [N, C, H, W]. Precision and recall compare it with as many held-out images.
+        fake: uint8 [N, C, H, W]. Precision and recall compare it with as many held-out images, evenly spaced.
         extractor: from `extractor_for`.
 
     Raises:
@@ -81,7 +81,8 @@ def evaluate(data: HeldOut, fake: Tensor, extractor: FeatureExtractor, *, batch_
             _references.popitem(last=False)
     real, made = _references[key], features_of(fake, extractor, batch_size)
     equal = min(len(real), len(made))
-    precision, recall = _precision_recall(real[:equal], made[:equal])
+    spread = torch.arange(equal) * len(real) // equal  # held-out images may lie in the order of their classes
+    precision, recall = _precision_recall(real[spread], made[:equal])
     return Scores(_fid(real, made), _kid(real, made), precision, recall, extractor.name, len(made), len(real))
 
 
