@@ -228,6 +228,7 @@ def test_stages_out_of_order_name_the_command(tmp_path: Path) -> None:
         ("regions.bounds=[[0, 300], [240, 1000]]", "overlap"),
         ("regions.bounds=[0, 500, 1000]", "one value for each"),
         ("search.ratios=[0.5]", "one value for each"),
+        ("search.ratios=[0.3, 0.6, 1.0]", r"a share removed in \[0, 1\), got 1.0"),
         ("search={ratios: auto, macs: 0.001}", "MACs budget cannot be met"),
         ("model.norm_groups=4", "did you mean model.norm_num_groups"),
         ("model.norm_num_groups=3", "UNet2DModel refuses"),

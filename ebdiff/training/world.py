@@ -56,8 +56,8 @@ class World:
         Raises:
             EbdiffError: regions that do not tile the schedule or that the sampler never draws, numbers of ratios or
                 steps that differ from the number of regions, unknown model arguments, images that do not fit the model,
-                no extractor for the images, a pretrained network of another architecture, MACs that no ticket can have,
-                attention to watch where there is none.
+                no extractor for the images, a pretrained network of another architecture, ratios or MACs that no ticket
+                can have, attention to watch where there is none.
         """
         search, count = self.config.search, len(self.partition)
         lists = {"regions.steps": self.config.regions.steps, "search.ratios": search.ratios}
@@ -87,7 +87,7 @@ class World:
             split_budget(self.plan, scores, sizes, search.macs, norm=search.norm, multiple_of=search.multiple_of)
         if search.attention is not None:
             check_attention(self._meta, *self._example(), search.attention)
-        _ = self.plan, self.device, [Within(region, self.sampler).weights() for region in self.partition]
+        _ = self.example_masks(), self.device, [Within(region, self.sampler).weights() for region in self.partition]
         shape = tuple(self.data.train.shape[1:]) if images else self.image_shape
         if shape != self.image_shape:
             raise EbdiffError(
