@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -55,14 +56,19 @@ class Walk(TorchDispatchMode):
 
     @contextmanager
     def walking(self) -> Iterator[None]:
-        """Within this, whatever runs is seen."""
+        """Within this, whatever this thread runs is seen."""
+        here = threading.get_ident()  # the hooks run in all of them
 
         def enter(module: nn.Module, args: Any) -> None:
+            if threading.get_ident() != here:
+                return
             self.path = (*self.path, module)
             self._ordinals.append(0)
             self.entered(module, args)
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
+            if threading.get_ident() != here:
+                return
             if self.path and self.path[-1] is module:
                 self.path = self.path[:-1]
                 self._ordinals.pop()
