@@ -40,3 +40,22 @@ def test_what_another_thread_runs_meanwhile_is_not_seen() -> None:
     plan = ebdiff.trace(model, **arguments)
     assert {space.name: space.size for space in plan} == {"first": 12}
     assert_law(model, arguments, random_keep(plan, 0))
+
+
+def test_a_forward_that_takes_gradients_goes_through_its_linear_layers() -> None:
+    class Guided(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.energy, self.last = nn.Linear(3, 12), nn.Linear(12, 8), nn.Linear(12, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.enable_grad():
+                h = self.first(x).detach().requires_grad_()
+                slope = torch.autograd.grad(F.silu(self.energy(h)).sum(), h, create_graph=True)[0]
+            y: Tensor = self.last(slope)
+            return y
+
+    model, arguments = Guided().double(), {"x": torch.randn(2, 3, dtype=torch.float64)}
+    model.first.requires_grad_(False)
+    plan = ebdiff.trace(model, **arguments)
+    assert_law(model, arguments, random_keep(plan, 0))

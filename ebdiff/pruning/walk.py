@@ -131,7 +131,7 @@ def _linear_shape(args: tuple[Any, ...]) -> Tensor | None:
     """What a linear layer on fake tensors returns, in one step instead of four; None where that is not plain."""
     x, weight = args[0], args[1]
     plain = x.dim() > 0 and weight.dim() == 2 and x.shape[-1] == weight.shape[1] and x.dtype == weight.dtype
-    if not plain or torch._C._is_any_autocast_enabled():
+    if not plain or torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
         return None
     made: Tensor = x.new_empty((*x.shape[:-1], weight.shape[0]))
     return made
