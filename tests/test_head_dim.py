@@ -9,8 +9,9 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention, AttnAddedKVProcessor2_0
 from families import build
-from laws import assert_comes_back, assert_law, assert_trains, tensors_of, thinnest
+from laws import assert_comes_back, assert_law, assert_trains, random_keep, tensors_of, thinnest
 from test_families import traced
 from torch import Tensor, nn
 
@@ -115,3 +116,50 @@ def test_fused_projections_and_attention_to_images_keep_their_head_dim() -> None
     plan = ebdiff.trace(wan, **inputs)
     frozen = {axis.name: axis.reason for axis in plan.frozen}
     assert "softmax scale" in str([reason for name, reason in frozen.items() if "attn2" in name])
+
+
+class TwoLayers(nn.Module):
+    """Attention twice, the projections named by `shared` shared; the first takes `of` as its values' weights, too."""
+
+    def __init__(self, shared: tuple[str, ...] = (), of: str | None = None) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Linear(6, 16), nn.Linear(16, 6)
+        first, second = (Attention(16, heads=4, dim_head=4) for _ in range(2))
+        for name in shared:
+            setattr(second, name, getattr(first, name))
+        if of is not None:
+            first.to_v.weight = getattr(first, of).weight
+        self.first, self.second = first, second
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        h = h + self.first(h)
+        y: Tensor = self.out(h + self.second(h))
+        return y
+
+
+@pytest.mark.parametrize(
+    ("shared", "of"),
+    [(("to_q", "to_k", "to_v"), None), (("to_q",), None), (("to_v",), None), ((), "to_k"), ((), "to_q")],
+)
+def test_layers_that_share_weights_keep_their_scale(shared: tuple[str, ...], of: str | None) -> None:
+    torch.manual_seed(0)
+    model, arguments = TwoLayers(shared, of).double(), {"x": torch.randn(2, 5, 6, dtype=torch.float64)}
+    plan = ebdiff.trace(model, **arguments)
+    assert "first.to_q.head_dim" in {space.name for space in plan}
+    for seed in range(3):
+        small = assert_law(model, arguments, random_keep(plan, seed))
+        assert scales_of(small, arguments) == scales_of(model, arguments)
+
+
+def test_attention_to_nothing_but_the_text_has_no_values_of_its_own() -> None:
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"only_cross_attention": True, "processor": AttnAddedKVProcessor2_0()}
+    model = Attention(16, heads=4, dim_head=4, added_kv_proj_dim=12, norm_num_groups=4, **options).double()
+    arguments = {
+        "hidden_states": torch.randn(2, 16, 3, dtype=torch.float64),
+        "encoder_hidden_states": torch.randn(2, 5, 12, dtype=torch.float64),
+    }
+    plan = ebdiff.trace(model, **arguments)
+    for seed in range(3):
+        assert_law(model, arguments, random_keep(plan, seed))

@@ -64,7 +64,8 @@ def width_of_views(module: nn.Module) -> str | None:
 def adapt_attention(module: nn.Module, name: str, mask: ChannelMask) -> None:
     """Heads and widths, and the softmax scale of the original head_dim where that changed."""
     prefix = f"{name}." if name else ""
-    query, value = f"{prefix}to_q.weight", f"{prefix}to_v.weight"
+    own = (f"{prefix}to_q.weight", f"{prefix}to_v.weight")
+    query, value = (mask.plan.aliases.get(weight, weight) for weight in own)
     before = mask.plan.shapes.get(query)
     if before is None:
         return
@@ -85,10 +86,12 @@ def adapt_attention(module: nn.Module, name: str, mask: ChannelMask) -> None:
         widths["out_dim"] = out.weight.shape[0]
     for key in widths.keys() & vars(attn).keys():
         setattr(attn, key, widths[key])
+    pinned = _PINNED.get(type(attn.processor).__name__)
+    if pinned is None:
+        return
     of_query = attn.to_q.weight.shape[0] // attn.heads != before[0] // dense_heads
     of_value = attn.to_v.weight.shape[0] // attn.heads != mask.plan.shapes[value][0] // dense_heads
-    pinned = _PINNED.get(type(attn.processor).__name__)
-    if pinned is not None and (of_query or (of_value and pinned not in _WIDE)):
+    if of_query or (of_value and pinned not in _WIDE):
         processor = pinned(1 / sqrt(before[0] // dense_heads))
         vars(processor).update(vars(attn.processor))  # such as the backend that diffusers was told to use
         attn.set_processor(processor)
