@@ -230,6 +230,7 @@ def test_stages_out_of_order_name_the_command(tmp_path: Path) -> None:
         ("search.ratios=[0.5]", "one value for each"),
         ("search.ratios=[0.3, 0.6, 1.0]", r"a share removed in \[0, 1\), got 1.0"),
         ("search={ratios: auto, macs: 0.001}", "MACs budget cannot be met"),
+        ("search.steps=2", r"too short to see \[\d+, \d+\): .* search.steps=\d+"),
         ("model.norm_groups=4", "did you mean model.norm_num_groups"),
         ("model.norm_num_groups=3", "UNet2DModel refuses"),
         ("model.in_channels=3", "does not predict images"),
@@ -242,6 +243,20 @@ def test_nothing_is_written_before_everything_is_checked(override: str, words: s
     with pytest.raises(EbdiffError, match=words):
         run(tiny(tmp_path / "out", override))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_a_search_that_sees_every_region_just_once_is_long_enough(seed: int, tmp_path: Path) -> None:
+    """The number of steps that a refusal names is enough, and one less is not."""
+    with pytest.raises(EbdiffError) as refusal:
+        tiny(tmp_path, "search.steps=1", f"seed={seed}").check()
+    steps = int(str(refusal.value).partition("which take ")[2].partition(",")[0])
+    with pytest.raises(EbdiffError, match="too short to see"):
+        tiny(tmp_path, f"search.steps={steps - 1}", f"seed={seed}").check()
+    world = tiny(tmp_path, f"search.steps={steps}", f"seed={seed}")
+    job.prepare(world)
+    list(job.find(world))
+    assert ticket_of(world, 2).region == world.partition[2]
 
 
 def test_costs_go_on_after_an_interruption() -> None:

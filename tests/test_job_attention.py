@@ -119,3 +119,11 @@ def test_a_network_without_such_attention_is_refused(overrides: tuple[str, ...],
 def test_it_is_watched_in_a_search() -> None:
     with pytest.raises(EbdiffError, match="watched while it trains"):
         resolve("smoke", overrides=["search.attention=0.25", "search.steps=0", "search.criterion=magnitude"])
+
+
+def test_a_search_too_short_to_look_in_every_region_is_refused(tmp_path: Path) -> None:
+    """With a window of 1000 it looks every fifth step."""
+    short = (*BIG, "search.criterion=magnitude", "search.window=1000")
+    with pytest.raises(EbdiffError, match=r"too short to see \[\d+, \d+\): .* search.steps=\d+"):
+        tiny(tmp_path / "run", *short).check()
+    tiny(tmp_path / "run", *short, "search.steps=100").check()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import EbdiffError
 from ..ops.block_mask import BLOCKS, BlockMask
+from ..seeds import seed_for
 from .bits import BitHistory
 
 __all__ = ["Attention", "BlockHistory", "Grid", "attention_mass", "union"]
@@ -49,6 +50,16 @@ class Attention:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise EbdiffError(f"attention: {name}", expected="at least 1", got=repr(value), remedy="see Attention")
+
+    def is_due(self, step: int, window: int) -> bool:
+        """Is this step, counted from 0, one to look at? Drawn, one of every few: regions may take turns in any way."""
+        every = self.pace(window)
+        stretch, place = divmod(step, every)
+        return place == seed_for(0, "attention", stretch) % every
+
+    def pace(self, window: int) -> int:
+        """Steps between looks, where masks settle within so many steps."""
+        return self.every or max(1, window // 200)
 
 
 class Grid(NamedTuple):

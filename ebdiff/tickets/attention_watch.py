@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ..errors import EbdiffError
 from ..ops.block_mask import BlockMask
-from ..seeds import seed_for
 from ..timesteps.region import Region
 from .attention import Attention, BlockHistory, Grid, union
 from .attention_look import Look
@@ -49,7 +48,7 @@ class AttentionWatch:
     def __init__(self, model: nn.Module, attention: Attention | float, pace: Pace | None = None) -> None:
         self.model, self.pace = model, pace or Pace.of()
         self.attention = attention if isinstance(attention, Attention) else Attention(attention)
-        self.every = self.attention.every or max(1, self.pace.window // 200)
+        self.every = self.attention.pace(self.pace.window)
         self.steps = 0
         self.grids: dict[str, Grid] = {}
         self._running: list[RunningScores] = []
@@ -59,9 +58,8 @@ class AttentionWatch:
         self._hooks = self._look.attach(model) if self._is_due() else []
 
     def _is_due(self) -> bool:
-        """Is the next step one to look at? One of every few, drawn: regions may take turns in any rhythm."""
-        stretch, place = divmod(self.steps, self.every)
-        return None in self._found and place == seed_for(0, "attention", stretch) % self.every
+        """Is the next step one to look at?"""
+        return None in self._found and self.attention.is_due(self.steps, self.pace.window)
 
     def step(self, region: int | Region | None = None) -> None:
         """Count one optimizer step; now and then take what was seen, draw masks and see whether they settled.

@@ -15,7 +15,7 @@ from .conditions import Conditions, Told
 from .seeds import DataOrder
 from .state import TrainConfig
 
-__all__ = ["Batch", "Batches"]
+__all__ = ["Batch", "Batches", "region_at"]
 
 
 @dataclass(frozen=True)
@@ -97,5 +97,10 @@ class Batches:
             within = {i: Within(region, sampler) for i, region in enumerate(regions) if masses[i] > 0}
             self._inside = key, within, masses
         _, within, masses = self._inside
-        number = int(torch.multinomial(masses, 1, generator=generator(self.config.seed, "region", step)))
+        number = region_at(step, masses, self.config.seed)
         return within[number], number
+
+
+def region_at(step: int, masses: Tensor, seed: int) -> int:
+    """The number of the region that all timesteps of a step come from, by their masses, float64 [regions]."""
+    return int(torch.multinomial(masses, 1, generator=generator(seed, "region", step)))

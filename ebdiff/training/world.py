@@ -30,6 +30,7 @@ from .attended import check_attention
 from .conditions import Conditions, call_of
 from .network import build, check_call, in_channels, in_tokens
 from .pretrained import refuse_other_architecture, take_weights
+from .seen import check_seen
 from .told import check_vae, classes_of, conditions_of, made_up
 
 __all__ = ["World"]
@@ -57,7 +58,7 @@ class World:
             EbdiffError: regions that do not tile the schedule or that the sampler never draws, numbers of ratios or
                 steps that differ from the number of regions, unknown model arguments, images that do not fit the model,
                 no extractor for the images, a pretrained network of another architecture, ratios or MACs that no ticket
-                can have, attention to watch where there is none.
+                can have, attention to watch where there is none, a search too short to see every region.
         """
         search, count = self.config.search, len(self.partition)
         lists = {"regions.steps": self.config.regions.steps, "search.ratios": search.ratios}
@@ -88,6 +89,7 @@ class World:
         if search.attention is not None:
             check_attention(self._meta, *self._example(), search.attention)
         _ = self.example_masks(), self.device, [Within(region, self.sampler).weights() for region in self.partition]
+        check_seen(search, self.partition, self.sampler, self.config.seed)
         shape = tuple(self.data.train.shape[1:]) if images else self.image_shape
         if shape != self.image_shape:
             raise EbdiffError(
