@@ -10,12 +10,15 @@ import diffusers
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention, AttnAddedKVProcessor2_0
+from diffusers.models.transformers.transformer_ltx import LTXAttention
+from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 from families import build
 from laws import assert_comes_back, assert_law, assert_trains, random_keep, tensors_of, thinnest
 from test_families import traced
 from torch import Tensor, nn
 
 import ebdiff
+from ebdiff.errors import EbdiffError
 from ebdiff.nn.attention_calls import AttentionCall, AttentionCalls
 from ebdiff.pruning.mask import ChannelMask
 from ebdiff.pruning.plan import ChannelPlan
@@ -163,3 +166,17 @@ def test_attention_to_nothing_but_the_text_has_no_values_of_its_own() -> None:
     plan = ebdiff.trace(model, **arguments)
     for seed in range(3):
         assert_law(model, arguments, random_keep(plan, seed))
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [WanAttention(16, 2, 8, processor=WanAttnProcessor()), LTXAttention(16, 2, 2, 8)],
+    ids=["Wan", "LTX"],
+)
+def test_positions_that_the_trace_did_not_see_are_refused(attention: nn.Module) -> None:
+    tokens = torch.randn(2, 5, 16)
+    plan = ebdiff.trace(attention, tokens)
+    small = ebdiff.shrink(attention, thinnest(plan, ("head_dim",)))
+    small(tokens)
+    with pytest.raises(EbdiffError, match="rotary positions"):
+        small(tokens, None, None, (torch.ones(1, 5, 1, 8), torch.ones(1, 5, 1, 8)))

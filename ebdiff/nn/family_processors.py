@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import EbdiffError
 from .attention import Pinned, prepared
 from .attention_calls import AttentionCall
 
@@ -126,7 +127,7 @@ class PinnedFluxProcessor(_Dispatching):
 
 
 class PinnedWanProcessor(_Dispatching):
-    """As diffusers' WanAttnProcessor in cross-attention to text, which has no rotary positions."""
+    """As diffusers' WanAttnProcessor without rotary positions and images: in cross-attention to text."""
 
     def __call__(
         self,
@@ -136,12 +137,13 @@ class PinnedWanProcessor(_Dispatching):
         attention_mask: Tensor | None = None,
         rotary_emb: Any = None,
     ) -> Tensor:
+        _refuse_positions(rotary_emb)
         found = [_apart(x, attn) for x in _normed(attn, _qkv(attn, hidden_states, encoder_hidden_states))]
         return _projected(attn, self._dispatched(found, attention_mask, parallel=encoder_hidden_states is None))
 
 
 class PinnedLTXProcessor(_Dispatching):
-    """As diffusers' LTXVideoAttnProcessor in cross-attention to text, which has no rotary positions."""
+    """As diffusers' LTXVideoAttnProcessor without rotary positions: in cross-attention to text."""
 
     def __call__(
         self,
@@ -151,10 +153,21 @@ class PinnedLTXProcessor(_Dispatching):
         attention_mask: Tensor | None = None,
         image_rotary_emb: Any = None,
     ) -> Tensor:
+        _refuse_positions(image_rotary_emb)
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         mask = prepared(attn, attention_mask, context)
         found = [_apart(x, attn) for x in _normed(attn, _qkv(attn, hidden_states, context))]
         return _projected(attn, self._dispatched(found, mask))
+
+
+def _refuse_positions(rotary: Any) -> None:
+    if rotary is not None:
+        raise EbdiffError(
+            "rotary positions for attention whose q and k have been cut",
+            expected="none, as in the forward pass that was traced",
+            got=type(rotary).__name__,
+            remedy="trace the model with them: head_dim stays whole then",
+        )
 
 
 def _qkv(attn: Any, tokens: Tensor, context: Tensor | None = None) -> list[Tensor]:
