@@ -179,7 +179,7 @@ def train(
     wanted = range(len(world.partition)) if region is None else [world.region_number(region)]
 
     def works(world: World) -> list[Work]:
-        names = [f"region {number}" for number in wanted]
+        names = ["joint", *(f"region {number}" for number in wanted)]
         return [work for work in job.work(world) if work.stage in names]
 
     if planned(world, works, console, dry_run, measure):

@@ -50,11 +50,12 @@ def test_help_loads_neither_torch_nor_diffusers() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("command", ["run", "train"])
 def test_branch_at_plans_a_joint_ticket_first(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    plain = ("run", "--preset", "smoke", "--dry-run")
+    plain = (command, "--preset", "smoke", "--dry-run")
     assert ebdiff(monkeypatch, *plain) == 0
     assert "joint" not in capsys.readouterr().out
     assert ebdiff(monkeypatch, *plain, "--branch-at", "7") == 0
