@@ -75,7 +75,7 @@ def _check_gradients(
             "torch.compile changes the gradients of this network",
             expected=f"a relative difference of at most {allowed:g}",
             got=f"{difference:.2g}, by torch {torch.__version__}",
-            remedy="train with compile=False",
+            remedy="train with compile=False; in a run train.compile=false, into another --out",
         )
 
 
