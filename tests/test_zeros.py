@@ -45,6 +45,12 @@ SINGULAR: dict[str, Callable[[Tensor], Tensor]] = {
     "rsqrt": lambda x: x * x.square().sum(1, keepdim=True).rsqrt(),
     "pow": lambda x: x * x.square().sum(1, keepdim=True) ** -0.5,
     "log": lambda x: x.abs().log(),
+    "addcdiv": lambda x: torch.addcdiv(x, x, x.abs()),
+    "fmod": lambda x: torch.fmod(x, x.sum(1, keepdim=True)),
+    "remainder": lambda x: torch.remainder(x, x.sum(1, keepdim=True)),
+    "hypot": lambda x: torch.hypot(x, x.sum(1, keepdim=True)),
+    "lgamma": lambda x: x.lgamma(),
+    "digamma": lambda x: x.digamma(),
 }
 
 

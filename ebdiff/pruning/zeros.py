@@ -36,7 +36,11 @@ _NEVER = {
 _PRODUCTS = {"linear", "mm", "mv", "addmm", "addmv", "bmm", "baddbmm", "matmul", "convolution"}
 _ADDING = ("addm", "badd")  # these have the added term in front
 _FRESH = {"native_group_norm", "embedding"}  # zero where removed, whatever goes in
-_SINGULAR = {"div", "reciprocal", "rsqrt", "sqrt", "log", "log2", "log10"}  # at zero, or their slope
+# At zero, or their slope; and which argument it is that is zero.
+_SINGULAR = {
+    "addcdiv": 2, "digamma": 0, "div": 1, "fmod": 1, "hypot": 0, "lgamma": 0, "log": 0, "log10": 0,
+    "log2": 0, "reciprocal": 0, "remainder": 1, "rsqrt": 0, "sqrt": 0,
+}  # fmt: skip
 
 
 def follow(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
@@ -119,7 +123,7 @@ def _check_singular(tr: Tracer, name: str, args: tuple[Any, ...]) -> None:
     A module that normalises may do so: its masked form sees nothing but the kept channels.
     """
     power = args[1] if name == "pow" and isinstance(args[1], int | float) else 1
-    tensor = args[1] if name == "div" else args[0]
+    tensor = args[_SINGULAR.get(name, 0)]
     if (name in _SINGULAR or power < 1) and isinstance(tensor, Tensor) and not _is_marked(tensor):
         reason = f"{name} in {tr.where()}, which has no value or no slope at the zeros of removed channels"
         for axis in tr.labels(tensor) if tr.is_labelled(tensor) else ():
