@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -210,6 +211,15 @@ def test_merge_wants_a_tiling(finished: World, tmp_path: Path) -> None:
     with pytest.raises(EbdiffError, match="tile the schedule"):
         job.merge(tiny(tmp_path / "short"), folders[:2])
     assert not list(tmp_path.glob("*/router"))
+
+
+def test_merge_leaves_a_router_of_other_regions_alone(finished: World, tmp_path: Path) -> None:
+    folders = [finished.out / "regions" / str(number) for number in range(3)]
+    assert job.merge(finished, folders[::-1]) == finished.out / "router"
+    shutil.copytree(folders[1], tmp_path / "1")
+    shutil.copytree(tmp_path / "1" / "nets" / "0.5", tmp_path / "1" / "nets" / "1", dirs_exist_ok=True)
+    with pytest.raises(EbdiffError, match="router of other regions"):
+        job.merge(finished, [folders[0], tmp_path / "1", folders[2]])
 
 
 def test_stages_out_of_order_name_the_command(tmp_path: Path) -> None:

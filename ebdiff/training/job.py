@@ -109,9 +109,12 @@ def merge(world: World, folders: Sequence[Path] = ()) -> Path:
         folders: of finished regions, in any order; by default the run's own.
 
     Raises:
-        EbdiffError: a region is not finished, or the regions do not tile the schedule.
+        EbdiffError: a region is not finished, the regions do not tile the schedule, or a router of other regions than
+            these folders' is there.
     """
     found = parts(world, folders)
+    if folders:
+        _refuse_other_router(world.out / "router", [folder for _, folder in found])
 
     def write(where: Path) -> None:
         partition = Partition.of([part for part, _ in found])
@@ -119,6 +122,18 @@ def merge(world: World, folders: Sequence[Path] = ()) -> Path:
 
     write_folder(world.out / "router", write)
     return world.out / "router"
+
+
+def _refuse_other_router(router: Path, folders: Sequence[Path]) -> None:
+    """A router that is there already stays as it is, so it must be of these regions."""
+    present = [fingerprint(net) for net in sorted(router.glob("net*"), key=lambda net: int(net.name[3:]))]
+    if router.exists() and present != [fingerprint(network_at(folder, 1.0)) for folder in folders]:
+        raise EbdiffError(
+            f"{router} is a router of other regions",
+            expected=", ".join(map(str, folders)),
+            got="other weights",
+            remedy="give another --out, with the --config of one of these runs",
+        )
 
 
 def parts(world: World, folders: Sequence[Path] = ()) -> list[tuple[Region, Path]]:
