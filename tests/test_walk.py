@@ -59,3 +59,12 @@ def test_a_forward_that_takes_gradients_goes_through_its_linear_layers() -> None
     model.first.requires_grad_(False)
     plan = ebdiff.trace(model, **arguments)
     assert_law(model, arguments, random_keep(plan, 0))
+
+
+def test_inference_mode_sees_the_same_axes() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 12, 1), nn.GroupNorm(4, 12), nn.Conv2d(12, 3, 1))
+    x = torch.randn(2, 3, 4, 4)
+    plan = ebdiff.trace(model, x)
+    assert [space.size for space in plan] == [12]
+    with torch.inference_mode():
+        assert ebdiff.trace(model, x.clone()) == plan

@@ -37,6 +37,7 @@ _LABEL, _READ, _HOOKED = "_ebdiff_axes", "_ebdiff_read", "_ebdiff_hooked"
 
 
 @uncollected()
+@torch.inference_mode(False)  # in which torch would not say what ops are made of
 def trace(model: nn.Module, *args: Any, **kwargs: Any) -> ChannelPlan:
     """Find every prunable axis of `model`, from one forward pass on fake tensors.
 
