@@ -73,6 +73,7 @@ def _first(facts: Facts) -> str:
 
 def _notes(facts: Facts) -> str:
     train, sampler, both = facts["config"]["train"], facts["sampler"], "dense" in facts["marks"]
+    search = facts["config"]["search"]
     return (
         f"{'Both arms: ' if both else ''}{facts['machine']}; batch {train['batch_size']} x {train['accumulate']}, "
         f"AdamW {train['lr']:g}, EMA up to {train['ema_decay']:g}, precision {train['precision']}"
@@ -82,7 +83,8 @@ def _notes(facts: Facts) -> str:
         + f"The sampler is DDIM, {sampler['steps']} steps ({sampler['spacing']}), of which "
         f"{' + '.join(map(str, sampler['in_region']))} fall into the regions. A training step counts three forward "
         "passes of MACs. Device-seconds are process CPU time, or wall-clock times GPUs; judging is not counted."
-        + (" MACs count every block of attention." if facts["config"]["search"]["attention"] else "")
+        + (" The search includes Diff-Pruning's passes." if search["criterion"] == "diff-pruning" else "")
+        + (" MACs count every block of attention." if search["attention"] else "")
         + _STARTS[facts["config"]["regions"]["start"]]
         + _told(facts)
     )

@@ -23,6 +23,7 @@ from ebdiff.files import read_json, read_tensors
 from ebdiff.nn.router import TimestepRouter
 from ebdiff.pruning.save import load
 from ebdiff.pruning.shrink import shrinks_of
+from ebdiff.report_text import markdown
 from ebdiff.training import job, loop
 from ebdiff.training.accounting import Cost, Meter
 from ebdiff.training.judge import macs_per_image
@@ -73,6 +74,14 @@ def test_the_control_gets_equal_macs(finished: World) -> None:
     by_hand = 20 + sum(share * steps for share, steps in zip(shares, (5, 4, 6), strict=True))
     assert control_steps(finished, 1.0) == round(by_hand)
     assert control_steps(finished, 0.0) == 20
+
+
+def test_the_report_says_that_a_search_of_no_steps_may_cost(finished: World) -> None:
+    facts = read_json(finished.out / "report.json")
+    names = dict.fromkeys(("curves", "timesteps", "mask-distance", "loss-per-timestep"), "picture.png")
+    assert "Diff-Pruning" not in markdown(facts, names)
+    facts["config"]["search"]["criterion"] = "diff-pruning"
+    assert "The search includes Diff-Pruning's passes." in markdown(facts, names)
 
 
 def test_plan_says_what_is_done(finished: World) -> None:
