@@ -128,5 +128,5 @@ def test_a_kept_configuration_older_than_a_key_has_its_default(tmp_path: Path) -
     del older["evaluate"]["control"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(older))
     keep(config, tmp_path)
-    with pytest.raises(EbdiffError, match="evaluate.control=True, got False"):
+    with pytest.raises(EbdiffError, match=r"evaluate\.control=True, got False"):
         keep(resolve("smoke", overrides=["evaluate.control=false"]), tmp_path)
