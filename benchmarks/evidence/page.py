@@ -21,7 +21,7 @@ from .counting import Clock, measure_of
 from .suite import Suite
 from .table import markdown
 
-TUNED = ("dense", "eb-speed-50")
+TUNED, TUNING = ("dense", "eb-speed-50"), "tune.md"
 
 
 def write(suite: Suite, cells: Sequence[Cell]) -> Path:
@@ -47,7 +47,8 @@ def write(suite: Suite, cells: Sequence[Cell]) -> Path:
             draw(results, measure, clock, home / name)
     path = home / f"{suite.name}.md"
     rest = [f"{arm}, seed {', '.join(seeds)}: {state}" for (arm, state), seeds in unfinished.items()]
-    write_bytes(path, markdown(suite, results, rest, clock, pictures).encode())
+    tuned = (home / suite.name / TUNING).exists()
+    write_bytes(path, markdown(suite, results, rest, clock, pictures, tuned).encode())
     return path
 
 
@@ -105,7 +106,7 @@ def write_tuning(suite: Suite, cells: Sequence[Cell]) -> Path:
             f"{end[key]:{form}}" if end[key] is not None else "-" for key, form in (("loss", ".4f"), ("fid", ".2f"))
         ]
         rows.append([f"{cell.suite.lr:g}", cell.arm.name, *words])
-    path = cells[0].results / suite.name / "tune.md"
+    path = cells[0].results / suite.name / TUNING
     text = f"Learning rates of {suite.name}: {cells[0].suite.steps} dense steps or what costs as much, one seed.\n\n"
     write_bytes(path, (text + table(["lr", "arm", "held-out loss", "FID"], rows) + "\n").encode())
     return path

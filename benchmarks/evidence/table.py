@@ -37,7 +37,12 @@ CLOCKED = "Steps count the seconds of one clock, on which all networks were time
 
 
 def markdown(
-    suite: Suite, results: Results, unfinished: Sequence[str], clock: Clock | None, pictures: Mapping[str, str]
+    suite: Suite,
+    results: Results,
+    unfinished: Sequence[str],
+    clock: Clock | None,
+    pictures: Mapping[str, str],
+    tuned: bool = False,
 ) -> str:
     """The page of a suite.
 
@@ -46,13 +51,14 @@ def markdown(
         unfinished: a line for each of the others.
         clock: see `counting`.
         pictures: {what: file name} beside the page.
+        tuned: were the suite's learning rates tried?
     """
     parts = [f"# {suite.name}: {suite.about}"]
     if "dense" not in results:
         return "\n\n".join([*parts, "No dense arm is finished, so nothing can be compared.", *_rest(unfinished)]) + "\n"
     measure = measure_of(results)
     parts += [
-        _setting(suite, results["dense"][0], measure, clock, results),
+        _setting(suite, results, measure, clock, tuned),
         "## When an arm is as good as the dense one",
         table(
             [title.format(measure.upper()) for title in _HEADLINES],
@@ -163,8 +169,13 @@ def settled(found: Sequence[Facts]) -> str:
     return ", ".join(seeds)
 
 
-def _setting(suite: Suite, dense: Facts, measure: str, clock: Clock | None, results: Results) -> str:
+def _setting(suite: Suite, results: Results, measure: str, clock: Clock | None, tuned: bool) -> str:
+    dense = results["dense"][0]
     train, config, place = dense["config"]["train"], dense["config"], dense["machine"]
+    tried = "not tuned yet"
+    if tuned:
+        rates = ", ".join(f"{lr:g}" for lr in suite.lrs)
+        tried = f"of {rates}, tried for the dense arm and for a ticket of half the channels alike"
     missing = [arm for arm in results if clock is not None and arm not in clock]
     note = f", but for {', '.join(missing)}, whose own seconds count" if missing else ""
     rule = RULE.format(
@@ -175,8 +186,7 @@ def _setting(suite: Suite, dense: Facts, measure: str, clock: Clock | None, resu
     )
     return (
         f"Every arm: {place['threads']}, {place['cpu']}; batch {train['batch_size']} x {train['accumulate']}, AdamW "
-        f"{train['lr']:g} (of {', '.join(f'{lr:g}' for lr in suite.lrs)}, tried for the dense arm and for a ticket of "
-        f"half the channels alike), EMA up to {train['ema_decay']:g}, {config['evaluate']['samples']} images in "
+        f"{train['lr']:g} ({tried}), EMA up to {train['ema_decay']:g}, {config['evaluate']['samples']} images in "
         f"{config['sample']['steps']} DDIM steps, judged with EMA weights.\n\n{rule}"
     )
 
