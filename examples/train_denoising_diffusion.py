@@ -53,6 +53,7 @@ def main() -> None:
     trainer.train_num_steps = args.steps  # ebdiff
     trainer.train()  # ebdiff
     trainer.save("last")
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -80,6 +80,7 @@ def main() -> None:
     if accelerator.is_main_process:
         ema.copy_to(network.parameters())
         DDPMPipeline(network, noise_scheduler).save_pretrained(args.out)
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -136,6 +136,7 @@ def run(folder: Path, kill: str = "", dropout: float = 0.2, shrink_at: int = 0, 
             ebdiff.shrink_(state.model, half(state.model), optimizer=state.optimizer, ema=state.ema)
         if where == "step" and report.step == int(count):
             os.kill(os.getpid(), signal.SIGKILL)
+    accelerator.end_training()  # gloo's threads may abort a process that ends while its group is alive
 
 
 def arm(where: str, count: int) -> None:
