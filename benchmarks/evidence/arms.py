@@ -179,6 +179,8 @@ def _controls() -> Iterator[Arm]:
         ("fresh", "the ticket, weights drawn anew", half, {"regions.start": "fresh"}),
         ("initial", "the ticket, weights as before the first step", half, {"regions.start": "initial"}),
         ("initial-mask", "mask and weights as before the first step", initial_mask, {}),
+        ("uniform", "timesteps uniform", half, {"train.sampler": "uniform"}),
+        ("min-snr", "timesteps uniform, Min-SNR weights", half, {"train.sampler": "min-snr"}),
     ):
         yield Arm(f"control-{name}", f"eb-speed-50, but {about}", "controls", make, {**SPEED, **changes})
 
