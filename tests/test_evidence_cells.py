@@ -99,7 +99,9 @@ def test_without_time_nothing_starts(made: Any) -> None:
     assert not made("dense").folder.exists()
 
 
-def test_a_cell_from_a_kill_to_its_page(made: Any, tmp_path: Path) -> None:
+def test_a_cell_from_a_kill_to_its_page(made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commits = iter(("first", "second", "end"))
+    monkeypatch.setattr("benchmarks._commit", lambda: next(commits))
     cell = made("eb-speed-50")
     first = cell.start()
     until = time.monotonic() + 300
@@ -120,9 +122,11 @@ def test_a_cell_from_a_kill_to_its_page(made: Any, tmp_path: Path) -> None:
     dense_step = facts["macs_per_image"]["dense"] * FORWARD_AND_BACKWARD * 4
     assert facts["stages"]["search"]["macs"] == 4 * dense_step
     assert facts["parameters"]["stored"] < facts["parameters"]["dense"]
+    assert facts["machine"]["commit"] == "first, second"
     assert str(tmp_path) not in cell.place.read_text()
     assert wanted([cell]) == []
     assert not list(cell.folder.rglob("checkpoints"))
+    monkeypatch.undo()
     seconds = pace.clock([cell], rounds=1)[cell.arm.name]
     assert set(seconds) == set(facts["stages"])
     assert min(seconds.values()) > 0

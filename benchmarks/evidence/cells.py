@@ -13,8 +13,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 
+from benchmarks import machine
 from ebdiff.config import Config
 from ebdiff.files import read_json, write_bytes, write_json
 from ebdiff.pruning.save import load
@@ -65,6 +67,11 @@ class Cell:
         return self.folder.with_suffix(".log")
 
     @property
+    def starts(self) -> Path:
+        """The machine at each start of its process."""
+        return self.folder.with_suffix(".machine.json")
+
+    @property
     def network(self) -> Path:
         """Where a cell that removes nothing leaves its network, as the dense one that it is."""
         return self.folder / "network"
@@ -96,12 +103,27 @@ class Cell:
         """Begin its run, or go on with it; for so many minutes."""
         given = self.folder.with_suffix(".yaml")
         write_bytes(given, self.config.to_yaml().encode())
+        write_json(self.starts, [*self.begun_on(), self.here()])
         command = [sys.executable, "-m", "ebdiff", "run", "--config", str(given), "--out", str(self.folder)]
         command += [] if minutes is None else ["--minutes", f"{minutes:.2f}"]
         threads = str(self.suite.threads)
         environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
         with open(self.log, "ab") as log:
             return subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment)
+
+    def here(self) -> dict[str, Any]:
+        """This machine, now."""
+        return machine("cuda" if self.config.device == "cuda" and torch.cuda.is_available() else "cpu")
+
+    def begun_on(self) -> list[dict[str, Any]]:
+        """The machine at each start so far."""
+        found: list[dict[str, Any]] = read_json(self.starts) if self.starts.exists() else []
+        return found
+
+    def ran_on(self) -> dict[str, Any]:
+        """The machine where it began, with the commit of every start; as it is now where no start was kept."""
+        starts = self.begun_on() or [self.here()]
+        return {**starts[0], "commit": ", ".join(dict.fromkeys(start["commit"] for start in starts))}
 
     def ended(self, code: int) -> str:
         """What came of its process, which ended with this exit code; the result is written if it was finished."""
@@ -122,7 +144,7 @@ class Cell:
             "seed": self.seed,
             "command": f"python -m benchmarks.evidence --suite {self.suite.name.partition('/')[0]} "
             f"--cells {self.arm.name} --seeds {self.seed}",
-            **gathered(self.config, self.folder, cost),
+            **gathered(self.config, self.folder, cost, self.ran_on()),
         }
         write_json(self.place, facts)
         for checkpoints in list(self.folder.rglob("checkpoints")):  # large, and of no use to a finished run

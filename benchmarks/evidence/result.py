@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine
 from ebdiff.config import Config
 from ebdiff.files import read_json
 from ebdiff.training.accounting import Cost
@@ -18,19 +17,20 @@ BEFORE = "before"  # the stage that other cells' networks cost
 Facts = dict[str, Any]
 
 
-def gathered(config: Config, folder: Path, before: Cost | None) -> Facts:
+def gathered(config: Config, folder: Path, before: Cost | None, place: Mapping[str, Any]) -> Facts:
     """Everything about a finished run that tables need.
 
     Args:
         config: the run's.
         folder: the run's.
         before: what the network that it started from had cost.
+        place: where it ran.
     """
     report = read_json(folder / "report.json")
     marks = [mark for mark in report["marks"]["tickets"] if mark["mark"] > 0]
     ends = {mark["mark"]: stages_at(folder, mark["mark"], len(report["tickets"]), before) for mark in marks}
     return {
-        "machine": {**machine("cuda" if config.device == "cuda" else "cpu"), "threads": report["machine"]},
+        "machine": {**place, "threads": report["machine"]},
         "config": portable(config),
         "stages": {name: of_stage(cost) for name, cost in ends[1.0].items()},
         "curve": [point(mark, ends[mark["mark"]]) for mark in marks],
