@@ -109,7 +109,7 @@ def test_marks_without_a_score_are_passed_over() -> None:
 
 def test_on_a_clock_steps_count_its_seconds() -> None:
     facts = cell("regions-30-60-80", [(30.0, 9.0)], search=4.0, before=100.0, regions=2)  # regions take 10 and 20 steps
-    clock = {"regions-30-60-80": {"search": 5.0, "region 0": 3.0, "region 1": 2.0}, "dense": {"region 0": 7.0}}
+    clock = {"regions-30-60-80": {"before": 7.0, "search": 5.0, "region 0": 3.0, "region 1": 2.0}}
     assert seconds_at(facts, facts["curve"][-1], clock) == {
         "before": 70.0,  # 10 dense steps
         "search": 10.0,  # its MACs are those of two dense steps
@@ -117,6 +117,14 @@ def test_on_a_clock_steps_count_its_seconds() -> None:
         "region 1": 40.0,
     }
     assert seconds_at(facts, facts["curve"][-1], {"dense": {"region 0": 7.0}})["region 1"] == 20.0
+
+
+def test_what_a_network_had_cost_counts_on_a_clock_without_the_dense_arm() -> None:
+    dense = [cell("dense", [(25.0, 40.0), (100.0, 20.0)])]
+    arm = [cell("prune-taylor-50", [(5.0, 30.0), (10.0, 22.0)], before=100.0)]
+    found = headline(arm, dense, "fid", {"prune-taylor-50": {"before": 9.0, "search": 9.0, "region 0": 1.0}})
+    assert found.at[0.25].values == ()
+    assert found.at[1.0].values == (22.0,)
 
 
 def test_with_a_device_for_each_region_the_slowest_counts() -> None:

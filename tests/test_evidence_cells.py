@@ -130,6 +130,9 @@ def test_a_cell_from_a_kill_to_its_page(made: Any, tmp_path: Path, monkeypatch: 
     seconds = pace.clock([cell], rounds=1)[cell.arm.name]
     assert set(seconds) == set(facts["stages"])
     assert min(seconds.values()) > 0
+    trained = World(cell.config.model_copy(update={"pretrained": "dense-0"}), cell.folder)
+    monkeypatch.setattr(World, "plan", World(cell.config, cell.folder).plan)
+    assert set(pace.stages(trained)) == {"before", "search", "region 0"}
     text = page.write(cell.suite, [cell, made("scratch-50")]).read_text()
     assert "No dense arm is finished" in text
     assert "- scratch-50, seed 0: no result" in text

@@ -16,8 +16,6 @@ from typing import Any
 
 from ebdiff.training.accounting import FORWARD_AND_BACKWARD
 
-from .result import BEFORE
-
 Facts = Mapping[str, Any]
 Clock = Mapping[str, Mapping[str, float]]  # {arm: {stage: device-seconds of a step}}
 Results = Mapping[str, Sequence[Facts]]  # {arm: one per seed}
@@ -43,7 +41,7 @@ def seconds_at(facts: Facts, point: Facts, clock: Clock | None = None) -> dict[s
     """{stage: device-seconds} at a mark: by `clock`, its steps times the seconds of one; otherwise as they were."""
     if clock is None or facts["arm"] not in clock:
         return {name: stage["device_seconds"] for name, stage in point["stages"].items()}
-    each = {BEFORE: clock.get("dense", {}).get("region 0", math.nan), **clock[facts["arm"]]}
+    each = clock[facts["arm"]]
     return {name: steps_of(facts, name, stage) * each[name] for name, stage in point["stages"].items()}
 
 

@@ -27,6 +27,7 @@ from ebdiff.training.world import World
 
 from .arms import ARMS
 from .cells import Cell
+from .result import BEFORE
 from .suite import Suite
 
 Key = TypeVar("Key")
@@ -73,7 +74,10 @@ def clock(cells: Sequence[Cell], rounds: int = ROUNDS) -> dict[str, dict[str, fl
 
 def stages(world: World) -> dict[str, Stretch]:
     """The stages of a finished run, each to begin with a network drawn anew: how fast it is does not depend on it."""
-    found = {"search": search(world) if world.config.search.steps else replace(search(world), watch=None)}
+    unwatched = replace(search(world), watch=None)
+    found = {"search": search(world) if world.config.search.steps else unwatched}
+    if world.config.pretrained:
+        found[BEFORE] = unwatched
     if world.config.regions.branch_at:
         mask = joint_mask(world)
         found["joint"] = replace(joint(world), start=lambda: shrunken(world, mask))
