@@ -20,7 +20,7 @@ from benchmarks.evidence.counting import (
     wall_seconds,
 )
 from benchmarks.evidence.suite import Suite
-from benchmarks.evidence.table import markdown
+from benchmarks.evidence.table import costs, headlines, markdown
 
 
 def stage(steps: int, seconds: float, macs: float) -> dict[str, Any]:
@@ -153,6 +153,15 @@ def test_headlines_go_seed_by_seed() -> None:
     assert headline(late, dense, "fid").at[1.0].values == (1.0, 9.0)
 
 
+def test_a_share_is_that_of_the_dense_arms_steps_at_its_own_mark() -> None:
+    dense = [cell("dense", [(25.1, 40.0), (50.0, 30.0), (75.0, 25.0), (100.0, 20.0)])]
+    assert headline(dense, dense, "fid").at[0.25].values == (40.0,)
+    later = [cell("dense-speed", [(25.5, 35.0), (100.0, 20.0)])]
+    assert headline(later, dense, "fid").at[0.25].values == (35.0,)
+    too_late = [cell("dense-speed", [(25.7, 35.0), (100.0, 20.0)])]
+    assert headline(too_late, dense, "fid").at[0.25].values == ()
+
+
 def test_spread_over_seeds() -> None:
     assert Spread((1.0, 3.0)).text() == "2.00 ± 1.41"
     assert Spread((1.5,)).text(".1f") == "1.5"
@@ -184,6 +193,30 @@ def test_the_page_of_a_suite(results: dict[str, list[dict[str, Any]]], tmp_path:
     assert "{" not in page
 
 
+def test_rows_are_about_the_seeds_that_the_dense_arm_has(results: dict[str, list[dict[str, Any]]]) -> None:
+    results["dense"] = results["dense"][:1]
+    results["prune-taylor-50"] = [cell("prune-taylor-50", [(5.0, 30.0)], seed=4, before=100.0)]
+    rows = {row[0]: row for row in headlines(results, "fid", None)}
+    assert rows["eb-speed-50"] == ["eb-speed-50", "1 *", "0.50", "-", "20.00", "15.00", "15.00", "0.1500", "0.50, 0.25"]
+    assert rows["prune-taylor-50"] == ["prune-taylor-50", "0 *", *["-"] * 6, "-, -"]
+
+
+def test_costs_are_means_over_seeds(results: dict[str, list[dict[str, Any]]]) -> None:
+    short, long = (cell("eb-speed-50", [(90.0, 15.0)], seed, search=10.0 * (seed + 1)) for seed in (0, 1))
+    long["parameters"] = {"dense": 2e6, "stored": 1.2e6, "active": 5e5}
+    (row,) = costs({"eb-speed-50": [short, long]}, None)
+    assert row[4:7] == ["4 + 90", "4.500 / 1.000", "1.10M (55%)"]
+
+
+def test_a_page_by_the_held_out_loss(results: dict[str, list[dict[str, Any]]]) -> None:
+    for facts in (facts for found in results.values() for facts in found):
+        for point in facts["curve"]:
+            point["fid"] = None
+    page = markdown(Suite.load("fashion16"), results, [], None, {})
+    assert "| held-out loss at 25% |" in page
+    assert "LOSS" not in page
+
+
 def test_without_a_dense_cell_nothing_is_compared(results: dict[str, list[dict[str, Any]]]) -> None:
     del results["dense"]
     assert "No dense arm is finished" in markdown(Suite.load("fashion16"), results, [], None, {})
@@ -191,5 +224,6 @@ def test_without_a_dense_cell_nothing_is_compared(results: dict[str, list[dict[s
 
 def test_pictures(results: dict[str, list[dict[str, Any]]], tmp_path: Path) -> None:
     plots.curves(results, "fid", None, tmp_path / "curves.png")
+    results["control-fresh"] = [cell("control-fresh", [(90.0, 15.0)], seed=4)]
     plots.bars(results, "fid", None, tmp_path / "bars.png")
     assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in ("curves", "bars"))

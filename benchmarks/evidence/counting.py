@@ -3,6 +3,7 @@
 Device-seconds are those of all stages, the search and what another arm's network cost included. Between two marks a
 score is linear in the logarithm of the device-seconds. An arm reaches a score where its curve first comes down to it;
 where the first mark is there already, at that mark at the latest. After its end an arm keeps its last network's score.
+Before its first scored mark it has none, but that equal steps differ by LATE in what they took.
 """
 
 from __future__ import annotations
@@ -21,8 +22,14 @@ Clock = Mapping[str, Mapping[str, float]]  # {arm: {stage: device-seconds of a s
 Results = Mapping[str, Sequence[Facts]]  # {arm: one per seed}
 Points = Sequence[tuple[float, float]]  # (device-seconds, score), both finite, seconds rising
 
-SHARES = (0.25, 0.5, 1.0)  # of the dense arm's device-seconds
+SHARES = (0.25, 0.5, 1.0)  # of the dense arm's training
+LATE = 0.02  # by so much a first mark may lie after the device-seconds asked for
 SEEDS = 3  # an arm with fewer is marked
+
+
+def named(measure: str) -> str:
+    """As it is written."""
+    return "FID" if measure == "fid" else "held-out loss"
 
 
 def measure_of(results: Results) -> str:
@@ -76,9 +83,11 @@ def reached(points: Points, target: float) -> float | None:
 
 
 def score_at(points: Points, seconds: float) -> float | None:
-    """The score of the network that so many device-seconds give; None before the first mark."""
-    if not points or seconds < points[0][0]:
+    """The score of the network that so many device-seconds give; None more than LATE before the first mark."""
+    if not points or seconds * (1 + LATE) < points[0][0]:
         return None
+    if seconds <= points[0][0]:
+        return points[0][1]
     for (before, first), (after, second) in pairwise(points):
         if seconds <= after:
             return first + (second - first) * math.log(seconds / before) / math.log(after / before)
@@ -121,7 +130,7 @@ class Headline:
         seeds: how many of its seeds the dense arm has, too.
         reached: device-seconds to the dense arm's final score of the same seed over all of the dense arm's; only of
             seeds that reach it.
-        at: {share of the dense arm's device-seconds: score}; only where every seed has one.
+        at: {share: score at the device-seconds that the dense arm had taken then}; only where every seed has one.
         final: score at the end.
     """
 
@@ -131,6 +140,18 @@ class Headline:
     final: Spread
 
 
+def compared(arm: Sequence[Facts], dense: Sequence[Facts]) -> list[Facts]:
+    """Results of the seeds that the dense arm has, too."""
+    seeds = {facts["seed"] for facts in dense}
+    return [facts for facts in arm if facts["seed"] in seeds]
+
+
+def seconds_of_share(facts: Facts, share: float, clock: Clock | None = None) -> float:
+    """Device-seconds at its mark `share`, or where it has none that share of all of them."""
+    spent = {point["share"]: sum(seconds_at(facts, point, clock).values()) for point in facts["curve"]}
+    return spent[share] if share in spent else share * spent[1.0]
+
+
 def headline(arm: Sequence[Facts], dense: Sequence[Facts], measure: str, clock: Clock | None = None) -> Headline:
     """Both headlines of an arm.
 
@@ -138,11 +159,12 @@ def headline(arm: Sequence[Facts], dense: Sequence[Facts], measure: str, clock: 
         arm, dense: results of both, one per seed.
     """
     goals = {facts["seed"]: curve(facts, measure, clock)[-1] for facts in dense}
-    curves = {facts["seed"]: curve(facts, measure, clock) for facts in arm if facts["seed"] in goals}
+    curves = {facts["seed"]: curve(facts, measure, clock) for facts in compared(arm, dense)}
     found = {seed: reached(points, goals[seed][1]) for seed, points in curves.items()}
     at = {}
     for share in SHARES:
-        scores = [score_at(points, share * goals[seed][0]) for seed, points in curves.items()]
+        budgets = {facts["seed"]: seconds_of_share(facts, share, clock) for facts in dense}
+        scores = [score_at(points, budgets[seed]) for seed, points in curves.items()]
         at[share] = Spread(tuple(score for score in scores if score is not None) if None not in scores else ())
     return Headline(
         len(curves),

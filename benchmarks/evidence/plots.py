@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter
 from ebdiff.files import write_bytes
 
 from .arms import ARMS
-from .counting import SEEDS, Clock, Results, curve, headline
+from .counting import SEEDS, Clock, Results, curve, headline, named
 
 _GREY = "#666666"
 _COLOURS = ("#4477aa", "#cc3311", "#228833", "#ccbb44", "#aa3377", "#66ccee", "#ee7733", "#000000")
@@ -35,7 +35,7 @@ def curves(results: Results, measure: str, clock: Clock | None, path: Path) -> N
             _line(axes, arm, results[arm], measure, clock, colour, dash)
         goal = statistics.mean(curve(facts, measure, clock)[-1][1] for facts in results["dense"])
         axes.axhline(goal, color=_GREY, linewidth=0.8, linestyle=":")
-        axes.set(title=family, xlabel="device-seconds, the search included", ylabel=_named(measure))
+        axes.set(title=family, xlabel="device-seconds, the search included", ylabel=named(measure))
         axes.set(xscale="log", yscale="log")
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(FuncFormatter(_plain))
@@ -92,7 +92,7 @@ def bars(results: Results, measure: str, clock: Clock | None, path: Path) -> Non
             axes.text(
                 0.01,
                 row,
-                f"not reached by {head.seeds - len(head.reached.values)} of {head.seeds}",
+                f"not reached by {head.seeds - len(head.reached.values)} of {head.seeds}" if head.seeds else "-",
                 va="center",
                 fontsize=7,
             )
@@ -104,14 +104,10 @@ def bars(results: Results, measure: str, clock: Clock | None, path: Path) -> Non
     for share in (1 / 3, 1):
         axes.axvline(share, color=_GREY, linewidth=0.8, linestyle=":")
     axes.set(
-        xlabel=f"device-seconds to the dense arm's final {_named(measure)}, over its own (*: fewer than {SEEDS} seeds)"
+        xlabel=f"device-seconds to the dense arm's final {named(measure)}, over its own (*: fewer than {SEEDS} seeds)"
     )
     axes.spines[["top", "right"]].set_visible(False)
     _write(figure, path)
-
-
-def _named(measure: str) -> str:
-    return "FID" if measure == "fid" else "held-out loss"
 
 
 def _write(figure: Figure, path: Path) -> None:

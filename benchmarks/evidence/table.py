@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import mean
 from typing import Any
 
 from ebdiff.report_tables import table
 
 from .arms import ARMS
 from .counting import (
+    LATE,
     SEEDS,
     SHARES,
     Clock,
     Headline,
     Results,
     Spread,
+    compared,
     headline,
     measure_of,
+    named,
     seconds_at,
     wall_seconds,
 )
@@ -29,8 +33,10 @@ RULE = (
     "the dense arm's network all of its own. Judging is not counted. {clock} Between two marks scores are linear in "
     "the logarithm of the device-seconds. *To the dense score*: where an arm's curve first comes down to the final "
     "{measure} of the dense arm of the same seed, over all device-seconds of that dense arm. *At 25, 50 and 100%*: the "
-    "{measure} of the network that this share of the dense arm's device-seconds gives; an arm that ended before keeps "
-    "its last. Mean ± standard deviation over seeds; a star marks fewer than {seeds}."
+    "{measure} of the network that the device-seconds give which the dense arm had taken at this share of its steps; "
+    "where an arm's first scored network is up to {late:.0%} later, that one's; an arm that ended before keeps its "
+    "last. Mean ± standard deviation over seeds, of scores over those that the dense arm has, too; numbers alone are "
+    "means. A star marks fewer than {seeds} seeds."
 )
 OWN = "A step counts the seconds that it took in its own cell; cells ran beside other work."
 CLOCKED = "Steps count the seconds of one clock, on which all networks were timed in turn (`--clock`){missing}."
@@ -61,7 +67,7 @@ def markdown(
         _setting(suite, results, measure, clock, tuned),
         "## When an arm is as good as the dense one",
         table(
-            [title.format(measure.upper()) for title in _HEADLINES],
+            [title.format(named(measure)) for title in _HEADLINES],
             headlines(results, measure, clock),
         ),
         *(f"![{what}]({name})" for what, name in pictures.items()),
@@ -88,16 +94,16 @@ _HEADLINES = [
 
 
 def headlines(results: Results, measure: str, clock: Clock | None) -> list[list[str]]:
-    """A row per arm."""
+    """A row per arm, of the seeds that the dense arm has, too."""
     rows = []
     form = ".2f" if measure == "fid" else ".4f"
     for arm, found in results.items():
         head = headline(found, results["dense"], measure, clock)
-        ends = [facts["curve"][-1] for facts in found]
+        ends = [facts["curve"][-1] for facts in compared(found, results["dense"])]
         rows.append(
             [
                 arm,
-                f"{len(found)}{'' if len(found) >= SEEDS else ' *'}",
+                f"{head.seeds}{'' if head.seeds >= SEEDS else ' *'}",
                 to_dense(head),
                 *(head.at[share].text(form) for share in SHARES),
                 head.final.text(form),
@@ -137,19 +143,21 @@ def costs(results: Results, clock: Clock | None) -> list[list[str]]:
     for arm, found in results.items():
         spent = [seconds_at(facts, facts["curve"][-1], clock) for facts in found]
         before = [sum(s for name, s in each.items() if not name.startswith("region")) for each in spent]
-        first = found[0]
-        stages = {name: stage for name, stage in first["stages"].items() if stage["steps"]}
-        dense, macs = first["parameters"]["dense"], first["macs_per_image"]
+        ends = [facts["curve"][-1]["stages"] for facts in found]
+        stages = [name for name, stage in ends[0].items() if stage["steps"]]
+        steps = {name: [end[name]["steps"] for end in ends] for name in stages}
+        per_step = {name: [s[name] / n for s, n in zip(spent, steps[name], strict=True)] for name in stages}
+        parameters, macs = mean_of(found, "parameters"), mean_of(found, "macs_per_image")
         rows.append(
             [
                 arm,
                 Spread(tuple(sum(each.values()) for each in spent)).text(".0f"),
                 Spread(tuple(before)).text(".0f"),
                 Spread(tuple(wall_seconds(facts, clock) for facts in found)).text(".0f"),
-                " + ".join(str(stage["steps"]) for stage in stages.values()),
-                " / ".join(f"{spent[0][name] / stage['steps']:.3f}" for name, stage in stages.items()),
+                " + ".join(f"{mean(steps[name]):.0f}" for name in stages),
+                " / ".join(f"{mean(per_step[name]):.3f}" for name in stages),
                 *(
-                    f"{first['parameters'][key] / 1e6:.2f}M ({first['parameters'][key] / dense:.0%})"
+                    f"{parameters[key] / 1e6:.2f}M ({parameters[key] / parameters['dense']:.0%})"
                     for key in ("stored", "active")
                 ),
                 *(f"{macs[key] / 1e6:.1f}M ({macs[key] / macs['dense']:.0%})" for key in ("sampler", "uniform")),
@@ -157,6 +165,11 @@ def costs(results: Results, clock: Clock | None) -> list[list[str]]:
             ]
         )
     return rows
+
+
+def mean_of(found: Sequence[Facts], what: str) -> dict[str, float]:
+    """Numbers of these names, means over seeds."""
+    return {key: mean(facts[what][key] for facts in found) for key in found[0][what]}
 
 
 def settled(found: Sequence[Facts]) -> str:
@@ -181,8 +194,9 @@ def _setting(suite: Suite, results: Results, measure: str, clock: Clock | None, 
     rule = RULE.format(
         device="wall-clock times GPUs" if config["device"] == "cuda" else "CPU seconds of the process",
         clock=OWN if clock is None else CLOCKED.format(missing=note),
-        measure="FID" if measure == "fid" else "held-out loss",
+        measure=named(measure),
         seeds=SEEDS,
+        late=LATE,
     )
     return (
         f"Every arm: {place['threads']}, {place['cpu']}; batch {train['batch_size']} x {train['accumulate']}, AdamW "
