@@ -164,6 +164,11 @@ def test_tuning_tries_as_much_for_a_ticket_as_for_the_dense_arm(tmp_path: Path) 
     assert len({cell.folder for cell in cells}) == len({cell.place for cell in cells}) == 4
     write_json(cells[1].place, {"config": cells[1].config.model_dump(mode="json"), "curve": [{"loss": 0.5, "fid": 9}]})
     assert "| 0.001 | eb-speed-50 | 0.5000 | 9.00 |" in page.write_tuning(suite, cells).read_text()
+    assert cells[0].command == "python -m benchmarks.evidence --suite mini --tune"
+    assert not page.tuned(suite, tmp_path, tmp_path)
+    for cell in cells:
+        write_json(cell.place, {"config": cell.config.model_dump(mode="json")})
+    assert page.tuned(suite, tmp_path, tmp_path)
 
 
 def test_a_failed_cell_names_its_log(made: Any) -> None:

@@ -76,6 +76,12 @@ class Cell:
         """Where a cell that removes nothing leaves its network, as the dense one that it is."""
         return self.folder / "network"
 
+    @property
+    def command(self) -> str:
+        """What runs it."""
+        which = "--tune" if self.suite.tuning else f"--cells {self.arm.name} --seeds {self.seed}"
+        return f"python -m benchmarks.evidence --suite {self.suite.name.partition('/')[0]} {which}"
+
     @cached_property
     def before(self) -> Cell | None:
         """The cell whose network this one starts from."""
@@ -142,8 +148,7 @@ class Cell:
             "arm": self.arm.name,
             "about": self.arm.about,
             "seed": self.seed,
-            "command": f"python -m benchmarks.evidence --suite {self.suite.name.partition('/')[0]} "
-            f"--cells {self.arm.name} --seeds {self.seed}",
+            "command": self.command,
             **gathered(self.config, self.folder, cost, self.ran_on()),
         }
         write_json(self.place, facts)

@@ -21,7 +21,7 @@ from .counting import Clock, measure_of
 from .suite import Suite
 from .table import markdown
 
-TUNED, TUNING = ("dense", "eb-speed-50"), "tune.md"
+TUNED = ("dense", "eb-speed-50")
 
 
 def write(suite: Suite, cells: Sequence[Cell]) -> Path:
@@ -47,8 +47,8 @@ def write(suite: Suite, cells: Sequence[Cell]) -> Path:
             draw(results, measure, clock, home / name)
     path = home / f"{suite.name}.md"
     rest = [f"{arm}, seed {', '.join(seeds)}: {state}" for (arm, state), seeds in unfinished.items()]
-    tuned = (home / suite.name / TUNING).exists()
-    write_bytes(path, markdown(suite, results, rest, clock, pictures, tuned).encode())
+    tried = tuned(suite, cells[0].out, home)
+    write_bytes(path, markdown(suite, results, rest, clock, pictures, tried).encode())
     return path
 
 
@@ -96,6 +96,11 @@ def tuning(suite: Suite, out: Path, home: Path) -> list[Cell]:
     return [Cell(suite.quarter(lr), ARMS[arm], 0, out, home) for lr in suite.lrs for arm in TUNED]
 
 
+def tuned(suite: Suite, out: Path, home: Path) -> bool:
+    """Are all of them finished?"""
+    return all(cell.facts() is not None for cell in tuning(suite, out, home))
+
+
 def write_tuning(suite: Suite, cells: Sequence[Cell]) -> Path:
     """A row per learning rate, of what is finished."""
     rows = []
@@ -106,7 +111,7 @@ def write_tuning(suite: Suite, cells: Sequence[Cell]) -> Path:
             f"{end[key]:{form}}" if end[key] is not None else "-" for key, form in (("loss", ".4f"), ("fid", ".2f"))
         ]
         rows.append([f"{cell.suite.lr:g}", cell.arm.name, *words])
-    path = cells[0].results / suite.name / TUNING
+    path = cells[0].results / suite.name / "tune.md"
     text = f"Learning rates of {suite.name}: {cells[0].suite.steps} dense steps or what costs as much, one seed.\n\n"
     write_bytes(path, (text + table(["lr", "arm", "held-out loss", "FID"], rows) + "\n").encode())
     return path

@@ -52,6 +52,7 @@ class Suite:
         cost_of_step: {ratio: device-seconds of a step of a ticket over those of a dense step}; `--pace` measures them.
         base: sections of a configuration.
         threads: of each cell's process.
+        tuning: is it there to choose the learning rate?
     """
 
     name: str
@@ -67,6 +68,7 @@ class Suite:
     cost_of_step: Mapping[float, float]
     base: Mapping[str, Any]
     threads: int = 1
+    tuning: bool = False
 
     @classmethod
     def load(cls, name: str) -> Suite:
@@ -100,7 +102,8 @@ class Suite:
     def quarter(self, lr: float) -> Suite:
         """A quarter of the steps, also of the search, at another learning rate; for `--tune`."""
         search = replace(self.search, steps=max(1, self.search.steps // 4))
-        return replace(self, name=f"{self.name}/tune/{lr:g}", lr=lr, steps=self.steps // 4, search=search)
+        name = f"{self.name}/tune/{lr:g}"
+        return replace(self, name=name, lr=lr, steps=self.steps // 4, search=search, tuning=True)
 
     def config(self, overrides: Mapping[str, Any], seed: int) -> Config:
         """The base with dotted keys on top, {"train.lr": 1e-3, ...}.
