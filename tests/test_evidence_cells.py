@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.evidence import pace, page
+from benchmarks.evidence import suite as suites
 from benchmarks.evidence.__main__ import cells_of, lines, options
 from benchmarks.evidence.arms import ARMS
 from benchmarks.evidence.cells import Cell, run, wanted
@@ -86,6 +87,26 @@ def test_a_suite_needs_its_images_and_a_name() -> None:
         cells_of(mini(), ["eb-speed-60"], "0", Path(), Path())
     with pytest.raises(EbdiffError, match="--seeds"):
         cells_of(mini(), ["*"], "0,x", Path(), Path())
+
+
+def test_a_suite_of_ones_own_is_read_as_a_configuration_is(tmp_path: Path) -> None:
+    path, text = tmp_path / "own.yaml", (Path(suites.__file__).parent / "fashion16.yaml").read_text()
+    path.write_text(text.replace("lr: 1.0e-3", "lr: 1e-3").replace("train: {", "train: {precision: no, "))
+    suite = Suite.load(str(path))
+    assert suite.lr == 1e-3
+    assert suite.config(ARMS["dense"].overrides(suite), 0).train.precision == "no"
+    for old, new, message in (
+        ("steps: 1400", "stops: 1400", "stops"),
+        ("steps: 1400", "", "steps"),
+        ("most: 300", "moist: 300", "moist"),
+        ("lrs: [", "lrs: [[", "no YAML"),
+    ):
+        path.write_text(text.replace(old, new))
+        with pytest.raises(EbdiffError, match=message):
+            Suite.load(str(path))
+    path.write_text(text.replace("ema_decay", "ema_dekay"))
+    with pytest.raises(EbdiffError, match=r"did you mean train\.ema_decay"):
+        Suite.load(str(path)).config(ARMS["dense"].overrides(suite), 0)
 
 
 def test_what_an_arm_starts_from_comes_first(made: Any) -> None:

@@ -8,9 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ebdiff.config import Config
+from ebdiff.config import Config, read, validated
 from ebdiff.errors import EbdiffError
 
 HERE = Path(__file__).parent
@@ -75,14 +73,17 @@ class Suite:
         """The suite of this name, or of a YAML file.
 
         Raises:
-            EbdiffError: there is none.
+            EbdiffError: there is none, or the file has a key too many or too few.
         """
         path = HERE / f"{name}.yaml" if name in NAMES else Path(name)
         if path.suffix != ".yaml" or not path.is_file():
             raise EbdiffError("no such suite", expected=f"one of {', '.join(NAMES)}, or a .yaml file", got=name)
-        values = yaml.safe_load(path.read_text("utf-8"))
-        values |= {key: tuple(values[key]) for key in ("lrs", "marks", "score_marks", "dense_score_marks")}
-        return cls(name=path.stem, **{**values, "search": SearchPace(**values["search"])})
+        values = read(path)
+        values |= {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
+        try:
+            return cls(name=path.stem, **{**values, "search": SearchPace(**values["search"])})
+        except (KeyError, TypeError) as error:
+            raise EbdiffError(f"{path} is no suite", got=str(error), remedy=f"see {NAMES[0]}.yaml") from None
 
     def on(self, data: str | None) -> Suite:
         """The same on images from elsewhere.
@@ -109,6 +110,9 @@ class Suite:
         """The base with dotted keys on top, {"train.lr": 1e-3, ...}.
 
         No preset lies below it: what nobody says is the schema's default.
+
+        Raises:
+            EbdiffError: an unknown key, or a value that does not fit.
         """
         values: dict[str, Any] = copy.deepcopy(dict(self.base))
         shared = {
@@ -124,4 +128,4 @@ class Suite:
             for part in path:
                 section = section.setdefault(part, {})
             section[last] = value
-        return Config.model_validate(values)
+        return validated(values)

@@ -16,7 +16,7 @@ from ..errors import EbdiffError
 from ..files import write_bytes
 from .schema import Config
 
-__all__ = ["FILE", "PRESETS", "keep", "refuse_other", "resolve"]
+__all__ = ["FILE", "PRESETS", "completed", "keep", "read", "refuse_other", "resolve", "validated"]
 
 PRESETS = (
     "smoke",
@@ -53,12 +53,12 @@ def resolve(
     """
     values = _preset(preset or "demo")
     if file is not None:
-        _merge(values, _read(Path(file)))
+        _merge(values, read(Path(file)))
     for override in overrides:
         _override(values, override)
     if seed is not None:
         values["seed"] = seed
-    return _validated(values)
+    return validated(values)
 
 
 def keep(config: Config, folder: str | Path) -> None:
@@ -76,7 +76,7 @@ def keep(config: Config, folder: str | Path) -> None:
 
 def refuse_other(config: Config, path: Path) -> None:
     """Raise unless the configuration kept at `path` is this one."""
-    saved, ours = dict(_flat(_kept(path))), dict(_flat(config.model_dump(mode="json")))
+    saved, ours = dict(_flat(completed(read(path)))), dict(_flat(config.model_dump(mode="json")))
     different = [key for key in {**ours, **saved} if saved.get(key) != ours.get(key)]
     if different:
         raise EbdiffError(
@@ -88,9 +88,8 @@ def refuse_other(config: Config, path: Path) -> None:
         )
 
 
-def _kept(path: Path) -> dict[str, Any]:
-    """What a run kept, with the defaults of keys that are newer than it."""
-    values = _read(path)
+def completed(values: dict[str, Any]) -> dict[str, Any]:
+    """What a run kept, with the defaults of keys that are newer than it; as it is where it fits no longer."""
     try:
         return Config.model_validate(values).model_dump(mode="json")
     except ValidationError:
@@ -114,7 +113,12 @@ def _preset(name: str) -> dict[str, Any]:
     return whole | {"model": model}
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
+    """The values of a YAML file, numbers and truth values as YAML 1.2 has them.
+
+    Raises:
+        EbdiffError: there is none, or it is no YAML of keys and values.
+    """
     if not path.is_file():
         raise EbdiffError("no configuration file", expected="a YAML file", got=str(path), remedy="check the path")
     try:
@@ -164,7 +168,12 @@ def _override(values: dict[str, Any], text: str) -> None:
     _merge(values, {path[-1]: parsed})
 
 
-def _validated(values: Mapping[str, Any]) -> Config:
+def validated(values: Mapping[str, Any]) -> Config:
+    """The configuration of these values.
+
+    Raises:
+        EbdiffError: the first key that is unknown (with the nearest valid one) or whose value does not fit.
+    """
     try:
         return Config.model_validate(values)
     except ValidationError as error:
