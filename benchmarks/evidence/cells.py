@@ -7,17 +7,16 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
 from benchmarks import machine
-from ebdiff.config import Config
+from ebdiff.config import Config, completed
 from ebdiff.files import read_json, write_bytes, write_json
 from ebdiff.pruning.save import load
 from ebdiff.training.regions import region_folder
@@ -103,7 +102,7 @@ class Cell:
         if not self.place.exists():
             return None
         found: dict[str, Any] = read_json(self.place)
-        return found if same(found["config"], portable(self.config)) else None
+        return found if completed(found["config"]) == portable(self.config) else None
 
     def start(self, minutes: float | None = None) -> subprocess.Popen[bytes]:
         """Begin its run, or go on with it; for so many minutes."""
@@ -164,14 +163,6 @@ def keep_dense(world: World, folder: Path) -> None:
     network = world.network()
     network.load_state_dict(load(network_at(region_folder(world.out, 0), 1.0)).state_dict())
     write_folder(folder, lambda where: network.save_pretrained(str(where)))
-
-
-def same(kept: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
-    """Is it the same configuration, where keys that are newer than what is kept have their defaults?"""
-    try:
-        return Config.model_validate(kept).model_dump(mode="json") == config
-    except ValidationError:
-        return False
 
 
 def wanted(cells: Sequence[Cell]) -> list[Cell]:
