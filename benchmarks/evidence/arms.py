@@ -89,7 +89,8 @@ def settled(suite: Suite, ratio: float, criterion: str, pace: str) -> Overrides:
     s = suite.search
     window, every = (s.window, s.every) if pace == "iteration" else (4 * s.epoch, s.epoch)
     search = {"search.until": "settled", "search.steps": s.most, "search.window": window, "search.every": every}
-    return {**early_bird(suite, ratio, criterion), **search, "regions.steps": spent(suite, window, [ratio])}
+    steps = spent(suite, window, [ratio])
+    return {**searching(suite, criterion), **search, **WHOLE, "search.ratios": [ratio], "regions.steps": steps}
 
 
 def initial_mask(suite: Suite) -> Overrides:
