@@ -173,13 +173,16 @@ def _regions() -> Iterator[Arm]:
 
 
 def _controls() -> Iterator[Arm]:
-    """Each differs in one thing from eb-speed-50."""
+    """Each differs in one thing from eb-speed-50, but for initial-mask.
+
+    That one has no gradients and no search, so its mask is drawn by magnitude and it trains the steps of a search more.
+    """
     half = partial(early_bird, ratio=0.5)
     for name, about, make, changes in (
         ("random", "a random mask, the search's weights", partial(half, criterion="random"), {}),
         ("fresh", "the ticket, weights drawn anew", half, {"regions.start": "fresh"}),
         ("initial", "the ticket, weights as before the first step", half, {"regions.start": "initial"}),
-        ("initial-mask", "mask and weights as before the first step", initial_mask, {}),
+        ("initial-mask", "no search: mask by magnitude, and weights, as before the first step", initial_mask, {}),
         ("uniform", "timesteps uniform", half, {"train.sampler": "uniform"}),
         ("min-snr", "timesteps uniform, Min-SNR weights", half, {"train.sampler": "min-snr"}),
     ):
