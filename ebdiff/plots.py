@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .files import write_bytes
 
-__all__ = ["COLOURS", "Panel", "grid", "heatmaps", "lines"]
+__all__ = ["COLOURS", "Panel", "grid", "heatmaps", "lines", "write"]
 
 COLOURS = {"dense control": "#4477aa", "tickets": "#cc3311"}  # tell apart also without red and green
 _GREY = "#888888"
@@ -49,7 +49,7 @@ def lines(panels: Sequence[Panel], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.legend(framealpha=0.8, edgecolor="none")
-    _write(figure, path)
+    write(figure, path)
 
 
 def heatmaps(maps: Sequence[tuple[str, Sequence[int], Sequence[Sequence[float]]]], top: float, path: Path) -> None:
@@ -64,7 +64,7 @@ def heatmaps(maps: Sequence[tuple[str, Sequence[int], Sequence[Sequence[float]]]
         axes.set_yticks(list(places), labels)
         axes.set(title=title, xlabel="step of the search")
     figure.colorbar(image, ax=rows, label="mask distance", shrink=0.8)
-    _write(figure, path)
+    write(figure, path)
 
 
 def grid(sets: Mapping[str, Tensor], path: Path) -> None:
@@ -76,7 +76,14 @@ def grid(sets: Mapping[str, Tensor], path: Path) -> None:
         axes.imshow(_tiled(images).numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axes.set_title(title)
         axes.axis("off")
-    _write(figure, path, dpi=160)
+    write(figure, path, dpi=160)
+
+
+def write(figure: Figure, path: Path, dpi: int = 110) -> None:
+    """Write a figure, atomically; the same figure gives the same bytes."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=dpi, metadata={"Software": None})
+    write_bytes(path, content.getvalue())
 
 
 def _tiled(images: Tensor, gap: int = 1) -> Tensor:
@@ -93,9 +100,3 @@ def _tiled(images: Tensor, gap: int = 1) -> Tensor:
 
 def _row(figure: Any, count: int) -> list[Any]:
     return list(figure.subplots(1, count, squeeze=False)[0])
-
-
-def _write(figure: Any, path: Path, dpi: int = 110) -> None:
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=dpi, metadata={"Software": None})
-    write_bytes(path, content.getvalue())

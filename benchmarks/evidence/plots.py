@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import statistics
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from ebdiff.files import write_bytes
+from ebdiff.plots import write
 
 from .arms import ARMS
 from .counting import SEEDS, Clock, Results, curve, headline, named
@@ -45,7 +44,7 @@ def curves(results: Results, measure: str, clock: Clock | None, path: Path) -> N
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=2, edgecolor="none", fontsize=7)
     for axes in grid[len(families) :]:
         axes.set_visible(False)
-    _write(figure, path)
+    write(figure, path)
 
 
 def _plain(value: float, _: object = None) -> str:
@@ -107,10 +106,4 @@ def bars(results: Results, measure: str, clock: Clock | None, path: Path) -> Non
         xlabel=f"device-seconds to the dense arm's final {named(measure)}, over its own (*: fewer than {SEEDS} seeds)"
     )
     axes.spines[["top", "right"]].set_visible(False)
-    _write(figure, path)
-
-
-def _write(figure: Figure, path: Path) -> None:
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=110, metadata={"Software": None})
-    write_bytes(path, content.getvalue())
+    write(figure, path)
