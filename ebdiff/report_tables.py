@@ -7,7 +7,7 @@ from typing import Any
 
 from .report_verdict import Facts, seconds_shown
 
-__all__ = ["NAMES", "along", "comparison", "distances", "table", "tickets"]
+__all__ = ["NAMES", "along", "comparison", "distances", "parameters", "table", "tickets"]
 
 NAMES = {"dense": "dense control", "tickets": "tickets"}
 
@@ -32,18 +32,24 @@ def _ends(facts: Facts) -> dict[str, Any]:
     return {arm: marks[-1] for arm, marks in facts["marks"].items()}
 
 
+def parameters(facts: Facts) -> dict[str, float]:
+    """Of the dense network; of all networks together; and of the one at work, mean over the sampler's steps."""
+    dense, sampler = facts["dense"]["parameters"], facts["sampler"]
+    kept = [ticket["achieved"]["parameters"] * dense for ticket in facts["tickets"]]
+    active = sum(k * visits for k, visits in zip(kept, sampler["in_region"], strict=True)) / sampler["steps"]
+    return {"dense": dense, "stored": sum(kept), "active": active}
+
+
 def _sizes(facts: Facts) -> list[Row]:
-    kept = [t["achieved"]["parameters"] * facts["dense"]["parameters"] for t in facts["tickets"]]
-    visits, steps = facts["sampler"]["in_region"], facts["sampler"]["steps"]
-    active = sum(k * v for k, v in zip(kept, visits, strict=True)) / steps
-    million = f"{facts['dense']['parameters'] / 1e6:.2f}M"
+    count, steps = len(facts["tickets"]), facts["sampler"]["steps"]
+    million = {name: f"{number / 1e6:.2f}M" for name, number in parameters(facts).items()}
     macs = {arm: end["macs_per_image"] for arm, end in _ends(facts).items()}
-    stored = f"{sum(kept) / 1e6:.2f}M in {len(kept)} {'networks' if len(kept) > 1 else 'network'}"
+    stored = f"{million['stored']} in {count} {'networks' if count > 1 else 'network'}"
     return [
-        ("parameters stored", {"dense": million, "tickets": stored}),
+        ("parameters stored", {"dense": million["dense"], "tickets": stored}),
         (
             f"parameters active, mean over the {steps} sampler steps",
-            {"dense": million, "tickets": f"{active / 1e6:.2f}M"},
+            {"dense": million["dense"], "tickets": million["active"]},
         ),
         (
             "MACs of an image per sampler step, mean over these steps",
