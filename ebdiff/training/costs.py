@@ -8,25 +8,34 @@ from .stages import needed
 from .stretch import cost_of
 from .world import World
 
-__all__ = ["cost_at", "training_cost"]
+__all__ = ["cost_at", "stages_at", "training_cost"]
 
 
-def cost_at(world: World, mark: float) -> Cost:
-    """Of the tickets: the search, and above mark 0 the joint stage and this share of every region's training.
+def stages_at(world: World, mark: float) -> dict[str, Cost]:
+    """{stage: its cost} of the tickets: the search, above mark 0 the joint stage and this share of every region's.
 
     Raises:
         EbdiffError: a stage is not finished.
     """
-    cost = Cost.from_json(needed(world.out / "search", "ebdiff find")["cost"])
+    stages = {"search": Cost.from_json(needed(world.out / "search", "ebdiff find")["cost"])}
     if not mark:
-        return cost
+        return stages
     if world.config.regions.branch_at:
-        cost += Cost.from_json(needed(world.out / "joint", "ebdiff run")["cost"])
+        stages["joint"] = Cost.from_json(needed(world.out / "joint", "ebdiff run")["cost"])
     for number in range(len(world.partition)):
         folder = region_folder(world.out, number)
         needed(folder, f"ebdiff train --region {number}")
-        cost += cost_of(folder, mark)
-    return cost
+        stages[f"region {number}"] = cost_of(folder, mark)
+    return stages
+
+
+def cost_at(world: World, mark: float) -> Cost:
+    """Of all these stages together.
+
+    Raises:
+        EbdiffError: a stage is not finished.
+    """
+    return sum(stages_at(world, mark).values(), Cost())
 
 
 def training_cost(world: World, arm: str, mark: float) -> Cost:
