@@ -58,7 +58,6 @@ def cell(
             "sample": {"steps": 5},
         },
         "machine": {"threads": "1 thread", "cpu": "one"},
-        "stages": points[-1]["stages"],
         "curve": points,
         "parameters": {"dense": 2e6, "stored": 1e6, "active": 5e5},
         "macs_per_image": {"uniform": 50.0, "sampler": 25.0, "dense": 100.0},

@@ -135,13 +135,14 @@ def test_a_cell_from_a_kill_to_its_page(made: Any, tmp_path: Path, monkeypatch: 
     assert line.startswith("mini: eb-speed-50, seed 0: "), line
     facts = cell.facts()
     (region,) = steps_of(World(cell.config, tmp_path / "nowhere"))
-    assert [stage["steps"] for stage in facts["stages"].values()] == [4, region]
+    end = facts["curve"][-1]
+    stages = end["stages"]
+    assert [stage["steps"] for stage in stages.values()] == [4, region]
     assert [point["share"] for point in facts["curve"]] == [0.25, 0.5, 1.0]
     assert [point["fid"] is not None for point in facts["curve"]] == [False, True, True]
-    end = facts["curve"][-1]
-    assert end["device_seconds"] == pytest.approx(sum(s["device_seconds"] for s in facts["stages"].values()))
+    assert end["device_seconds"] == pytest.approx(sum(s["device_seconds"] for s in stages.values()))
     dense_step = facts["macs_per_image"]["dense"] * FORWARD_AND_BACKWARD * 4
-    assert facts["stages"]["search"]["macs"] == 4 * dense_step
+    assert stages["search"]["macs"] == 4 * dense_step
     assert facts["parameters"]["stored"] < facts["parameters"]["dense"]
     assert facts["machine"]["commit"] == "first, second"
     assert str(tmp_path) not in cell.place.read_text()
@@ -149,7 +150,7 @@ def test_a_cell_from_a_kill_to_its_page(made: Any, tmp_path: Path, monkeypatch: 
     assert not list(cell.folder.rglob("checkpoints"))
     monkeypatch.undo()
     seconds = pace.clock([cell], rounds=1)[cell.arm.name]
-    assert set(seconds) == set(facts["stages"])
+    assert set(seconds) == set(stages)
     assert min(seconds.values()) > 0
     trained = World(cell.config.model_copy(update={"pretrained": "dense-0"}), cell.folder)
     monkeypatch.setattr(World, "plan", World(cell.config, cell.folder).plan)

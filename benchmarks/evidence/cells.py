@@ -19,13 +19,14 @@ from benchmarks import machine
 from ebdiff.config import Config, completed
 from ebdiff.files import read_json, write_bytes, write_json
 from ebdiff.pruning.save import load
+from ebdiff.training.costs import cost_at
 from ebdiff.training.regions import region_folder
 from ebdiff.training.stages import write_folder
 from ebdiff.training.stretch import network_at
 from ebdiff.training.world import World
 
 from .arms import ARMS, Arm
-from .result import cost_of_run, gathered, portable
+from .result import gathered, portable
 from .suite import Suite
 
 RESULTS = Path(__file__).parent.parent / "results" / "evidence"
@@ -141,7 +142,8 @@ class Cell:
         """Write the result of its finished run; a line about it."""
         if self.arm.name in {arm.after for arm in ARMS.values()}:
             keep_dense(World(self.config, self.folder), self.network)
-        cost = cost_of_run(self.before.folder) if self.before is not None else None
+        start = self.before
+        cost = cost_at(World(start.config, start.folder), 1.0) if start is not None else None
         facts = {
             "suite": self.suite.name,
             "arm": self.arm.name,

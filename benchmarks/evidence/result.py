@@ -8,10 +8,10 @@ from typing import Any
 
 from ebdiff.config import Config
 from ebdiff.files import read_json
+from ebdiff.report_tables import parameters
 from ebdiff.training.accounting import Cost
-from ebdiff.training.regions import region_folder
-from ebdiff.training.stages import needed
-from ebdiff.training.stretch import cost_of
+from ebdiff.training.costs import stages_at
+from ebdiff.training.world import World
 
 BEFORE = "before"  # the stage that other cells' networks cost
 Facts = dict[str, Any]
@@ -28,12 +28,11 @@ def gathered(config: Config, folder: Path, before: Cost | None, place: Mapping[s
     """
     report = read_json(folder / "report.json")
     marks = [mark for mark in report["marks"]["tickets"] if mark["mark"] > 0]
-    ends = {mark["mark"]: stages_at(folder, mark["mark"], len(report["tickets"]), before) for mark in marks}
+    world, bought = World(config, folder), {BEFORE: before} if before is not None else {}
     return {
         "machine": {**place, "threads": report["machine"]},
         "config": portable(config),
-        "stages": {name: of_stage(cost) for name, cost in ends[1.0].items()},
-        "curve": [point(mark, ends[mark["mark"]]) for mark in marks],
+        "curve": [point(mark, bought | stages_at(world, mark["mark"])) for mark in marks],
         "judging_device_seconds": sum(mark["judging"]["device_seconds"] for mark in report["marks"]["tickets"]),
         "parameters": parameters(report),
         "macs_per_image": {**marks[-1]["macs_per_image"], "dense": report["dense"]["macs"]},
@@ -44,39 +43,12 @@ def gathered(config: Config, folder: Path, before: Cost | None, place: Mapping[s
     }
 
 
-def stages_at(folder: Path, share: float, regions: int, before: Cost | None) -> dict[str, Cost]:
-    """{stage: its cost} when the regions had taken this share of their training."""
-    stages = {BEFORE: before} if before is not None else {}
-    stages["search"] = Cost.from_json(needed(folder / "search", "ebdiff find")["cost"])
-    if (folder / "joint").exists():
-        stages["joint"] = Cost.from_json(needed(folder / "joint", "ebdiff run")["cost"])
-    return stages | {f"region {k}": cost_of(region_folder(folder, k), share) for k in range(regions)}
-
-
-def cost_of_run(folder: Path, regions: int = 1) -> Cost:
-    """What a finished run cost, judging not counted."""
-    return sum(stages_at(folder, 1.0, regions, None).values(), Cost())
-
-
-def of_stage(cost: Cost) -> Facts:
-    """Its cost, and the seconds of a step."""
-    return {**cost.to_json(), "seconds_per_step": cost.device_seconds / cost.steps if cost.steps else None}
-
-
 def point(mark: Mapping[str, Any], stages: Mapping[str, Cost]) -> Facts:
     """A point of the curve: cost so far, and how the networks were judged."""
     total, scores = sum(stages.values(), Cost()), mark["scores"]
     judged = {key: scores[key] if scores else None for key in ("fid", "kid", "precision", "recall")}
     each = {name: cost.to_json() for name, cost in stages.items()}
     return {"share": mark["mark"], **total.to_json(), "loss": mark["loss"]["total"], **judged, "stages": each}
-
-
-def parameters(report: Mapping[str, Any]) -> dict[str, float]:
-    """Of the dense network; of all networks together; and of the one at work, mean over the sampler's steps."""
-    dense, sampler = report["dense"]["parameters"], report["sampler"]
-    kept = [ticket["achieved"]["parameters"] * dense for ticket in report["tickets"]]
-    active = sum(k * visits for k, visits in zip(kept, sampler["in_region"], strict=True)) / sampler["steps"]
-    return {"dense": dense, "stored": sum(kept), "active": active}
 
 
 def portable(config: Config) -> Facts:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from statistics import mean
-from typing import Any
 
 from ebdiff.report_tables import table
 
@@ -14,6 +13,7 @@ from .counting import (
     SEEDS,
     SHARES,
     Clock,
+    Facts,
     Headline,
     Results,
     Spread,
@@ -25,8 +25,6 @@ from .counting import (
     wall_seconds,
 )
 from .suite import Suite
-
-Facts = Mapping[str, Any]
 
 RULE = (
     "Device-seconds are {device}; those of all stages are added up, the search included, and of arms that start from "
@@ -174,7 +172,7 @@ def mean_of(found: Sequence[Facts], what: str) -> dict[str, float]:
 
 def settled(found: Sequence[Facts]) -> str:
     """At which step of the search, seed by seed; regions beside each other."""
-    if not found[0]["stages"]["search"]["steps"]:
+    if not found[0]["curve"][-1]["stages"]["search"]["steps"]:
         return "no search"
     seeds = []
     for facts in found:
