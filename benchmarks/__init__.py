@@ -8,13 +8,15 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+Item = TypeVar("Item")
 
 # google/ddpm-cifar10-32
 DDPM_CIFAR10: dict[str, Any] = {
@@ -203,6 +205,34 @@ def replayed(call: Callable[[], Any]) -> Callable[[], None]:
     with torch.cuda.graph(graph):
         call()
     return graph.replay
+
+
+def pool(
+    waiting: list[Item],
+    start: Callable[[Item], subprocess.Popen[bytes]],
+    jobs: int,
+    ready: Callable[[Item], bool] = lambda item: True,
+) -> Generator[tuple[Item, int], None, None]:
+    """Every item in a process of its own, `jobs` side by side; yields each that ended and its exit code.
+
+    Ends when nothing runs and nothing that waits is `ready`; what was not started is left in `waiting`. Processes that
+    run when it is closed are ended.
+    """
+    running: dict[subprocess.Popen[bytes], Item] = {}
+    try:
+        while True:
+            for item in [item for item in waiting if ready(item)][: jobs - len(running)]:
+                waiting.remove(item)
+                running[start(item)] = item
+            if not running:
+                return
+            time.sleep(0.2)
+            for process in [process for process in running if process.poll() is not None]:
+                yield running.pop(process), process.returncode
+    finally:
+        for process in running:
+            process.terminate()
+            process.wait()
 
 
 def _commit() -> str:

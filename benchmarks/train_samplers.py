@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine, write_results
+from benchmarks import machine, pool, write_results
 from ebdiff import plots
 from ebdiff.config import resolve
 from ebdiff.files import read_json, write_json
@@ -86,24 +86,16 @@ def place(work: Path, name: str, seed: int) -> Path:
 
 def side_by_side(waiting: list[tuple[str, int]], steps: int, work: Path, parallel: int) -> Iterator[str]:
     """Every run in a process of its own, `parallel` at a time; yields a line for each that ends."""
-    running: dict[subprocess.Popen[bytes], tuple[str, int]] = {}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    try:
-        while waiting or running:
-            while waiting and len(running) < parallel:
-                name, seed = waiting.pop(0)
-                command = [sys.executable, "-m", "benchmarks.train_samplers", "--one", name, str(seed)]
-                command += ["--steps", str(steps), "--work", str(work)]
-                running[subprocess.Popen(command, env=environment)] = name, seed
-            time.sleep(0.5)
-            for process in [process for process in running if process.poll() is not None]:
-                name, seed = running.pop(process)
-                if process.returncode:
-                    raise SystemExit(f"{name}, seed {seed}: exit code {process.returncode}")
-                yield f"{name}, seed {seed}: loss {read_json(place(work, name, seed))['marks'][-1]['loss']:.4f}"
-    finally:
-        for process in running:
-            process.terminate()
+
+    def start(run: tuple[str, int]) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "benchmarks.train_samplers", "--one", run[0], str(run[1])]
+        return subprocess.Popen([*command, "--steps", str(steps), "--work", str(work)], env=environment)
+
+    for (name, seed), code in pool(waiting, start, parallel):
+        if code:
+            raise SystemExit(f"{name}, seed {seed}: exit code {code}")
+        yield f"{name}, seed {seed}: loss {read_json(place(work, name, seed))['marks'][-1]['loss']:.4f}"
 
 
 def gathered(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks import few
+from benchmarks import few, pool
 
 ROOT = Path(__file__).parent.parent
 COMMAND = re.compile(r"pytest benchmarks/ --benchmark-only -k (\w+) --full --results DIR")
@@ -19,6 +20,35 @@ COMMAND = re.compile(r"pytest benchmarks/ --benchmark-only -k (\w+) --full --res
 def test_without_full_there_are_three_rounds_at_most() -> None:
     assert [few(rounds, full=False) for rounds in (1, 3, 41)] == [1, 3, 3]
     assert [few(rounds, full=True) for rounds in (1, 3, 41)] == [1, 3, 41]
+
+
+def test_processes_start_when_they_are_ready_and_no_more_than_asked_for() -> None:
+    waiting, begun, ended = [3, 0, 7, 9], [], []
+
+    def start(code: int) -> subprocess.Popen[bytes]:
+        assert len(begun) - len(ended) < 2
+        begun.append(code)
+        return subprocess.Popen(["sh", "-c", f"exit {code}"])
+
+    for item, code in pool(waiting, start, 2, lambda item: item != 9 and (item != 3 or 7 in begun)):
+        assert code == item
+        ended.append(item)
+    assert begun == [0, 7, 3]
+    assert sorted(ended) == [0, 3, 7]
+    assert waiting == [9]
+
+
+def test_processes_end_with_their_pool() -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(seconds: str) -> subprocess.Popen[bytes]:
+        started.append(subprocess.Popen(["sleep", seconds]))
+        return started[-1]
+
+    running = pool(["0", "60"], start, 2)
+    next(running)
+    running.close()
+    assert started[1].returncode == -signal.SIGTERM
 
 
 def test_every_committed_result_names_a_benchmark_at_full_size() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine
+from benchmarks import machine, pool
 from ebdiff.config import Config, completed
 from ebdiff.files import read_json, write_bytes, write_json
 from ebdiff.pruning.save import load
@@ -183,22 +183,11 @@ def run(cells: Sequence[Cell], jobs: int, minutes: float | None = None) -> Itera
 
     After so many minutes no cell is started, and those at work stop where the same command goes on.
     """
-    waiting, running = list(cells), dict[subprocess.Popen[bytes], Cell]()
-    until = float("inf") if minutes is None else time.monotonic() + 60 * minutes
-    try:
-        while waiting or running:
-            left = until - time.monotonic()
-            ready = [cell for cell in waiting if cell.ready] if left > 0 else []
-            for cell in ready[: jobs - len(running)]:
-                waiting.remove(cell)
-                running[cell.start(None if minutes is None else left / 60)] = cell
-            if not running:
-                break
-            time.sleep(0.2)
-            for process in [process for process in running if process.poll() is not None]:
-                yield running.pop(process).ended(process.returncode)
-    finally:
-        for process in running:
-            process.terminate()
-            process.wait()
+    waiting, until = list(cells), float("inf") if minutes is None else time.monotonic() + 60 * minutes
+
+    def start(cell: Cell) -> subprocess.Popen[bytes]:
+        return cell.start(None if minutes is None else max(0.0, until - time.monotonic()) / 60)
+
+    for cell, code in pool(waiting, start, jobs, lambda cell: cell.ready and time.monotonic() < until):
+        yield cell.ended(code)
     yield from (f"{cell}: not begun" for cell in waiting)
