@@ -44,11 +44,11 @@ class Suite:
         lr: of every arm.
         lrs: what `--tune` tries.
         search: how tickets are looked for.
-        finetune: steps after pruning a trained network, over the dense steps.
-        marks, score_marks: shares of the training at which arms are judged, and at which of them images are scored.
-        dense_score_marks: the latter of the dense arms.
         cost_of_step: {ratio: device-seconds of a step of a ticket over those of a dense step}; `--pace` measures them.
         base: sections of a configuration.
+        finetune: steps after pruning a trained network, over the dense steps.
+        marks, score_marks: shares of the training at which arms are judged, and at which of them images are scored.
+        dense_score_marks: the latter of the dense arms; drawing images takes longest with the whole network.
         threads: of each cell's process.
         tuning: is it there to choose the learning rate?
     """
@@ -59,12 +59,12 @@ class Suite:
     lr: float
     lrs: tuple[float, ...]
     search: SearchPace
-    finetune: float
-    marks: tuple[float, ...]
-    score_marks: tuple[float, ...]
-    dense_score_marks: tuple[float, ...]
     cost_of_step: Mapping[float, float]
     base: Mapping[str, Any]
+    finetune: float = 0.125
+    marks: tuple[float, ...] = (0.0625, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 1.0)
+    score_marks: tuple[float, ...] = (0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
+    dense_score_marks: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
     threads: int = 1
     tuning: bool = False
 
