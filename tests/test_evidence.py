@@ -180,7 +180,7 @@ def results() -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def test_the_page_of_a_suite(results: dict[str, list[dict[str, Any]]], tmp_path: Path) -> None:
+def test_the_page_of_a_suite(results: dict[str, list[dict[str, Any]]]) -> None:
     page = markdown(Suite.load("fashion16"), results, ["dense, seed 9: no result"], None, {"curves": "curves.png"})
     assert "| eb-speed-50 | 3 | 0.50 ± 0.00 |" in page
     assert "| regions-30-60-80 | 1 * | not reached |" in page

@@ -15,6 +15,7 @@ from benchmarks.evidence.__main__ import cells_of, lines, options
 from benchmarks.evidence.arms import ARMS
 from benchmarks.evidence.cells import Cell, run, wanted
 from benchmarks.evidence.suite import NAMES, SearchPace, Suite
+from ebdiff.config import resolve
 from ebdiff.errors import EbdiffError
 from ebdiff.files import write_json
 from ebdiff.training.accounting import FORWARD_AND_BACKWARD
@@ -48,7 +49,7 @@ def mini() -> Suite:
 @pytest.fixture
 def made(tmp_path: Path) -> Any:
     """Makes the cell of an arm."""
-    return lambda arm, seed=0, suite=None: Cell(suite or mini(), ARMS[arm], seed, tmp_path / "runs", tmp_path / "res")
+    return lambda arm, suite=None: Cell(suite or mini(), ARMS[arm], 0, tmp_path / "runs", tmp_path / "res")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -71,6 +72,10 @@ def test_arms_spend_what_the_dense_one_does(name: str) -> None:
         small = sum(n * suite.cost_of_step[r] for n, r in zip(steps, config.search.ratios, strict=True))
         spent = config.search.steps + config.regions.branch_at + small
         assert spent == pytest.approx(suite.steps, rel=0.01)
+
+
+def test_the_suite_for_a_gpu_has_the_presets_network() -> None:
+    assert Suite.load("gpu-cifar32").base["model"] == resolve("cifar10").model
 
 
 def test_every_arm_says_what_it_is() -> None:
@@ -191,6 +196,13 @@ def test_tuning_tries_as_much_for_a_ticket_as_for_the_dense_arm(tmp_path: Path) 
     for cell in cells:
         write_json(cell.place, {"config": cell.config.model_dump(mode="json")})
     assert page.tuned(suite, tmp_path, tmp_path)
+
+
+def test_what_a_step_costs_is_measured_at_every_ratio() -> None:
+    suite = mini()
+    seconds = pace.ratio_costs(suite, rounds=1)
+    assert seconds.keys() == suite.cost_of_step.keys()
+    assert all(each > 0 for (each,) in seconds.values())
 
 
 def test_a_failed_cell_names_its_log(made: Any) -> None:
