@@ -19,14 +19,14 @@ from tiny import TINY, run, tiny
 
 from ebdiff import report
 from ebdiff.errors import EbdiffError
-from ebdiff.files import read_json, read_tensors
+from ebdiff.files import read_json, read_tensors, write_json
 from ebdiff.nn.router import TimestepRouter
 from ebdiff.pruning.save import load
 from ebdiff.pruning.shrink import shrinks_of
 from ebdiff.report_text import markdown
 from ebdiff.training import job, loop
 from ebdiff.training.accounting import Cost, Meter
-from ebdiff.training.judge import macs_per_image
+from ebdiff.training.judge import judged, macs_per_image
 from ebdiff.training.log import read_log
 from ebdiff.training.regions import joint_mask, region, ticket_of
 from ebdiff.training.search import control_steps
@@ -74,6 +74,19 @@ def test_the_control_gets_equal_macs(finished: World) -> None:
     by_hand = 20 + sum(share * steps for share, steps in zip(shares, (5, 4, 6), strict=True))
     assert control_steps(finished, 1.0) == round(by_hand)
     assert control_steps(finished, 0.0) == 20
+
+
+def test_the_report_has_what_a_mark_had_cost_once(finished: World, tmp_path: Path) -> None:
+    """Also of marks judged before they said it."""
+    shutil.copytree(finished.out, tmp_path, dirs_exist_ok=True)
+    told = read_json(finished.out / "report.json")["marks"]
+    for arm, marks in told.items():
+        for mark in marks:
+            own = read_json(judged(tmp_path, arm, mark["mark"]))
+            assert (mark["cost"], mark["judging"]) == (own.pop("training_cost"), own["cost"])
+            assert mark.keys() == {*own, "judging"}
+            write_json(judged(tmp_path, arm, mark["mark"]), own)
+    assert report.gather(tiny(tmp_path))["marks"] == told
 
 
 def test_the_report_says_that_a_search_of_no_steps_may_cost(finished: World) -> None:
