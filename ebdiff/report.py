@@ -95,7 +95,8 @@ def _visits(world: World) -> dict[str, Any]:
 def _mark(world: World, arm: str, mark: float) -> dict[str, Any]:
     """An arm at a mark: how it was judged, and what it had cost by then."""
     found: dict[str, Any] = read_json(judged(world.out, arm, mark))
-    return {**found, "judging": found["cost"], "cost": training_cost(world, arm, mark).to_json()}
+    cost = found.pop("training_cost", None) or training_cost(world, arm, mark).to_json()
+    return {**found, "judging": found["cost"], "cost": cost}
 
 
 def draw(world: World, facts: Mapping[str, Any]) -> dict[str, str]:

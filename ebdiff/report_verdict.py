@@ -50,7 +50,8 @@ def alone(facts: Facts) -> dict[str, Any]:
     end = facts["marks"]["tickets"][-1]
     measure = "FID" if end["scores"] else "held-out loss"
     seconds = seconds_shown(end["cost"]["device_seconds"])
-    parts = [f"No dense control was trained; {measure} {_shown(value(end, measure))} after {seconds} device-seconds"]
+    score = value(end, measure)
+    parts = [f"No dense control was trained; {measure} {score:{_form(score)}} after {seconds} device-seconds"]
     if end["scores"]:
         parts.append(f"held-out loss {value(end, 'held-out loss'):.4f}")
     share = end["macs_per_image"]["sampler"] / facts["dense"]["macs_per_image"]
@@ -90,13 +91,14 @@ def interpolated(points: Sequence[tuple[float, float]], x: float) -> float:
     return points[-1][1]
 
 
-def _pair(values: Mapping[str, float], form: str = ".2f") -> str:
-    form = ".4f" if max(abs(v) for v in values.values()) < 1 else form
+def _pair(values: Mapping[str, float], form: str = "") -> str:
+    form = form or _form(*values.values())
     return f"{values['tickets']:{form}} (tickets) against {values['dense']:{form}} (dense)"
 
 
-def _shown(score: float) -> str:
-    return f"{score:.4f}" if abs(score) < 1 else f"{score:.2f}"
+def _form(*values: float) -> str:
+    """More digits where all values are below 1."""
+    return ".4f" if max(map(abs, values)) < 1 else ".2f"
 
 
 def seconds_shown(seconds: float) -> str:

@@ -9,22 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny import TINY, run, tiny
+from tiny import TINY, ebdiff, run, tiny
 
-from ebdiff.cli import main
 from ebdiff.files import read_json
 from ebdiff.progress import Tally, follow
 from ebdiff.training.stages import Tick, Work
 
 COMMANDS = ("run", "find", "train", "merge", "sample", "eval", "info")
-
-
-def ebdiff(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
-    """The exit code of a command, run in this process."""
-    monkeypatch.setattr(sys, "argv", ["ebdiff", *map(str, arguments)])
-    with pytest.raises(SystemExit) as left:
-        main()
-    return int(left.value.code or 0)
 
 
 @pytest.fixture(scope="module")

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import TINY, tiny
+from tiny import TINY, ebdiff, tiny
 from torch import Tensor
 
-from ebdiff.cli import main
 from ebdiff.dry_run import kept
 from ebdiff.errors import EbdiffError
 from ebdiff.training import estimate
@@ -21,9 +19,7 @@ from ebdiff.training.estimate import Measured, measure
 
 def shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """What a command writes."""
-    monkeypatch.setattr(sys, "argv", ["ebdiff", *arguments])
-    with pytest.raises(SystemExit):
-        main()
+    ebdiff(monkeypatch, *arguments)
     written = capsys.readouterr()
     return written.out + written.err
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from test_cli import ebdiff
+from tiny import ebdiff
 
 from ebdiff.errors import EbdiffError
 from ebdiff.info import schedule

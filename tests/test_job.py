@@ -15,18 +15,18 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import TINY, run, tiny
+from tiny import TINY, found, run, same, tiny, weights
 
 from ebdiff import report
 from ebdiff.errors import EbdiffError
-from ebdiff.files import read_json, read_tensors
+from ebdiff.files import read_json, write_json
 from ebdiff.nn.router import TimestepRouter
 from ebdiff.pruning.save import load
 from ebdiff.pruning.shrink import shrinks_of
 from ebdiff.report_text import markdown
 from ebdiff.training import job, loop
 from ebdiff.training.accounting import Cost, Meter
-from ebdiff.training.judge import macs_per_image
+from ebdiff.training.judge import judged, macs_per_image
 from ebdiff.training.log import read_log
 from ebdiff.training.regions import joint_mask, region, ticket_of
 from ebdiff.training.search import control_steps
@@ -44,16 +44,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> World:
     run(world)
     report.write(world)
     return world
-
-
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of every network and ticket in a run, by file and name."""
-    files = [path for path in sorted(out.rglob("*.safetensors")) if "checkpoints" not in path.parts]
-    return {f"{path.relative_to(out)} {key}": t for path in files for key, t in read_tensors(path)[0].items()}
-
-
-def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def without_times(value: Any) -> Any:
@@ -74,6 +64,19 @@ def test_the_control_gets_equal_macs(finished: World) -> None:
     by_hand = 20 + sum(share * steps for share, steps in zip(shares, (5, 4, 6), strict=True))
     assert control_steps(finished, 1.0) == round(by_hand)
     assert control_steps(finished, 0.0) == 20
+
+
+def test_the_report_has_what_a_mark_had_cost_once(finished: World, tmp_path: Path) -> None:
+    """Also of marks judged before they said it."""
+    shutil.copytree(finished.out, tmp_path, dirs_exist_ok=True)
+    told = read_json(finished.out / "report.json")["marks"]
+    for arm, marks in told.items():
+        for mark in marks:
+            own = read_json(judged(tmp_path, arm, mark["mark"]))
+            assert (mark["cost"], mark["judging"]) == (own.pop("training_cost"), own["cost"])
+            assert mark.keys() == {*own, "judging"}
+            write_json(judged(tmp_path, arm, mark["mark"]), own)
+    assert report.gather(tiny(tmp_path))["marks"] == told
 
 
 def test_the_report_says_that_a_search_of_no_steps_may_cost(finished: World) -> None:
@@ -179,18 +182,14 @@ def test_regions_differ_in_which_channels_they_keep(finished: World) -> None:
 
 
 def test_magnitude_gives_all_regions_the_same_ranking(tmp_path: Path) -> None:
-    world = tiny(tmp_path, "search.criterion=magnitude", "search.ratios=[0.5, 0.5, 0.5]")
-    job.prepare(world)
-    list(job.find(world))
+    world = found(tmp_path, "search.criterion=magnitude", "search.ratios=[0.5, 0.5, 0.5]")
     assert ticket_of(world, 0).mask == ticket_of(world, 2).mask
     assert ticket_of(world, 2).region == world.partition[2]
     assert max(read_json(tmp_path / "search" / "done.json")["between_regions"]["tickets"]) == 0
 
 
 def test_auto_splits_one_budget(tmp_path: Path) -> None:
-    world = tiny(tmp_path, "search.ratios=auto", "search.macs=0.4")
-    job.prepare(world)
-    list(job.find(world))
+    world = found(tmp_path, "search.ratios=auto", "search.macs=0.4")
     masks = [ticket_of(world, number).mask for number in range(3)]
     asked = [mask.asked["macs"] for mask in masks]
     assert sum(a * len(r) for a, r in zip(asked, world.partition, strict=True)) / 1000 == pytest.approx(0.4)
@@ -198,9 +197,7 @@ def test_auto_splits_one_budget(tmp_path: Path) -> None:
 
 
 def test_branches_grow_from_a_joint_ticket(tmp_path: Path) -> None:
-    world = tiny(tmp_path, "regions.branch_at=3")
-    job.prepare(world)
-    list(job.find(world))
+    world = found(tmp_path, "regions.branch_at=3")
     list(job.train(world, range(3)))
     assert read_json(tmp_path / "joint" / "done.json")["cost"]["steps"] == 3
     for number in range(3):
@@ -272,9 +269,7 @@ def test_a_search_that_sees_every_region_just_once_is_long_enough(seed: int, tmp
     steps = int(str(refusal.value).partition("which take ")[2].partition(",")[0])
     with pytest.raises(EbdiffError, match="too short to see"):
         tiny(tmp_path, f"search.steps={steps - 1}", f"seed={seed}").check()
-    world = tiny(tmp_path, f"search.steps={steps}", f"seed={seed}")
-    job.prepare(world)
-    list(job.find(world))
+    world = found(tmp_path, f"search.steps={steps}", f"seed={seed}")
     assert ticket_of(world, 2).region == world.partition[2]
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_job import same, weights
-from tiny import run, tiny
+from tiny import NO_SEARCH, TWO, found, run, same, tiny, weights
 
 from ebdiff import ChannelMask, importance, report, shrink
 from ebdiff.config import resolve
@@ -26,19 +25,6 @@ from ebdiff.training.stretch import cost_per_step
 from ebdiff.training.world import World
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-TWO = ("regions.bounds=[0, 440, 1000]", "search.ratios=[0.3, 0.6]", "regions.steps=[3, 4]")
-UNTRAINED = (*TWO, "search.steps=0", "search.criterion=magnitude")
-
-
-def found(out: Path, *overrides: str, after: int = 0) -> World:
-    """A world whose search has finished; where `after` is given, abandoned after so many ticks and begun again."""
-    world = tiny(out, *overrides)
-    job.prepare(world)
-    assert len(list(islice(job.find(world), after))) == after
-    list(job.find(tiny(out, *overrides)))
-    return world
-
 
 # What an arm had cost -------------------------------------------------------------------------------------------------
 
@@ -72,7 +58,7 @@ def test_a_judgement_says_what_its_network_had_cost(tmp_path: Path) -> None:
 
 
 def test_without_a_search_masks_are_of_the_network_before_its_first_step(tmp_path: Path) -> None:
-    world = tiny(tmp_path / "whole", *UNTRAINED)
+    world = tiny(tmp_path / "whole", *NO_SEARCH)
     run(world)
     scores = importance(world.network(), world.plan, "magnitude")
     for number, ratio in enumerate((0.3, 0.6)):
@@ -105,7 +91,7 @@ def test_without_a_search_there_are_no_gradients(criterion: str) -> None:
 def test_a_dense_arm_is_a_ticket_that_removes_nothing(tmp_path: Path) -> None:
     """One region, ratio 0, no search, no control: the dense network on all timesteps, judged and reported alone."""
     alone = ("search.ratios=[0.0]", "regions.bounds=[0, 1000]", "regions.overlap=0", "regions.steps=[4]")
-    world = tiny(tmp_path, *UNTRAINED, *alone, "evaluate.control=false")
+    world = tiny(tmp_path, *NO_SEARCH, *alone, "evaluate.control=false")
     run(world)
     assert not (tmp_path / "dense").exists()
     assert sorted(path.name for path in (tmp_path / "evaluation").glob("*.json")) == [
@@ -210,7 +196,7 @@ def parts(state: TrainState) -> list[torch.Tensor]:
 @pytest.mark.parametrize("start", ["initial", "fresh"])
 def test_regions_with_other_first_weights_go_on_after_an_interruption(start: str, tmp_path: Path) -> None:
     for out, after in (("whole", 0), ("again", 3)):
-        world = found(tmp_path / out, *UNTRAINED, f"regions.start={start}", "train.checkpoint_every=2")
+        world = found(tmp_path / out, *NO_SEARCH, f"regions.start={start}", "train.checkpoint_every=2")
         list(islice(job.train(world, [1]), after))
         list(job.train(world, [1]))
     assert same(weights(tmp_path / "again"), weights(tmp_path / "whole"))

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_job import same, weights
-from tiny import tiny
+from tiny import found, run, same, tiny, weights
 
 from ebdiff import TimestepRouter, report
 from ebdiff.config import resolve
@@ -51,8 +50,7 @@ JOINT = (*BIG, "regions.branch_at=1")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> World:
     torch.set_num_threads(1)
     world = tiny(tmp_path_factory.mktemp("finished"), *JOINT)
-    job.prepare(world)
-    list(job.run(world))
+    run(world)
     return world
 
 
@@ -84,12 +82,9 @@ def test_the_joint_network_computes_the_blocks_of_all_regions(finished: World) -
 
 
 def test_it_goes_on_to_the_same_networks_after_interruptions(finished: World, tmp_path: Path) -> None:
-    for found, trained in ((2, 0), (None, 3), (None, None)):
-        world = tiny(tmp_path, *JOINT)
-        job.prepare(world)
-        list(islice(job.find(world), found))
-        if found is None:
-            list(islice(job.train(world, range(2)), trained))
+    for after, trained in ((2, 3), (0, None)):
+        world = found(tmp_path, *JOINT, after=after)
+        list(islice(job.train(world, range(2)), trained))
     job.merge(world)
     theirs = {name: tensor for name, tensor in weights(finished.out).items() if "evaluation" not in name}
     assert same(weights(tmp_path), theirs)
@@ -100,10 +95,8 @@ def test_blocks_do_not_depend_on_how_channels_are_drawn(
     other: str, finished: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn = {"auto": ("search.ratios=auto", "search.macs=0.6"), "diff-pruning": ("search.criterion=diff-pruning",)}
-    world = tiny(tmp_path, *BIG, *drawn[other])
     monkeypatch.setattr(diff_pruning, "PASSES", 4)
-    job.prepare(world)
-    list(job.find(world))
+    world = found(tmp_path, *BIG, *drawn[other])
     for number in range(2):
         assert ticket_of(world, number).blocks == ticket_of(finished, number).blocks
 

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_job import same, weights
-from tiny import tiny
+from tiny import TWO, found, same, tiny, weights
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -26,8 +25,7 @@ from ebdiff.training.world import World
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-REGIONS = ("regions.bounds=[0, 440, 1000]", "search.ratios=[0.3, 0.6]", "regions.steps=[3, 4]")
-BY_LOSSES = (*REGIONS, "search.criterion=diff-pruning")
+BY_LOSSES = (*TWO, "search.criterion=diff-pruning")
 
 
 def losses_by_hand(world: World, network: torch.nn.Module, start: int, stop: int) -> Iterator[Tensor]:
@@ -71,10 +69,7 @@ def test_only_passes_that_were_made_are_counted(tmp_path: Path) -> None:
 def test_a_search_goes_on_to_the_same_tickets_after_an_interruption(tmp_path: Path) -> None:
     overrides = (*BY_LOSSES, "search.steps=4")
     for out, after in (("whole", 0), ("drawing", 4)):
-        for ticks in (after, None):
-            world = tiny(tmp_path / out, *overrides)
-            job.prepare(world)
-            list(islice(job.find(world), ticks))
+        world = found(tmp_path / out, *overrides, after=after)
         assert same(weights(world.out), weights(tmp_path / "whole"))
         cost = read_json(world.out / "search" / "done.json")["cost"]
         assert cost["macs"] == (4 + 100) * 3 * 4 * world.plan.macs()

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import UNet2DModel
 from safetensors.torch import load_file, save_file
-from test_job import same, weights
-from tiny import tiny
+from tiny import NO_SEARCH, TWO, found, same, tiny, weights
 
 import ebdiff
 from ebdiff import ChannelMask, importance, shrink
@@ -24,8 +22,6 @@ from ebdiff.training.world import World
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TWO = ("regions.bounds=[0, 440, 1000]", "search.ratios=[0.3, 0.6]", "regions.steps=[3, 4]")
-NO_SEARCH = (*TWO, "search.steps=0", "search.criterion=magnitude")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -41,10 +37,12 @@ def of(trained: Path, out: str, *overrides: str) -> World:
     return tiny(trained.parent / out, f"pretrained={trained}", *overrides)
 
 
+def found_from(trained: Path, out: str, *overrides: str, after: int = 0) -> World:
+    return found(trained.parent / out, f"pretrained={trained}", *overrides, after=after)
+
+
 def test_search_control_and_regions_start_from_its_weights(trained: Path) -> None:
-    world, network = of(trained, "out", *NO_SEARCH, "regions.start=initial"), load(trained)
-    job.prepare(world)
-    list(job.find(world))
+    world, network = found_from(trained, "out", *NO_SEARCH, "regions.start=initial"), load(trained)
     assert same(dict(load(world.out / "search" / "nets" / "0").state_dict()), dict(network.state_dict()))
     scores = importance(network, world.plan, "magnitude")
     for number, ratio in enumerate((0.3, 0.6)):
@@ -59,9 +57,7 @@ def test_search_control_and_regions_start_from_its_weights(trained: Path) -> Non
 
 
 def test_weights_drawn_anew_are_not_its_weights(trained: Path) -> None:
-    fresh = of(trained, "fresh", *NO_SEARCH, "regions.start=fresh")
-    job.prepare(fresh)
-    list(job.find(fresh))
+    fresh = found_from(trained, "fresh", *NO_SEARCH, "regions.start=fresh")
     cut = shrink(load(trained), ticket_of(fresh, 0))
     pairs = zip(region(fresh, 0).start().model.parameters(), cut.parameters(), strict=True)
     assert not any(torch.equal(a, b) for a, b in pairs if a.dim() > 1)
@@ -70,10 +66,7 @@ def test_weights_drawn_anew_are_not_its_weights(trained: Path) -> None:
 def test_it_goes_on_after_an_interruption_but_not_with_other_weights(trained: Path) -> None:
     overrides = (*TWO, "search.steps=5")
     for out, after in (("whole", 0), ("again", 4)):
-        for ticks in (after, None):
-            world = of(trained, out, *overrides)
-            job.prepare(world)
-            list(islice(job.find(world), ticks))
+        found_from(trained, out, *overrides, after=after)
     assert same(weights(trained.parent / "again"), weights(trained.parent / "whole"))
     tensors = load_file(trained / WEIGHTS)
     save_file({**tensors, "conv_in.bias": tensors["conv_in.bias"] + 1}, trained / WEIGHTS, {"format": "pt"})

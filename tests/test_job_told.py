@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from itertools import islice
 from pathlib import Path
 
@@ -10,14 +9,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMPipeline
-from tiny import TINY, run, tiny
-from torch import Tensor
+from tiny import TINY, TWO, ebdiff, run, same, tiny, weights
 
 from ebdiff import report
-from ebdiff.cli import main
 from ebdiff.data import load_images, load_latents
 from ebdiff.errors import EbdiffError
-from ebdiff.files import read_json, read_tensors
+from ebdiff.files import read_json
 from ebdiff.pruning.save import load
 from ebdiff.pruning.shrink import shrinks_of
 from ebdiff.training import job
@@ -26,7 +23,7 @@ from ebdiff.training.sampling import drawn_about, in_turn, of_label
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TWO = ("regions.bounds=[0, 440, 1000]", "search.ratios=[0.3, 0.6]", "regions.steps=[3, 4]", "search.steps=8")
+SHORT = (*TWO, "search.steps=8")
 TEXT = (
     "model={class: UNet2DConditionModel, sample_size: 8, in_channels: 1, out_channels: 1, layers_per_block: 1, "
     "block_out_channels: [8, 16], down_block_types: [CrossAttnDownBlock2D, DownBlock2D], "
@@ -40,33 +37,18 @@ GREY = DIT.replace("in_channels: 2", "in_channels: 1").replace("groups: 2", "gro
 ODD = ("data.size=15", "evaluate.extractor=none")
 
 
-def weights(out: Path) -> dict[str, Tensor]:
-    files = [path for path in sorted(out.rglob("*.safetensors")) if "checkpoints" not in path.parts]
-    return {f"{path.relative_to(out)} {key}": t for path in files for key, t in read_tensors(path)[0].items()}
-
-
-def command(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
-    """The exit code of a command, run in this process."""
-    monkeypatch.setattr(sys, "argv", ["ebdiff", *map(str, arguments)])
-    with pytest.raises(SystemExit) as left:
-        main()
-    return int(left.value.code or 0)
-
-
 def test_labels_from_the_search_to_the_pictures_and_again_after_an_interruption(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, again = tmp_path / "whole", tmp_path / "again"
-    assert command(monkeypatch, "run", "--preset", "smoke", "--conditional", "--out", out, *TINY, *TWO) == 0
-    world = tiny(again, *TWO, "conditional={}")
+    assert ebdiff(monkeypatch, "run", "--preset", "smoke", "--conditional", "--out", out, *TINY, *SHORT) == 0
+    world = tiny(again, *SHORT, "conditional={}")
     assert (world.classes, world.guidance) == (10, 1.5)
     for ticks in (5, 14, 22):  # in the search, in a region, in the control
         job.prepare(world)
         list(islice(job.run(world), ticks))
     run(world)
-    ours, theirs = weights(again), weights(out)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert same(weights(again), weights(out))
     network = load(out / "regions" / "0" / "nets" / "1")
     assert network.config.num_class_embeds == 11
     (mask,) = shrinks_of(network)
@@ -77,11 +59,11 @@ def test_labels_from_the_search_to_the_pictures_and_again_after_an_interruption(
     drawn = []
     for options in ([], ["--label", "3"], ["--label", "4"], ["conditional.guidance=1"]):
         picture = tmp_path / "images.png"
-        assert command(monkeypatch, "sample", "--out", out, "-n", "5", "--to", picture, *options) == 0
+        assert ebdiff(monkeypatch, "sample", "--out", out, "-n", "5", "--to", picture, *options) == 0
         drawn.append(picture.read_bytes())
     assert len(set(drawn)) == 4
     capsys.readouterr()
-    assert command(monkeypatch, "sample", "--out", out, "--label", "10") == 2
+    assert ebdiff(monkeypatch, "sample", "--out", out, "--label", "10") == 2
     assert "no such label: expected 0 to 9, got 10" in capsys.readouterr().err
 
 
@@ -127,7 +109,7 @@ def test_without_anything_told_drawing_is_the_ddim_pipeline(tmp_path: Path) -> N
 
 
 def test_super_resolution(tmp_path: Path) -> None:
-    world = tiny(tmp_path, *TWO, "conditional.by=low_res", "conditional.factor=4")
+    world = tiny(tmp_path, *SHORT, "conditional.by=low_res", "conditional.factor=4")
     run(world)
     network = load(tmp_path / "dense" / "nets" / "1")
     assert (network.config.in_channels, network.config.out_channels, world.image_shape) == (2, 1, (1, 16, 16))
@@ -145,7 +127,7 @@ def test_captions(tmp_path: Path) -> None:
     parts = {"x": data.train.numpy(), "x_test": data.test.numpy(), "embeddings": texts, "embeddings_test": texts}
     np.savez(tmp_path / "told.npz", **parts, null_embedding=np.ones((3, 6), np.float32))
     source = (f"data.source={tmp_path / 'told.npz'}", "conditional.by=embeddings", "evaluate.extractor=none")
-    world = tiny(tmp_path / "run", TEXT, *TWO, *source)
+    world = tiny(tmp_path / "run", TEXT, *SHORT, *source)
     run(world)
     network = load(tmp_path / "run" / "dense" / "nets" / "1")
     assert network.config.cross_attention_dim == 6
@@ -171,15 +153,15 @@ def test_latents_of_a_vae_by_a_class_conditional_transformer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, file = vae(tmp_path / "vae"), tmp_path / "l.safetensors"
-    assert command(monkeypatch, "encode", "--vae", folder, "--out", file, "--limit", "64", "--dry-run") == 0
+    assert ebdiff(monkeypatch, "encode", "--vae", folder, "--out", file, "--limit", "64", "--dry-run") == 0
     assert not file.exists()
-    assert command(monkeypatch, "encode", "--vae", folder, "--out", file, "--limit", "64") == 0
+    assert ebdiff(monkeypatch, "encode", "--vae", folder, "--out", file, "--limit", "64") == 0
     assert load_latents(file).train.shape == (64, 2, 8, 8)
     capsys.readouterr()
-    assert command(monkeypatch, "encode", "--vae", folder, "--out", file) == 2
+    assert ebdiff(monkeypatch, "encode", "--vae", folder, "--out", file) == 2
     assert "there already" in capsys.readouterr().err
     source = (f"data.source=latents:{file}", f"data.vae={folder}", "train.flip=false", "conditional={}")
-    world = tiny(tmp_path / "run", DIT, *TWO, *source)
+    world = tiny(tmp_path / "run", DIT, *SHORT, *source)
     run(world)
     scores = read_json(tmp_path / "run" / "evaluation" / "tickets-1.json")["scores"]
     assert (scores["n_real"], scores["extractor"][:9]) == (64, "fashion16"), "scores are of images, not of latents"
@@ -188,7 +170,7 @@ def test_latents_of_a_vae_by_a_class_conditional_transformer(
     report.write(world)
     for other in (vae(tmp_path / "large", widths=(4,)), vae(tmp_path / "deep", channels=3)):
         with pytest.raises(EbdiffError, match="did not make"):
-            tiny(tmp_path / "x", DIT, *TWO, *source, f"data.vae={other}").check()
+            tiny(tmp_path / "x", DIT, *SHORT, *source, f"data.vae={other}").check()
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from tiny import ebdiff
 
-from ebdiff.cli import main
 from ebdiff.data import encode, load_images, load_vae
 from ebdiff.pruning.save import load
 
@@ -54,14 +53,6 @@ def latents(folder: Path, channels: int, labelled: bool) -> tuple[str, str]:
     np.savez(folder / "images.npz", x=pixels, **labels)
     list(encode(load_images(folder / "images.npz"), load_vae(folder / "vae"), folder / "latents.safetensors"))
     return f"data.source=latents:{folder / 'latents.safetensors'}", f"data.vae={folder / 'vae'}"
-
-
-def ebdiff(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """The exit code of a command."""
-    monkeypatch.setattr(sys, "argv", ["ebdiff", *arguments])
-    with pytest.raises(SystemExit) as left:
-        main()
-    return int(left.value.code or 0)
 
 
 def test_classes_as_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,8 +85,9 @@ def test_rows_of_the_papers_table(preset: tuple[str, World]) -> None:
 
 
 @pytest.mark.parametrize("ratios", CONFIGURED)
-def test_ratios_as_configured(preset: tuple[str, World], ratios: str) -> None:
-    name, _ = preset
+def test_ratios_as_configured(preset: tuple[str, World], ratios: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, traced = preset
+    monkeypatch.setattr(World, "plan", traced.plan)
     world = World(resolve(name, overrides=["search.norm=balanced", f"search.ratios={ratios}"]), Path("nowhere"))
     sizes = [world.plan.parameters(mask) for mask in world.example_masks()]
     assert tuple(f"{size / 1e6:.2f}" for size in sizes) == CONFIGURED[ratios][name]

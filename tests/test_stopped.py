@@ -10,13 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from rich.console import Console
-from test_cli import ebdiff
-from tiny import run, tiny
+from tiny import ebdiff, run, same, tiny, weights
 
 from ebdiff import progress
-from ebdiff.files import read_json, read_tensors
+from ebdiff.files import read_json
 from ebdiff.progress import Slice, follow
 from ebdiff.training import job
 from ebdiff.training.stages import Tick, Work, while_alive
@@ -38,19 +36,10 @@ def slices(world: World, ticks: int, monkeypatch: pytest.MonkeyPatch) -> int:
     raise AssertionError
 
 
-def kept(out: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """The tensors of tickets, networks and pictures; not of checkpoints, which are of other steps."""
-    files = [file for file in sorted(out.rglob("*.safetensors")) if "checkpoints" not in file.parts]
-    return {str(file.relative_to(out)): read_tensors(file)[0] for file in files}
-
-
 def test_in_slices_it_ends_as_at_one_stretch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(tiny(tmp_path / "whole", *SHORT))
     assert slices(tiny(tmp_path / "slices", *SHORT), 4, monkeypatch) >= 4
-    whole, found = kept(tmp_path / "whole"), kept(tmp_path / "slices")
-    assert whole.keys() == found.keys()
-    for file, tensors in whole.items():
-        assert all(torch.equal(tensor, found[file][name]) for name, tensor in tensors.items()), file
+    assert same(weights(tmp_path / "slices"), weights(tmp_path / "whole"))
     for folder in ("search", "regions/2", "dense"):
         costs = [read_json(tmp_path / each / folder / "done.json")["cost"] for each in ("whole", "slices")]
         assert [costs[0][key] for key in ("steps", "images", "macs")] == [

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .attention_calls import AttentionCall
 
-__all__ = ["Pinned", "PinnedScaleProcessor", "prepared"]
+__all__ = ["Pinned", "PinnedScaleProcessor", "apart", "normed", "prepared", "qkv"]
 
 
 class Pinned:
@@ -50,14 +50,8 @@ class PinnedScaleProcessor(Pinned):
         if encoder_hidden_states is not None and attn.norm_cross:
             context = attn.norm_encoder_hidden_states(context)
         mask = prepared(attn, attention_mask, context)
-
-        def heads(tokens: Tensor) -> Tensor:
-            return tokens.view(*tokens.shape[:-1], attn.heads, -1).transpose(1, 2)
-
-        query, key, value = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
-        query, key, value = heads(query), heads(key), heads(value)
-        query = query if attn.norm_q is None else attn.norm_q(query)
-        key = key if attn.norm_k is None else attn.norm_k(key)
+        found = [apart(attn, x).transpose(1, 2) for x in qkv(attn, hidden_states, context)]
+        query, key, value = normed(found, attn.norm_q, attn.norm_k)
         mixed = self.mix(AttentionCall(query, key, value, mask, scale=self.scale))
         hidden_states = mixed.transpose(1, 2).flatten(2).to(query.dtype)
         for layer in attn.to_out:
@@ -75,3 +69,20 @@ def prepared(attn: Any, mask: Tensor | None, tokens: Tensor) -> Tensor | None:
         return None
     mask = attn.prepare_attention_mask(mask, tokens.shape[1], len(tokens))
     return mask.view(len(tokens), attn.heads, -1, mask.shape[-1])
+
+
+def qkv(attn: Any, tokens: Tensor, context: Tensor | None = None) -> list[Tensor]:
+    """Queries of the tokens, keys and values of the context; of the tokens themselves where it is None."""
+    context = tokens if context is None else context
+    return [attn.to_q(tokens), attn.to_k(context), attn.to_v(context)]
+
+
+def apart(attn: Any, tokens: Tensor) -> Tensor:
+    """[batch, tokens, heads * dim] -> [batch, tokens, heads, dim]."""
+    found: Tensor = tokens.unflatten(-1, (attn.heads, -1))
+    return found
+
+
+def normed(found: list[Tensor], q: nn.Module | None, k: nn.Module | None) -> list[Tensor]:
+    """Queries, keys and values, the first two through norms of their own or none."""
+    return [x if norm is None else norm(x) for norm, x in zip((q, k, None), found, strict=True)]

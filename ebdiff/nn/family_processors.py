@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import EbdiffError
-from .attention import Pinned, prepared
+from .attention import Pinned, apart, normed, prepared, qkv
 from .attention_calls import AttentionCall
 
 __all__ = [
@@ -36,10 +36,11 @@ class PinnedJointProcessor(Pinned):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        found = _normed(attn, [_apart(x, attn).transpose(1, 2) for x in _qkv(attn, hidden_states)])
+        found = [apart(attn, x).transpose(1, 2) for x in qkv(attn, hidden_states)]
+        found = normed(found, attn.norm_q, attn.norm_k)
         if encoder_hidden_states is not None:
-            added = [_apart(x, attn).transpose(1, 2) for x in _added_qkv(attn, encoder_hidden_states)]
-            added = _added_normed(attn, added)
+            added = [apart(attn, x).transpose(1, 2) for x in _added_qkv(attn, encoder_hidden_states)]
+            added = normed(added, attn.norm_added_q, attn.norm_added_k)
             found = [torch.cat(pair, dim=2) for pair in zip(found, added, strict=True)]
         query, key, value = found
         mixed = AttentionCall(query, key, value, scale=self.scale).run().transpose(1, 2).flatten(2)
@@ -64,15 +65,16 @@ class PinnedCogVideoXProcessor(Pinned):
         words = encoder_hidden_states.shape[1]
         tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         mask = prepared(attn, attention_mask, tokens)
-        query, key, value = _normed(attn, [_apart(x, attn).transpose(1, 2) for x in _qkv(attn, tokens)])
+        found = [apart(attn, x).transpose(1, 2) for x in qkv(attn, tokens)]
+        query, key, value = normed(found, attn.norm_q, attn.norm_k)
         if image_rotary_emb is not None:
             from diffusers.models.embeddings import apply_rotary_emb
 
             for turned in (query,) if attn.is_cross_attention else (query, key):
                 turned[:, :, words:] = apply_rotary_emb(turned[:, :, words:], image_rotary_emb)
         mixed = AttentionCall(query, key, value, mask, scale=self.scale).run()
-        found = _projected(attn, mixed.transpose(1, 2).flatten(2))
-        text, video = found.split_with_sizes([words, found.shape[1] - words], dim=1)
+        both = _projected(attn, mixed.transpose(1, 2).flatten(2))
+        text, video = both.split_with_sizes([words, both.shape[1] - words], dim=1)
         return video, text
 
 
@@ -110,11 +112,11 @@ class PinnedFluxProcessor(_Dispatching):
         from diffusers.models.embeddings import apply_rotary_emb
 
         joint = encoder_hidden_states is not None and attn.added_kv_proj_dim is not None
-        image = _qkv(attn, hidden_states)
+        image = qkv(attn, hidden_states)
         text = _added_qkv(attn, encoder_hidden_states) if joint else []
-        found = _normed(attn, [_apart(x, attn) for x in image])
+        found = normed([apart(attn, x) for x in image], attn.norm_q, attn.norm_k)
         if joint:
-            text = _added_normed(attn, [_apart(x, attn) for x in text])
+            text = normed([apart(attn, x) for x in text], attn.norm_added_q, attn.norm_added_k)
             found = [torch.cat(pair, dim=1) for pair in zip(text, found, strict=True)]
         if image_rotary_emb is not None:
             found[:2] = [apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in found[:2]]
@@ -138,7 +140,8 @@ class PinnedWanProcessor(_Dispatching):
         rotary_emb: Any = None,
     ) -> Tensor:
         _refuse_positions(rotary_emb)
-        found = [_apart(x, attn) for x in _normed(attn, _qkv(attn, hidden_states, encoder_hidden_states))]
+        found = normed(qkv(attn, hidden_states, encoder_hidden_states), attn.norm_q, attn.norm_k)
+        found = [apart(attn, x) for x in found]
         return _projected(attn, self._dispatched(found, attention_mask, parallel=encoder_hidden_states is None))
 
 
@@ -156,7 +159,8 @@ class PinnedLTXProcessor(_Dispatching):
         _refuse_positions(image_rotary_emb)
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         mask = prepared(attn, attention_mask, context)
-        found = [_apart(x, attn) for x in _normed(attn, _qkv(attn, hidden_states, context))]
+        found = normed(qkv(attn, hidden_states, context), attn.norm_q, attn.norm_k)
+        found = [apart(attn, x) for x in found]
         return _projected(attn, self._dispatched(found, mask))
 
 
@@ -170,28 +174,8 @@ def _refuse_positions(rotary: Any) -> None:
         )
 
 
-def _qkv(attn: Any, tokens: Tensor, context: Tensor | None = None) -> list[Tensor]:
-    context = tokens if context is None else context
-    return [attn.to_q(tokens), attn.to_k(context), attn.to_v(context)]
-
-
 def _added_qkv(attn: Any, text: Any) -> list[Tensor]:
     return [attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text)]
-
-
-def _apart(tokens: Tensor, attn: Any) -> Tensor:
-    """[batch, tokens, heads * dim] -> [batch, tokens, heads, dim]."""
-    found: Tensor = tokens.unflatten(-1, (attn.heads, -1))
-    return found
-
-
-def _normed(attn: Any, found: list[Tensor]) -> list[Tensor]:
-    return [x if norm is None else norm(x) for norm, x in zip((attn.norm_q, attn.norm_k, None), found, strict=True)]
-
-
-def _added_normed(attn: Any, found: list[Tensor]) -> list[Tensor]:
-    norms = (attn.norm_added_q, attn.norm_added_k, None)
-    return [x if norm is None else norm(x) for norm, x in zip(norms, found, strict=True)]
 
 
 def _projected(attn: Any, tokens: Tensor) -> Tensor:

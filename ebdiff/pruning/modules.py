@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from math import isclose
 from typing import Any
 
@@ -35,10 +35,6 @@ _REMEDIES = {
 }
 # What norms call the number of their channels.
 _WIDTHS = ("normalized_shape", "dim", "dims", "size", "hidden_size", "features", "num_features", "num_channels")
-# What keeps the shapes of its weights.
-_SIZED = (
-    nn.Linear, nn.Embedding, nn.Bilinear, nn.PReLU, nn.modules.batchnorm._NormBase, nn.modules.conv._ConvNd,
-)  # fmt: skip
 
 
 def refuse_wrapped(model: nn.Module) -> None:
@@ -107,7 +103,7 @@ def adapt_modules(named: Iterable[tuple[str, nn.Module]], mask: ChannelMask) -> 
 
 def keeps_sizes(module: nn.Module) -> bool:
     """Is there anything that `adapt_modules` updates in this module?"""
-    return isinstance(module, _SIZED) or is_attention(module)
+    return isinstance(module, tuple(_SIZES)) or is_attention(module)
 
 
 def replace_multihead(model: nn.Module, mask: ChannelMask) -> None:
@@ -147,25 +143,55 @@ def adapt_statistics(module: nn.Module, norm: Norm, mask: ChannelMask) -> None:
 
 
 def _adapt_torch(module: nn.Module) -> None:
-    weight: Any = _weight_of(module)
-    if isinstance(module, nn.Linear) and weight is not None:
+    sized = next((update for kind, update in _SIZES.items() if isinstance(module, kind)), None)
+    if sized is not None:
+        sized(module)
+
+
+def _size_linear(module: Any) -> None:
+    weight = _weight_of(module)
+    if weight is not None:
         module.out_features, module.in_features = weight.shape
-    elif isinstance(module, nn.Embedding):
-        module.embedding_dim = module.weight.shape[1]
-    elif isinstance(module, nn.Bilinear):
-        module.out_features, module.in1_features, module.in2_features = module.weight.shape
-    elif isinstance(module, nn.PReLU):
-        module.num_parameters = len(module.weight)
-    elif isinstance(module, nn.modules.batchnorm._NormBase):
-        known = module.weight if module.weight is not None else module.running_mean
-        module.num_features = module.num_features if known is None else len(known)
-    elif isinstance(module, nn.modules.conv._ConvNd) and weight is not None:
-        first, second = weight.shape[:2]
-        if module.groups == module.in_channels == module.out_channels:  # depthwise
-            module.groups = first
-        first, second = (second, first) if module.transposed else (first, second)
-        scale_out, scale_in = (module.groups, 1) if module.transposed else (1, module.groups)
-        module.out_channels, module.in_channels = first * scale_out, second * scale_in
+
+
+def _size_embedding(module: Any) -> None:
+    module.embedding_dim = module.weight.shape[1]
+
+
+def _size_bilinear(module: Any) -> None:
+    module.out_features, module.in1_features, module.in2_features = module.weight.shape
+
+
+def _size_prelu(module: Any) -> None:
+    module.num_parameters = len(module.weight)
+
+
+def _size_norm(module: Any) -> None:
+    known = module.weight if module.weight is not None else module.running_mean
+    module.num_features = module.num_features if known is None else len(known)
+
+
+def _size_convolution(module: Any) -> None:
+    weight = _weight_of(module)
+    if weight is None:
+        return
+    first, second = weight.shape[:2]
+    if module.groups == module.in_channels == module.out_channels:  # depthwise
+        module.groups = first
+    first, second = (second, first) if module.transposed else (first, second)
+    scale_out, scale_in = (module.groups, 1) if module.transposed else (1, module.groups)
+    module.out_channels, module.in_channels = first * scale_out, second * scale_in
+
+
+# What keeps the shapes of its weights, and what updates them.
+_SIZES: dict[type[nn.Module], Callable[[Any], None]] = {
+    nn.Linear: _size_linear,
+    nn.Embedding: _size_embedding,
+    nn.Bilinear: _size_bilinear,
+    nn.PReLU: _size_prelu,
+    nn.modules.batchnorm._NormBase: _size_norm,
+    nn.modules.conv._ConvNd: _size_convolution,
+}
 
 
 def _weight_of(module: nn.Module) -> Tensor | None:
