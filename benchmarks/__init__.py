@@ -232,6 +232,7 @@ def pool(
     finally:
         for process in running:
             process.terminate()
+        for process in running:
             process.wait()
 
 
