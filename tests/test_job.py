@@ -28,7 +28,7 @@ from ebdiff.training import job, loop
 from ebdiff.training.accounting import Cost, Meter
 from ebdiff.training.judge import macs_per_image
 from ebdiff.training.log import read_log
-from ebdiff.training.regions import joint_mask, region, ticket_of
+from ebdiff.training.regions import joint_ticket, region, ticket_of
 from ebdiff.training.search import control_steps
 from ebdiff.training.seen import check_seen
 from ebdiff.training.stages import Work
@@ -207,7 +207,7 @@ def test_branches_grow_from_a_joint_ticket(tmp_path: Path) -> None:
     for number in range(3):
         net = load(tmp_path / "regions" / str(number) / "nets" / "1")
         outer, inner = shrinks_of(net)
-        assert outer == joint_mask(world)
+        assert outer == joint_ticket(world).mask
         assert inner.plan.macs(inner) == world.plan.macs(ticket_of(world, number).mask)
 
 

@@ -21,7 +21,7 @@ from ebdiff.training.accounting import Cost
 from ebdiff.training.costs import cost_at
 from ebdiff.training.judge import arm_network, judged
 from ebdiff.training.loop import TrainState
-from ebdiff.training.regions import joint_mask, region, side_by_side, ticket_of
+from ebdiff.training.regions import joint_ticket, region, side_by_side, ticket_of
 from ebdiff.training.search import control_steps
 from ebdiff.training.stretch import cost_per_step
 from ebdiff.training.world import World
@@ -50,7 +50,7 @@ def test_a_judgement_says_what_its_network_had_cost(tmp_path: Path) -> None:
     world = tiny(tmp_path, *TWO, *budget)
     run(world)
     each = [world.plan.macs(ticket_of(world, number).mask) for number in range(2)]
-    before, both = 8 * world.plan.macs(), 2 * world.plan.macs(joint_mask(world))
+    before, both = 8 * world.plan.macs(), 2 * world.plan.macs(joint_ticket(world).mask)
     by_hand = {
         0.0: (8, before),
         0.5: (8 + 2 + 5, before + both + 2 * each[0] + 3 * each[1]),

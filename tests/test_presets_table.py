@@ -88,5 +88,5 @@ def test_rows_of_the_papers_table(preset: tuple[str, World]) -> None:
 def test_ratios_as_configured(preset: tuple[str, World], ratios: str) -> None:
     name, _ = preset
     world = World(resolve(name, overrides=["search.norm=balanced", f"search.ratios={ratios}"]), Path("nowhere"))
-    sizes = [world.plan.parameters(mask) for mask in world.example_masks()]
+    sizes = [world.plan.parameters(mask) for mask in world.example_masks]
     assert tuple(f"{size / 1e6:.2f}" for size in sizes) == CONFIGURED[ratios][name]

@@ -163,7 +163,7 @@ def work(world: World) -> list[Work]:
     are the budget's mean, since their split is known only after the search.
     """
     s, r = world.config.search, world.config.regions
-    each, dense = [world.plan.macs(mask) for mask in world.example_masks()], world.plan.macs()
+    each, dense = [world.plan.macs(mask) for mask in world.example_masks], world.plan.macs()
     note = f"dense, {dense / 1e6:.1f} MMACs an image" + ("; until all have settled" if s.until == "settled" else "")
     drawing = macs_at_most(world) if s.criterion == "diff-pruning" else 0.0
     works = [Work("search", cost_per_step(world, dense) * s.steps + drawing, s.steps, note)]

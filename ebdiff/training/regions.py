@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,7 +79,7 @@ def steps_of(world: World) -> list[int]:
     steps, numbers = world.config.regions.steps, range(len(world.partition))
     if isinstance(steps, list):
         return steps
-    masks = [ticket_of(world, k).mask for k in numbers] if done(world.out / "search") else world.example_masks()
+    masks = [ticket_of(world, k).mask for k in numbers] if done(world.out / "search") else world.example_masks
     return region_budget(world.partition, world.sampler, steps, [world.plan.macs(mask) for mask in masks])
 
 
@@ -98,16 +98,16 @@ def joint(world: World) -> Stretch:
     )
 
 
-def joint_mask(world: World) -> ChannelMask:
-    """Every channel that some region's ticket keeps."""
-    masks = [ticket_of(world, number).mask for number in range(len(world.partition))]
+def joint_mask(masks: Sequence[ChannelMask]) -> ChannelMask:
+    """Every channel that some of these masks of one plan keeps."""
     keep = {name: torch.stack([mask.keep[name] for mask in masks]).any(0) for name in masks[0]}
-    return ChannelMask(world.plan, keep, masks[0].norm)
+    return ChannelMask(masks[0].plan, keep, masks[0].norm)
 
 
 def joint_ticket(world: World) -> Ticket:
-    """The same, with every block of attention that some region's ticket keeps."""
-    tickets, mask = [ticket_of(world, number) for number in range(len(world.partition))], joint_mask(world)
+    """Every channel and every block of attention that some region's ticket keeps."""
+    tickets = [ticket_of(world, number) for number in range(len(world.partition))]
+    mask = joint_mask([each.mask for each in tickets])
     return replace(
         tickets[0], mask=mask, ratio=mask.removed, region=None, blocks=union([each.blocks for each in tickets])
     )

@@ -6,7 +6,7 @@ Everything is checked here before the first step; nothing is written.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ class World:
             split_budget(self.plan, scores, sizes, search.macs, norm=search.norm, multiple_of=search.multiple_of)
         if search.attention is not None:
             check_attention(self._meta, *self._example(), search.attention)
-        _ = self.example_masks(), self.device, [Within(region, self.sampler).weights() for region in self.partition]
+        _ = self.example_masks, self.device, [Within(region, self.sampler).weights() for region in self.partition]
         check_seen(search, self.partition, self.sampler, self.config.seed)
         shape = tuple(self.data.train.shape[1:]) if images else self.image_shape
         if shape != self.image_shape:
@@ -179,7 +179,7 @@ class World:
             return decode(x, self.vae, self.data.scaling, self.data.shift)
         return to_uint8(x.cpu())
 
-    @property
+    @cached_property
     def held_out(self) -> HeldOut:
         """The images that scores refer to."""
         if isinstance(self.data, Images):
@@ -324,19 +324,18 @@ class World:
         x, first = torch.zeros(1, *self.image_shape), torch.zeros(1, dtype=torch.int64)
         return x, first, self.made_up_conditions(1).of(first, x)
 
-    @property
+    @cached_property
     def _example_scores(self) -> dict[str, Tensor]:
         return {space.name: torch.linspace(1, 0.5, space.size) for space in self.plan}
 
+    @cached_property
     def example_masks(self) -> list[ChannelMask]:
         """For each region a mask as wide as its ticket will be: widths do not depend on the scores.
 
         With ratios "auto" each has the mean share of MACs, since their split is known only after the search.
         """
         s = self.config.search
-        count = len(self.partition)
-        wanted = [{"macs": s.macs}] * count if isinstance(s.ratios, str) else [{"ratio": r} for r in s.ratios]
-        return [
-            ChannelMask.draw(self._example_scores, plan=self.plan, norm=s.norm, multiple_of=s.multiple_of, **share)
-            for share in wanted
-        ]
+        draw = partial(ChannelMask.draw, self._example_scores, plan=self.plan, norm=s.norm, multiple_of=s.multiple_of)
+        if isinstance(s.ratios, str):
+            return [draw(macs=s.macs)] * len(self.partition)
+        return [draw(ratio=ratio) for ratio in s.ratios]
