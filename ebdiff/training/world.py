@@ -79,7 +79,7 @@ class World:
             )
         if images and isinstance(self.data, Latents):
             check_vae(self.vae, self.data)
-        check_call(self._meta, *self._example())
+        check_call(self._meta, *self._example("meta"))
         if self.pretrained is not None:
             refuse_other_architecture(self._meta, self.pretrained)
             _ = images and self.network()
@@ -87,7 +87,7 @@ class World:
             scores, sizes = [self._example_scores] * count, [len(region) for region in self.partition]
             split_budget(self.plan, scores, sizes, search.macs, norm=search.norm, multiple_of=search.multiple_of)
         if search.attention is not None:
-            check_attention(self._meta, *self._example(), search.attention)
+            check_attention(self._meta, *self._example("meta"), search.attention)
         _ = self.example_masks, self.device, [Within(region, self.sampler).weights() for region in self.partition]
         check_seen(search, self.partition, self.sampler, self.config.seed)
         shape = tuple(self.data.train.shape[1:]) if images else self.image_shape
@@ -314,15 +314,15 @@ class World:
 
     def trace(self, network: nn.Module) -> ChannelPlan:
         """The plan of a network of this run, which is called as network(x, t) with what it is told."""
-        place = next(network.parameters()).device
-        x, t, told = self._example()
+        x, t, told = self._example(next(network.parameters()).device)
         x, keywords = call_of(x, told)
-        return trace(network, x.to(place), t.to(place), **{key: rows.to(place) for key, rows in keywords.items()})
+        return trace(network, x, t, **keywords)
 
-    def _example(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """An image, its timestep, and what is told about it."""
+    def _example(self, place: torch.device | str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """An image, its timestep, and what is told about it, on that device."""
         x, first = torch.zeros(1, *self.image_shape), torch.zeros(1, dtype=torch.int64)
-        return x, first, self.made_up_conditions(1).of(first, x)
+        told = self.made_up_conditions(1).of(first, x)
+        return x.to(place), first.to(place), {key: rows.to(place) for key, rows in told.items()}
 
     @cached_property
     def _example_scores(self) -> dict[str, Tensor]:
