@@ -42,16 +42,17 @@ def planned(
 def show_tickets(world: World, console: Console) -> None:
     """Width, parameters and MACs of each region's network; with ratios "auto" those of a mean one."""
     table = Table("region", "removed", "kept", "parameters", "MACs", "share", box=None, header_style="bold")
-    masks, dense = world.example_masks(), world.plan.macs()
-    for region, mask in zip(world.partition, masks, strict=True):
-        parameters, macs = world.plan.parameters(mask), world.plan.macs(mask)
+    masks, dense = world.example_masks, world.plan.macs()
+    parameters = [world.plan.parameters(mask) for mask in masks]
+    macs = [world.plan.macs(mask) for mask in masks]
+    for region, mask, size, cost in zip(world.partition, masks, parameters, macs, strict=True):
         removed = f"{mask.asked['ratio']:g}" if "ratio" in mask.asked else "auto"
-        table.add_row(str(region), removed, kept(mask), _si(parameters), _si(macs), f"{macs / dense:.1%}")
+        table.add_row(str(region), removed, kept(mask), _si(size), _si(cost), f"{cost / dense:.1%}")
     table.add_row("dense", "", "", _si(world.plan.parameters()), _si(dense), "")
     console.print(table)
     T = world.partition.T
-    mean = sum(world.plan.macs(mask) * len(region) / T for region, mask in zip(world.partition, masks, strict=True))
-    stored = sum(world.plan.parameters(mask) for mask in masks)
+    stored = sum(parameters)
+    mean = sum(cost * len(region) / T for region, cost in zip(world.partition, macs, strict=True))
     console.print(
         f"{len(world.plan)} prunable axes; the tickets together have {_si(stored)} parameters, and an image takes them "
         f"{_si(mean)} MACs, averaged over all timesteps: {mean / dense:.1%} of the dense network's\n",

@@ -26,17 +26,17 @@ def shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *
 
 def test_widths_are_told_by_size(tmp_path: Path) -> None:
     """Blocks of 8 and 16 channels, times embedded in 32: 0.7 of them is 5.6, 11.2 and 22.4; 0.2 is 1.6, 3.2 and 6.4."""
-    masks = tiny(tmp_path).example_masks()
+    masks = tiny(tmp_path).example_masks
     assert kept(masks[0]) == "8→6, 16→11, 32→22"
     assert kept(masks[2]) == "8→2, 16→3, 32→6"
-    assert kept(tiny(tmp_path, "search.ratios=[0.0, 0.0, 0.0]").example_masks()[0]) == "all"
+    assert kept(tiny(tmp_path, "search.ratios=[0.0, 0.0, 0.0]").example_masks[0]) == "all"
 
 
 def test_heads_are_told_apart(tmp_path: Path) -> None:
     """Of several heads whole ones go, and what blocks add to stays; 32 embeds times, 128 is inside the MLP."""
     model = "{class: DiTTransformer2DModel, sample_size: 16, in_channels: 1, num_attention_heads: 4, num_layers: 1, "
     overrides = [f"model={model}attention_head_dim: 8}}", "conditional.classes=3", "search.ratios=[0.5, 0.5, 0.5]"]
-    assert kept(tiny(tmp_path, *overrides).example_masks()[0]) == "32→16, 128→64, head 4→2"
+    assert kept(tiny(tmp_path, *overrides).example_masks[0]) == "32→16, 128→64, head 4→2"
 
 
 def test_an_estimate_is_by_macs() -> None:

@@ -28,8 +28,9 @@ from ebdiff.training import job, loop
 from ebdiff.training.accounting import Cost, Meter
 from ebdiff.training.judge import judged, macs_per_image
 from ebdiff.training.log import read_log
-from ebdiff.training.regions import joint_mask, region, ticket_of
+from ebdiff.training.regions import joint_ticket, region, ticket_of
 from ebdiff.training.search import control_steps
+from ebdiff.training.seen import check_seen
 from ebdiff.training.stages import Work
 from ebdiff.training.world import World
 
@@ -203,7 +204,7 @@ def test_branches_grow_from_a_joint_ticket(tmp_path: Path) -> None:
     for number in range(3):
         net = load(tmp_path / "regions" / str(number) / "nets" / "1")
         outer, inner = shrinks_of(net)
-        assert outer == joint_mask(world)
+        assert outer == joint_ticket(world).mask
         assert inner.plan.macs(inner) == world.plan.macs(ticket_of(world, number).mask)
 
 
@@ -271,6 +272,17 @@ def test_a_search_that_sees_every_region_just_once_is_long_enough(seed: int, tmp
         tiny(tmp_path, f"search.steps={steps - 1}", f"seed={seed}").check()
     world = found(tmp_path, f"search.steps={steps}", f"seed={seed}")
     assert ticket_of(world, 2).region == world.partition[2]
+
+
+@pytest.mark.parametrize(("attention", "about"), [("null", r"1\.7e\+07"), ("0.5", r"8\.3e\+07")])
+def test_a_region_that_no_search_would_see_is_refused_at_once(attention: str, about: str, tmp_path: Path) -> None:
+    """[0, 5) has 6e-8 of the steps; with a window of 1000 attention is looked at every fifth step."""
+    never = ("train.sampler=logit-normal", "regions.bounds=[0, 5, 440, 1000]", "search.steps=100")
+    world = tiny(tmp_path, *never, f"search.attention={attention}", "search.window=1000")
+    began = time.monotonic()
+    with pytest.raises(EbdiffError, match=rf"too short to see \[0, 5\): .* about {about}, .*regions\.bounds"):
+        check_seen(world.config.search, world.partition, world.sampler, 0)
+    assert time.monotonic() - began < 20
 
 
 def test_costs_go_on_after_an_interruption() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,12 +15,12 @@ from ebdiff.config import resolve
 from ebdiff.errors import EbdiffError
 from ebdiff.files import read_json
 from ebdiff.pruning.save import load
-from ebdiff.training import job
+from ebdiff.training import job, regions
 from ebdiff.training.accounting import Cost
 from ebdiff.training.costs import cost_at
 from ebdiff.training.judge import arm_network, judged
 from ebdiff.training.loop import TrainState
-from ebdiff.training.regions import _progress, joint_mask, region, ticket_of
+from ebdiff.training.regions import joint_ticket, region, side_by_side, ticket_of
 from ebdiff.training.search import control_steps
 from ebdiff.training.stretch import cost_per_step
 from ebdiff.training.world import World
@@ -35,7 +36,7 @@ def test_a_judgement_says_what_its_network_had_cost(tmp_path: Path) -> None:
     world = tiny(tmp_path, *TWO, *budget)
     run(world)
     each = [world.plan.macs(ticket_of(world, number).mask) for number in range(2)]
-    before, both = 8 * world.plan.macs(), 2 * world.plan.macs(joint_mask(world))
+    before, both = 8 * world.plan.macs(), 2 * world.plan.macs(joint_ticket(world).mask)
     by_hand = {
         0.0: (8, before),
         0.5: (8 + 2 + 5, before + both + 2 * each[0] + 3 * each[1]),
@@ -206,9 +207,26 @@ def test_regions_with_other_first_weights_go_on_after_an_interruption(start: str
 def test_progress_of_a_region_counts_from_its_own_first_step(start: str, tmp_path: Path) -> None:
     world = found(tmp_path, *SETTLES, f"regions.start={start}")
     list(islice(job.train(world, [1]), 3))
-    (tick,) = _progress(world, 1, {1: 0})
+    tick = next(side_by_side(world, 2))
     written = 2  # the log is written at even steps, and the search ended after 10
     assert tick.macs == written * cost_per_step(world, world.plan.macs(ticket_of(world, 1).mask))
+    assert (tick.stage, tick.before) == ("region 1", True)
+
+
+def test_processes_are_all_told_to_end_before_one_is_waited_for(
+    searched: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each takes its step and writes a checkpoint first: one after another that is as long as all of them together."""
+    world, heard = of_search(searched), list[str]()
+    process = SimpleNamespace(
+        poll=lambda: None, terminate=lambda: heard.append("end"), wait=lambda: heard.append("wait")
+    )
+    monkeypatch.setattr(regions, "_spawn", lambda *given: heard.append("begin") or process)
+    monkeypatch.setattr(regions, "done", lambda folder: "begin" in heard)
+    ticks = side_by_side(world, 2)
+    assert not next(ticks).before
+    ticks.close()
+    assert heard == ["begin", "begin", "end", "end", "wait", "wait"]
 
 
 @pytest.mark.parametrize("start", ["initial", "fresh"])

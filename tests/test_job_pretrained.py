@@ -121,6 +121,6 @@ def test_what_is_no_network_of_this_architecture_is_refused(how: str, words: str
 def test_a_shrunken_network_is_refused(trained: Path) -> None:
     world = of(trained, "out", *NO_SEARCH)
     network = UNet2DModel.from_pretrained(trained)
-    ebdiff.save(shrink(network, world.example_masks()[0]), trained.parent / "small")
+    ebdiff.save(shrink(network, world.example_masks[0]), trained.parent / "small")
     with pytest.raises(EbdiffError, match="expected UNet2DModel, got ShrunkUNet2DModel"):
         job.prepare(of(trained.parent / "small", "out", *NO_SEARCH))

@@ -76,7 +76,7 @@ def test_one_number_of_steps_is_spent_by_mass_and_costs_what_equal_shares_would(
     world = tiny(tmp_path, "regions.steps=3000")
     steps = torch.tensor(steps_of(world), dtype=torch.float64)
     mass = torch.tensor([world.sampler.mass(region) for region in world.partition])
-    costs = torch.tensor([world.plan.macs(mask) for mask in world.example_masks()], dtype=torch.float64)
+    costs = torch.tensor([world.plan.macs(mask) for mask in world.example_masks], dtype=torch.float64)
     torch.testing.assert_close(steps / steps.sum(), mass / mass.sum(), rtol=2e-3, atol=0, check_dtype=False)
     assert float((steps * costs).sum()) == pytest.approx(3000 * float(costs.mean()), rel=2e-3)
     assert float(steps.sum()) > 3000  # more of them go to small networks

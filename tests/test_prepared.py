@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from kill_me import Net, half, net, pictures, training
 from torch import Tensor, nn
@@ -162,6 +163,29 @@ def test_a_compiler_that_errs_is_found_out_before_the_first_step(monkeypatch: py
         with pytest.raises(EbdiffError, match=r"torch.compile changes the gradients.* got 0\.3, .*compile=False"):
             run(1, model, compile=True, precision=precision)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("elsewhere", [1.0, float("nan")])
+def test_a_gradient_that_errs_in_one_process_is_refused_in_all(
+    elsewhere: float, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that went on alone would wait for the others for ever."""
+    monkeypatch.setattr(prepared, "compiled", lambda model, how: model)
+    asked = []
+
+    def gather(found: Tensor) -> Tensor:
+        asked.append(float(found))
+        return torch.tensor([0.0, elsewhere])
+
+    def backward(network: nn.Module) -> None:
+        network(torch.ones(1, 2, 6, 6), torch.zeros(1)).sum().backward()
+
+    two = Accelerator(cpu=True)
+    monkeypatch.setattr(two, "gather", gather)
+    with pytest.raises(EbdiffError, match=r"torch.compile changes the gradients"):
+        prepared.prepared(net(dropout=dropout), TrainConfig(compile=True), two, backward)
+    assert len(asked) == 1 + (dropout > 0), "each process looks again without dropout"
 
 
 @pytest.mark.parametrize(

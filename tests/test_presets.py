@@ -22,6 +22,7 @@ SIZES = {
     "imagenet-ldm": 400.92 + 1001 * 512 / 1e6,
     "metfaces-dit": 717.58,
     "metfaces-unet": 35.87,
+    "ffhq-dit": 717.58,
 }
 
 
@@ -43,6 +44,8 @@ def test_a_preset_on_another_changes_what_it_says() -> None:
         **resolve("ffhq-unet").model_dump(),
         "data": resolve("metfaces-dit").data.model_dump(),
     }
+    metfaces, ffhq = resolve("metfaces-dit").model_dump(), resolve("ffhq-dit").model_dump()
+    assert [section for section in metfaces if metfaces[section] != ffhq[section]] == ["data"]
 
 
 def test_a_model_of_the_same_class_is_changed_and_one_of_another_replaced() -> None:

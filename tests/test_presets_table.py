@@ -89,5 +89,5 @@ def test_ratios_as_configured(preset: tuple[str, World], ratios: str, monkeypatc
     name, traced = preset
     monkeypatch.setattr(World, "plan", traced.plan)
     world = World(resolve(name, overrides=["search.norm=balanced", f"search.ratios={ratios}"]), Path("nowhere"))
-    sizes = [world.plan.parameters(mask) for mask in world.example_masks()]
+    sizes = [world.plan.parameters(mask) for mask in world.example_masks]
     assert tuple(f"{size / 1e6:.2f}" for size in sizes) == CONFIGURED[ratios][name]

@@ -19,7 +19,7 @@ import torch
 from ebdiff.pruning.mask import ChannelMask
 from ebdiff.pruning.shrink import shrink
 from ebdiff.training.loop import TrainState
-from ebdiff.training.regions import joint, joint_mask, region, ticket_of
+from ebdiff.training.regions import joint, joint_ticket, region, ticket_of
 from ebdiff.training.search import search
 from ebdiff.training.stages import Tick
 from ebdiff.training.stretch import Stretch, begun
@@ -42,7 +42,7 @@ def ratio_costs(suite: Suite, rounds: int = ROUNDS) -> dict[float, list[float]]:
     stretches = {}
     for ratio in suite.cost_of_step:
         world = World(suite.config({**ARMS["dense"].overrides(suite), "search.ratios": [ratio]}, 0), Path("nowhere"))
-        stretches[ratio] = world, alone(world, world.example_masks()[0])
+        stretches[ratio] = world, alone(world, world.example_masks[0])
     return interleaved(stretches, rounds, suite.threads)
 
 
@@ -79,7 +79,7 @@ def stages(world: World) -> dict[str, Stretch]:
     if world.config.pretrained:
         found[BEFORE] = unwatched
     if world.config.regions.branch_at:
-        mask = joint_mask(world)
+        mask = joint_ticket(world).mask
         found["joint"] = replace(joint(world), start=lambda: shrunken(world, mask))
     for number in range(len(world.partition)):
         mask = ticket_of(world, number).mask

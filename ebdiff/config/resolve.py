@@ -105,12 +105,12 @@ def _preset(name: str) -> dict[str, Any]:
     values: dict[str, Any] = yaml.safe_load((resources.files("ebdiff.assets") / f"{name}.yaml").read_text("utf-8"))
     if "base" not in values:
         return values
-    whole = _preset(values.pop("base"))
-    model = values.pop("model", {})
-    if model.get("class") == whole["model"].get("class"):
-        model = whole["model"] | model
+    whole, own = _preset(values.pop("base")), values.pop("model", None)
     _merge(whole, values)
-    return whole | {"model": model}
+    if own is not None:
+        alike = own.get("class") == whole["model"].get("class")
+        whole["model"] = whole["model"] | own if alike else own
+    return whole
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ def check_attention(network: Any, x: Tensor, t: Tensor, told: Told, density: flo
 
     Args:
         network: on the meta device, where calling it takes no memory.
-        x: float [1, C, H, W].
+        x: float [1, C, H, W], there too.
         t: int64 [1].
         told: one row each.
         density: the share of blocks to keep.
@@ -29,7 +29,7 @@ def check_attention(network: Any, x: Tensor, t: Tensor, told: Told, density: flo
     """
     watch = AttentionWatch(network, Attention(density, every=1))
     try:
-        ask(network, x.to("meta"), t.to("meta"), {key: rows.to("meta") for key, rows in told.items()})
+        ask(network, x, t, told)
         watch.step()
     except EbdiffError as error:
         raise EbdiffError(f"search.attention: {error}") from None

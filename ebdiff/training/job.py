@@ -39,9 +39,10 @@ def prepare(world: World) -> None:
     if kept.exists():
         configuration.refuse_other(world.config, kept)
     world.check()
-    _refuse_other_data(world)
+    ours = _from_outside(world)
+    _refuse_other_data(world, ours)
     configuration.keep(world.config, world.out)
-    write_json(world.out / DATA, _from_outside(world))
+    write_json(world.out / DATA, ours)
 
 
 def _from_outside(world: World) -> dict[str, str]:
@@ -50,17 +51,19 @@ def _from_outside(world: World) -> dict[str, str]:
     return {"name": world.data.name, "fingerprint": world.data.fingerprint, **weights}
 
 
-def _refuse_other_data(world: World) -> None:
+def _refuse_other_data(world: World, ours: dict[str, str]) -> None:
     """What is named may have changed since the run began."""
-    kept = read_json(world.out / DATA) if (world.out / DATA).exists() else _from_outside(world)
-    if kept.get("pretrained") != _from_outside(world).get("pretrained"):
+    if not (world.out / DATA).exists():
+        return
+    kept = read_json(world.out / DATA)
+    if kept.get("pretrained") != ours.get("pretrained"):
         raise EbdiffError(
             f"{world.out} holds results of other pretrained weights",
             expected=f"{world.pretrained} as it was when the run began",
             got="another fingerprint",
             remedy="give another --out, or the same weights",
         )
-    if kept["fingerprint"] != world.data.fingerprint:
+    if kept["fingerprint"] != ours["fingerprint"]:
         raise EbdiffError(
             f"{world.out} holds results of other {world.data.noun}",
             expected=f"{world.data.name} as it was when the run began",
@@ -160,7 +163,7 @@ def work(world: World) -> list[Work]:
     are the budget's mean, since their split is known only after the search.
     """
     s, r = world.config.search, world.config.regions
-    each, dense = [world.plan.macs(mask) for mask in world.example_masks()], world.plan.macs()
+    each, dense = [world.plan.macs(mask) for mask in world.example_masks], world.plan.macs()
     note = f"dense, {dense / 1e6:.1f} MMACs an image" + ("; until all have settled" if s.until == "settled" else "")
     drawing = macs_at_most(world) if s.criterion == "diff-pruning" else 0.0
     works = [Work("search", cost_per_step(world, dense) * s.steps + drawing, s.steps, note)]

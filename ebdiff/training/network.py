@@ -86,7 +86,7 @@ def check_call(network: Any, x: Tensor, t: Tensor, told: Told) -> None:
 
     Args:
         network: on the meta device, where calling it takes no memory.
-        x: float [1, C, H, W].
+        x: float [1, C, H, W], there too.
         t: int64 [1].
         told: one row each.
 
@@ -96,7 +96,7 @@ def check_call(network: Any, x: Tensor, t: Tensor, told: Told) -> None:
     name, words = type(network).__name__, ", ".join(["x", "t", *told])
     try:
         with torch.no_grad():
-            made = ask(network, x.to("meta"), t.to("meta"), {key: rows.to("meta") for key, rows in told.items()})
+            made = ask(network, x, t, told)
     except Exception as error:
         raise EbdiffError(
             f"{name} cannot be called with images of {x.shape[-1]}x{x.shape[-2]}",

@@ -41,7 +41,7 @@ def prepared(
     network = model
     if config.compile:
         network = compiled(model, config.compile)
-        _check_gradients(model, network, config.precision, backward)
+        _check_gradients(model, network, config.precision, accelerator, backward)
     return accelerator.prepare_model(network) if accelerator.num_processes > 1 else network
 
 
@@ -58,16 +58,20 @@ def compiled(model: nn.Module, how: bool | str) -> Any:
 
 
 def _check_gradients(
-    model: nn.Module, network: nn.Module, precision: str, backward: Callable[[nn.Module], object]
+    model: nn.Module,
+    network: nn.Module,
+    precision: str,
+    accelerator: Accelerator,
+    backward: Callable[[nn.Module], object],
 ) -> None:
     """Compilers err (torch 2.13 by two thirds, for a plain UNet of two levels on the CPU): training would hide it."""
-    difference, allowed = _difference(model, network, backward), ALLOWED[precision]
+    difference, allowed = _difference(model, network, accelerator, backward), ALLOWED[precision]
     dropouts = [module for module in model.modules() if isinstance(module, _DROPOUT) and module.p]
     if not difference <= allowed and dropouts:  # drawn in the order of memory, which is the compiler's to choose
         shares = [module.p for module in dropouts]
         for module in dropouts:
             module.p = 0.0
-        difference = _difference(model, network, backward)
+        difference = _difference(model, network, accelerator, backward)
         for module, share in zip(dropouts, shares, strict=True):
             module.p = share
     if not difference <= allowed:
@@ -79,10 +83,16 @@ def _check_gradients(
         )
 
 
-def _difference(model: nn.Module, network: nn.Module, backward: Callable[[nn.Module], object]) -> float:
-    """Of the gradients of all parameters together, relative to those of the plain model."""
+def _difference(
+    model: nn.Module, network: nn.Module, accelerator: Accelerator, backward: Callable[[nn.Module], object]
+) -> float:
+    """Of the gradients of all parameters together, relative to those of the plain model.
+
+    The largest of all processes, since all take part in `backward` and have to decide alike.
+    """
     wanted, found = (_gradients(model, each, backward) for each in (model, network))
-    return float((found - wanted).norm() / wanted.norm().clamp(min=1e-30))
+    relative = (found - wanted).norm() / wanted.norm().clamp(min=1e-30)
+    return float(accelerator.gather(relative[None]).max())
 
 
 def _gradients(model: nn.Module, network: nn.Module, backward: Callable[[nn.Module], object]) -> Tensor:

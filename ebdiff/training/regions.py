@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,7 +79,7 @@ def steps_of(world: World) -> list[int]:
     steps, numbers = world.config.regions.steps, range(len(world.partition))
     if isinstance(steps, list):
         return steps
-    masks = [ticket_of(world, k).mask for k in numbers] if done(world.out / "search") else world.example_masks()
+    masks = [ticket_of(world, k).mask for k in numbers] if done(world.out / "search") else world.example_masks
     return region_budget(world.partition, world.sampler, steps, [world.plan.macs(mask) for mask in masks])
 
 
@@ -98,16 +98,16 @@ def joint(world: World) -> Stretch:
     )
 
 
-def joint_mask(world: World) -> ChannelMask:
-    """Every channel that some region's ticket keeps."""
-    masks = [ticket_of(world, number).mask for number in range(len(world.partition))]
+def joint_mask(masks: Sequence[ChannelMask]) -> ChannelMask:
+    """Every channel that some of these masks of one plan keeps."""
     keep = {name: torch.stack([mask.keep[name] for mask in masks]).any(0) for name in masks[0]}
-    return ChannelMask(world.plan, keep, masks[0].norm)
+    return ChannelMask(masks[0].plan, keep, masks[0].norm)
 
 
 def joint_ticket(world: World) -> Ticket:
-    """The same, with every block of attention that some region's ticket keeps."""
-    tickets, mask = [ticket_of(world, number) for number in range(len(world.partition))], joint_mask(world)
+    """Every channel and every block of attention that some region's ticket keeps."""
+    tickets = [ticket_of(world, number) for number in range(len(world.partition))]
+    mask = joint_mask([each.mask for each in tickets])
     return replace(
         tickets[0], mask=mask, ratio=mask.removed, region=None, blocks=union([each.blocks for each in tickets])
     )
@@ -175,7 +175,9 @@ def side_by_side(world: World, parallel: int) -> Iterator[Tick]:
         EbdiffError: one of them failed; names its log.
     """
     waiting, running = list(range(len(world.partition))), dict[int, subprocess.Popen[bytes]]()
-    reported = dict.fromkeys(waiting, 0)
+    progress = _Progress(world)
+    for number in waiting:
+        yield from progress(number, before=True)
     try:
         while waiting or running:
             while waiting and len(running) < parallel:
@@ -186,10 +188,11 @@ def side_by_side(world: World, parallel: int) -> Iterator[Tick]:
                 if process.poll() is not None:
                     del running[number]
                     _refuse_failure(world.out, number, process.returncode)
-                yield from _progress(world, number, reported)
+                yield from progress(number)
     finally:
         for process in running.values():
             process.terminate()
+        for process in running.values():
             process.wait()
 
 
@@ -214,15 +217,23 @@ def _refuse_failure(out: Path, number: int, code: int) -> None:
         )
 
 
-def _progress(world: World, number: int, reported: dict[int, int]) -> Iterator[Tick]:
-    """What a region's process did since it was asked last, from the records it writes."""
-    folder = region_folder(world.out, number)
-    mask, total, r = ticket_of(world, number).mask, steps_of(world)[number], world.config.regions
-    searched = Cost.from_json(needed(world.out / "search", FIND)["cost"]).steps
-    first = searched + r.branch_at if r.start == "search" else 0
-    records = read_log(folder)
-    steps = total if done(folder) else min(total, records[-1]["step"] - first) if records else 0
-    if steps > reported[number]:
-        macs = cost_per_step(world, world.plan.macs(mask)) * (steps - reported[number])
-        reported[number] = steps
-        yield Tick(f"region {number}", macs, f"loss {records[-1]['loss']:.4f}" if records else "already there")
+class _Progress:
+    """What the regions' processes do, from the records they write."""
+
+    def __init__(self, world: World) -> None:
+        numbers, r = range(len(world.partition)), world.config.regions
+        searched = Cost.from_json(needed(world.out / "search", FIND)["cost"]).steps
+        self.out, self.first = world.out, searched + r.branch_at if r.start == "search" else 0
+        self.totals, self.told = steps_of(world), [0] * len(numbers)
+        self.per_step = [cost_per_step(world, world.plan.macs(ticket_of(world, k).mask)) for k in numbers]
+
+    def __call__(self, number: int, before: bool = False) -> Iterator[Tick]:
+        """What region `number` did since it was asked for last; `before`: in an earlier run."""
+        folder, total = region_folder(self.out, number), self.totals[number]
+        records = read_log(folder)
+        steps = total if done(folder) else min(total, records[-1]["step"] - self.first) if records else 0
+        new = steps - self.told[number]
+        if new > 0:
+            self.told[number] = steps
+            note = f"loss {records[-1]['loss']:.4f}" if records else "already there"
+            yield Tick(f"region {number}", self.per_step[number] * new, note, before)

@@ -60,8 +60,9 @@ def draw_images(world: World, network: Any, about: Tensor, seed: int, labels: Te
     size = world.config.sample.batch_size
     for number, start in enumerate(range(0, len(about), size)):
         chosen = about[start : start + size]
-        known = world.told_about(chosen)
-        if labels is not None:
+        if labels is None:
+            known = world.told_about(chosen)
+        else:
             known = world.held_out_conditions.with_tokens({"class_labels": labels[start : start + size]})
         told = {key: rows.to(world.device) for key, rows in known.items()}
         silent = told_nothing(told, torch.ones(len(chosen), dtype=torch.bool))

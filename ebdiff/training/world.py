@@ -6,7 +6,7 @@ Everything is checked here before the first step; nothing is written.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ class World:
             )
         if images and isinstance(self.data, Latents):
             check_vae(self.vae, self.data)
-        check_call(self._meta, *self._example())
+        check_call(self._meta, *self._example("meta"))
         if self.pretrained is not None:
             refuse_other_architecture(self._meta, self.pretrained)
             _ = images and self.network()
@@ -87,8 +87,8 @@ class World:
             scores, sizes = [self._example_scores] * count, [len(region) for region in self.partition]
             split_budget(self.plan, scores, sizes, search.macs, norm=search.norm, multiple_of=search.multiple_of)
         if search.attention is not None:
-            check_attention(self._meta, *self._example(), search.attention)
-        _ = self.example_masks(), self.device, [Within(region, self.sampler).weights() for region in self.partition]
+            check_attention(self._meta, *self._example("meta"), search.attention)
+        _ = self.example_masks, self.device, [Within(region, self.sampler).weights() for region in self.partition]
         check_seen(search, self.partition, self.sampler, self.config.seed)
         shape = tuple(self.data.train.shape[1:]) if images else self.image_shape
         if shape != self.image_shape:
@@ -179,7 +179,7 @@ class World:
             return decode(x, self.vae, self.data.scaling, self.data.shift)
         return to_uint8(x.cpu())
 
-    @property
+    @cached_property
     def held_out(self) -> HeldOut:
         """The images that scores refer to."""
         if isinstance(self.data, Images):
@@ -314,29 +314,28 @@ class World:
 
     def trace(self, network: nn.Module) -> ChannelPlan:
         """The plan of a network of this run, which is called as network(x, t) with what it is told."""
-        place = next(network.parameters()).device
-        x, t, told = self._example()
+        x, t, told = self._example(next(network.parameters()).device)
         x, keywords = call_of(x, told)
-        return trace(network, x.to(place), t.to(place), **{key: rows.to(place) for key, rows in keywords.items()})
+        return trace(network, x, t, **keywords)
 
-    def _example(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """An image, its timestep, and what is told about it."""
+    def _example(self, place: torch.device | str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """An image, its timestep, and what is told about it, on that device."""
         x, first = torch.zeros(1, *self.image_shape), torch.zeros(1, dtype=torch.int64)
-        return x, first, self.made_up_conditions(1).of(first, x)
+        told = self.made_up_conditions(1).of(first, x)
+        return x.to(place), first.to(place), {key: rows.to(place) for key, rows in told.items()}
 
-    @property
+    @cached_property
     def _example_scores(self) -> dict[str, Tensor]:
         return {space.name: torch.linspace(1, 0.5, space.size) for space in self.plan}
 
+    @cached_property
     def example_masks(self) -> list[ChannelMask]:
         """For each region a mask as wide as its ticket will be: widths do not depend on the scores.
 
         With ratios "auto" each has the mean share of MACs, since their split is known only after the search.
         """
         s = self.config.search
-        count = len(self.partition)
-        wanted = [{"macs": s.macs}] * count if isinstance(s.ratios, str) else [{"ratio": r} for r in s.ratios]
-        return [
-            ChannelMask.draw(self._example_scores, plan=self.plan, norm=s.norm, multiple_of=s.multiple_of, **share)
-            for share in wanted
-        ]
+        draw = partial(ChannelMask.draw, self._example_scores, plan=self.plan, norm=s.norm, multiple_of=s.multiple_of)
+        if isinstance(s.ratios, str):
+            return [draw(macs=s.macs)] * len(self.partition)
+        return [draw(ratio=ratio) for ratio in s.ratios]
