@@ -18,8 +18,9 @@ from benchmarks.evidence.suite import NAMES, SearchPace, Suite
 from ebdiff.config import resolve
 from ebdiff.errors import EbdiffError
 from ebdiff.files import write_json
+from ebdiff.training import job
 from ebdiff.training.accounting import FORWARD_AND_BACKWARD
-from ebdiff.training.regions import steps_of
+from ebdiff.training.regions import joint_mask, steps_of, ticket_of
 from ebdiff.training.world import World
 
 
@@ -61,6 +62,18 @@ def test_every_arm_of_every_suite_can_run(name: str, tmp_path: Path, monkeypatch
     for arm in ARMS.values():
         world = World(suite.config(arm.overrides(suite), seed=0), tmp_path / arm.name)
         world.check(images=False)
+
+
+def test_every_stage_is_timed_with_its_own_network(tmp_path: Path) -> None:
+    suite = mini()
+    config = suite.config(ARMS["regions-30-60-80-speed-budgeted-branch-25"].overrides(suite), 0)
+    world = World(config, tmp_path)
+    job.prepare(world)
+    list(job.find(world))
+    masks = [ticket_of(world, number).mask for number in range(3)]
+    sizes = [sum(p.numel() for p in stage.start().model.parameters()) for stage in pace.stages(world).values()]
+    kept = [None, joint_mask(masks), *masks]  # the search is of the whole network
+    assert sizes == [world.plan.parameters(mask) for mask in kept]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TypeVar
@@ -79,11 +80,10 @@ def stages(world: World) -> dict[str, Stretch]:
     if world.config.pretrained:
         found[BEFORE] = unwatched
     if world.config.regions.branch_at:
-        mask = joint_ticket(world).mask
-        found["joint"] = replace(joint(world), start=lambda: shrunken(world, mask))
+        found["joint"] = replace(joint(world), start=partial(shrunken, world, joint_ticket(world).mask))
     for number in range(len(world.partition)):
-        mask = ticket_of(world, number).mask
-        found[f"region {number}"] = replace(region(world, number), start=lambda m=mask: shrunken(world, m))  # type: ignore[misc]
+        start = partial(shrunken, world, ticket_of(world, number).mask)
+        found[f"region {number}"] = replace(region(world, number), start=start)
     return found
 
 
