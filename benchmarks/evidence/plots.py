@@ -103,7 +103,7 @@ def bars(results: Results, measure: str, clock: Clock | None, path: Path) -> Non
     for share in (1 / 3, 1):
         axes.axvline(share, color=_GREY, linewidth=0.8, linestyle=":")
     axes.set(
-        xlabel=f"device-seconds to the dense arm's final {named(measure)}, over its own (*: fewer than {SEEDS} seeds)"
+        xlabel=f"device-seconds to the dense arm's final {named(measure)},\nover its own (*: fewer than {SEEDS} seeds)"
     )
     axes.spines[["top", "right"]].set_visible(False)
     write(figure, path)
