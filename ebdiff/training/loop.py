@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -120,19 +120,21 @@ def _steps(
 ) -> Iterator[StepReport]:
     total = config.batch_size * config.accumulate
     batches, objective = Batches(images, sampler, config, regions, conditions), Objective(scheduler)
-    network, known = None, None
+    network, known, weights = None, None, []
     while state.step < until:
         step = state.step
         batch = batches(step)
         backward = partial(_backward, batch, objective, config, step, accelerator)
-        present = [(id(p), p.shape) for p in state.model.parameters()]
+        parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+        present = [(id(p), p.shape) for p in parameters]
         if present != known:  # the first step, or shrunken since
             network, known = prepared(state.model, config, accelerator, backward), present
+            weights = list(state.model.parameters())  # once: looking through all modules takes as long as small layers
         assert network is not None
-        network.train()
-        state.model.zero_grad(set_to_none=True)
+        if not (network.training and state.model.training):
+            network.train()
+        _forget_gradients(weights)
         loss, seen = backward(network)
-        parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip or float("inf"))
         _check_finite(float(loss), float(norm), step + 1, config, checkpoints)
         state.optimizer.step()
@@ -147,7 +149,12 @@ def _steps(
             checkpoints.save(state.step, state.tensors(), state.facts())
         lr = float(state.optimizer.param_groups[0]["lr"])
         yield StepReport(state.step, float(loss), float(norm), lr, state.step * total, batch.region)
-        state.model.zero_grad(set_to_none=True)
+        _forget_gradients(weights)
+
+
+def _forget_gradients(weights: Iterable[Tensor]) -> None:
+    for weight in weights:
+        weight.grad = None
 
 
 def _check_data(
