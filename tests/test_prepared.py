@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from kill_me import Net, half, net, pictures, training
+from norm_patterns import counted
 from torch import Tensor, nn
 
 import ebdiff
@@ -101,6 +102,46 @@ def test_the_state_s_model_stays_plain_and_may_be_shrunken_between_steps(tmp_pat
     assert len(graphs) == 2
     assert state.model.get_parameter("first.weight").shape[0] == 4
     save(state.model, tmp_path / "net")
+
+
+class Block(nn.Module):
+    """A norm whose result goes to SiLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(2, 8, 3, padding=1), nn.Conv2d(8, 2, 3, padding=1)
+        self.norm, self.act = nn.GroupNorm(4, 8), nn.SiLU()
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.last(self.act(self.norm(self.first(x))))  # type: ignore[no-any-return]
+
+
+def block() -> Block:
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        return Block()
+
+
+def shrunken_midway(mask: ebdiff.ChannelMask, **options: Any) -> tuple[list[float], TrainState]:
+    """Two steps, what the mask keeps, two more."""
+    state, losses = TrainState.begin(block(), TrainConfig(batch_size=4)), []
+    for report in training(state, 4, **options):
+        losses.append(report.loss)
+        if report.step == 2:
+            ebdiff.shrink_(state.model, mask, optimizer=state.optimizer, ema=state.ema)
+    return losses, state
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_accelerated_its_norms_are_one_operator_with_silu_before_and_after_it_is_shrunken(last: bool) -> None:
+    plan = ebdiff.trace(block(), torch.zeros(1, 2, 6, 6), torch.zeros(1))
+    mask = ebdiff.ChannelMask.draw(ebdiff.importance(block(), plan), plan=plan, ratio=0.5)
+    with counted() as plain:
+        wanted = shrunken_midway(mask, channels_last=last)
+    with counted() as fused:
+        found = shrunken_midway(mask, channels_last=last, accelerate=True)
+    assert (len(plain), len(fused)) == (2, 0), "calls of torch's own; after the cut groups are unequal"
+    assert_same(found, wanted)
 
 
 @pytest.mark.skipif(not prepared._CAN_ISOLATE, reason="this torch counts the networks of a class together")

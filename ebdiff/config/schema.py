@@ -87,7 +87,8 @@ class Train(Section):
     """What all training runs share: the search, every region and the dense control.
 
     `sampler`: how timesteps are drawn and weighted, one of `ebdiff.timesteps.SAMPLERS`; `stratified`: spread them
-    evenly over each batch. `channels_last`, `compile`: for speed, on CUDA; see `ebdiff.training.state.TrainConfig`.
+    evenly over each batch. `channels_last`, `accelerate`, `compile`: for speed; see
+    `ebdiff.training.state.TrainConfig`.
     """
 
     batch_size: int = Field(default=128, ge=1)
@@ -102,6 +103,7 @@ class Train(Section):
     sampler: str = "speed"
     stratified: bool = True
     channels_last: bool = False
+    accelerate: bool = False
     compile: bool | Literal["reduce-overhead"] = False
     checkpoint_every: int = Field(default=1000, ge=1)
     log_every: int = Field(default=50, ge=1)

@@ -1,4 +1,4 @@
-"""The network as the loop calls it: laid out, compiled, one of several processes'; the state's stays plain."""
+"""The network as the loop calls it: laid out, accelerated, compiled, distributed; parameters keep their names."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..errors import EbdiffError
+from ..nn.replace import accelerate
 from ..nn.replace.layout import to_channels_last
 from .state import TrainConfig
 
@@ -36,7 +37,9 @@ def prepared(
     Raises:
         EbdiffError: compiled, the network has other gradients.
     """
-    if config.channels_last:
+    if config.accelerate:
+        accelerate(model, channels_last=config.channels_last, verbose=False)
+    elif config.channels_last:
         to_channels_last(model, True)
     network = model
     if config.compile:

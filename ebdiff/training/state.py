@@ -36,6 +36,7 @@ class TrainConfig:
         flip: mirror half of the images.
         channels_last: lay the weights of 2-D convolutions out in this order, which their results follow, and dropout
             in drawing. It pays on CUDA in 16 bits.
+        accelerate: run norms and the SiLU behind them as one operator, see `ebdiff.accelerate`; the model stays so.
         compile: torch.compile the network for its training steps; "reduce-overhead" replays them as CUDA graphs, too.
             Its gradients are compared with those of the plain network before the first step.
     """
@@ -51,6 +52,7 @@ class TrainConfig:
     seed: int = 0
     flip: bool = False
     channels_last: bool = False
+    accelerate: bool = False
     compile: bool | str = False
 
     def __post_init__(self) -> None:

@@ -191,6 +191,7 @@ def train_config(world: World, seed: int) -> TrainConfig:
         seed=seed,
         flip=t.flip,
         channels_last=t.channels_last,
+        accelerate=t.accelerate,
         compile=t.compile,
     )
 
