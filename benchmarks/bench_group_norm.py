@@ -116,6 +116,12 @@ CASES = {
     "2x320x64x64": Case((2, 320, 64, 64), (10,) * 32),
     "8x88x32x32_ragged": ragged(),
 }
+# A network on images of 16x16: here what is done once a call, a group or a channel weighs as much as the elements.
+SHORT = {
+    "32x32x16x16": Case((32, 32, 16, 16), (2,) * 16),
+    "32x64x8x8": Case((32, 64, 8, 8), (4,) * 16),
+    "32x128x4x4": Case((32, 128, 4, 4), (8,) * 16),
+}
 # On a GPU, by the elements of a group, tensors of 34, 21 and 134 MB in bfloat16; elsewhere small ones.
 LARGE = {
     "4096_a_group": (Case((128, 128, 32, 32), (4,) * 32), Case((2, 8, 4, 4), (4,) * 2)),
@@ -232,6 +238,19 @@ def test_group_norm_silu(benchmark: Any, device: torch.device, report: Any, full
     rows = side_by_side(benchmark, device, candidates, rounds, warm=True)
     facts = {"what": "GroupNorm + SiLU", "shape": list(case.shape), "groups": list(case.sizes), "rounds": rounds}
     report(rows, {**facts, "saved_mb": saved, "served_by_the_reference": dict(fallbacks)})
+
+
+@pytest.mark.benchmark(group="group norm, short planes")
+@pytest.mark.parametrize("shape", SHORT)
+def test_group_norm_short_planes(benchmark: Any, device: torch.device, report: Any, full: bool, shape: str) -> None:
+    case, rounds = SHORT[shape], few(ROUNDS, full)
+    candidates = {"copy_": copy_of(torch.Size(case.shape).numel(), device)}
+    functions: dict[str, Function] = {"ebdiff": case.ours, "eager": case.plain}
+    fallbacks.clear()
+    candidates |= candidates_of(case, "NCHW", torch.float32, device, functions, "forward both")
+    rows = side_by_side(benchmark, device, candidates, rounds, warm=True)
+    facts = {"what": "GroupNorm + SiLU, short planes", "shape": list(case.shape), "groups": list(case.sizes)}
+    report(rows, {**facts, "rounds": rounds, "served_by_the_reference": dict(fallbacks)})
 
 
 @pytest.mark.benchmark(group="group norm kernels")

@@ -56,12 +56,18 @@ def results(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def norms(dtype: torch.dtype) -> list[Tensor]:
-    """group_norm_silu and its gradients, on planes and on rows that end within a vector."""
-    found = []
-    for case in (
+    """group_norm_silu and its gradients, on planes and on rows that end within a vector or are no more than a few."""
+    cases = [
         Case((2, 87, 13, 9), [0, 4, 4, 51, 87], dtype=dtype, keep=[2, 50]),
         Case((2, 19, 23, 21), [0, 4, 19], dtype=dtype, first=1000.0),
-    ):
+    ]
+    for positions in (1, 4, 10, 12, 16, 17, 24, 32, 48, 64):
+        cases += [
+            Case((2, 19, positions), [0, 4, 5, 19], dtype=dtype, keep=[7], mean=100.0),
+            Case((2, 19, positions), [0, 4, 5, 19], dtype=dtype, only=("weight", "bias"), std=3.0),
+        ]
+    found = []
+    for case in cases:
         for layout in ("contiguous", "channels last"):
             case.x = LAYOUTS[layout](case.x)
             found += case.results(case.ours)

@@ -40,6 +40,8 @@ HARD = {
         "only": SMALL[:4],
         "draw": 4,
     },
+    "planes of a few vectors": {"shape": (3, 24, 4, 4), "groups": [0, 9, 10, 24], "keep": [5]},
+    "planes of a few vectors, mean 1000": {"shape": (5, 24, 4, 8), "groups": 3, "mean": 1000.0},
     "one pixel": {"shape": (4, 24, 1, 1), "groups": 3},
     "vectors": {"shape": (5, 24), "groups": 3},
     "one channel per group": {"shape": (2, 8, 11, 3), "groups": 8},
@@ -139,8 +141,9 @@ def test_every_layout_is_kept_and_is_the_reference(dtype: torch.dtype, layout: s
 @pytest.mark.parametrize("layout", ["contiguous", "channels last"])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_the_number_of_threads_changes_no_bit(dtype: torch.dtype, layout: str) -> None:
-    """Many small groups, and few large ones, whose steps are divided between threads."""
-    for shape, groups, first in [((3, 64, 9, 9), 16, 0), ((1, 24, 150, 60), 2, 0), ((1, 24, 150, 60), 2, 1000)]:
+    """Many small groups, also of short planes, and few large ones, whose steps are divided between threads."""
+    small = [((12, 64, 9, 9), 16, 0), ((64, 64, 4, 4), 16, 0), ((16, 64, 8, 8), 16, 0)]
+    for shape, groups, first in [*small, ((1, 24, 150, 60), 2, 0), ((1, 24, 150, 60), 2, 1000)]:
         case = Case(shape, groups, dtype=dtype, keep=[3, 17], first=first)
         case.x = LAYOUTS[layout](case.x)
         first, *others = by_threads(lambda case=case: case.results(case.ours))  # type: ignore[misc]
@@ -175,12 +178,13 @@ def test_all_memory_is_written_and_none_is_read_before(dtype: torch.dtype, layou
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels last"])
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_a_mask_is_the_smaller_network(dtype: torch.dtype, layout: str) -> None:
+@pytest.mark.parametrize("plane", [(23, 21), (8, 8), (4, 8), (4, 4)])
+def test_a_mask_is_the_smaller_network(plane: tuple[int, int], dtype: torch.dtype, layout: str) -> None:
     """Bit for bit on planes; of rows, other channels of a vector come together, which changes nothing either."""
-    case = Case((2, 22, 23, 21), [0, 6, 9, 13, 22], dtype=dtype, keep=[0, 3, 6, 7, 8, 21])
+    case = Case((2, 22, *plane), [0, 6, 9, 13, 22], dtype=dtype, keep=[0, 3, 6, 7, 8, 21])
     case.x[:, 9:15, :9] += 1000  # for the statistics of one group, and of a part of another, it takes a second try
     case.x = LAYOUTS[layout](case.x)
-    kept, small = case.keep.nonzero()[:, 0], Case((2, 22, 23, 21), [0, 4, 4, 8, 16], dtype=dtype)  # type: ignore[union-attr]
+    kept, small = case.keep.nonzero()[:, 0], Case((2, 22, *plane), [0, 4, 4, 8, 16], dtype=dtype)  # type: ignore[union-attr]
     small.x, small.dy = LAYOUTS[layout](case.x[:, kept]), case.dy[:, kept]
     small.small = {name: tensor[..., kept] for name, tensor in case.small.items()}
     for masked, shrunk in zip(case.results(case.ours), small.results(small.ours), strict=True):

@@ -26,29 +26,28 @@ struct Forward : Job<C> {
         means(size_t(norm.samples * groups)), far(means.size(), looked < norm.positions) {}
 
   void find_centre(int64_t n, const Group& group) {
-    double total = 0;
-    for (int64_t k = group.first; k < group.end; ++k) {
-      total += sums.of(n, k);
-      if (this->is_kept(k)) total += double(looked) * this->at(norm.time_bias, n * width + k, 0);
-    }
-    means[group.at] = total / (group.size * double(looked) / double(norm.positions));
-    for (int64_t k = group.first; k < group.end; ++k) this->affine(n, k, means[group.at], 0);
+    const double* sum = sums.row(n);
+    double total = 0, bias = 0;
+    this->each_sum(group, [&](int64_t k, double) { total += sum[k]; });
+    if (norm.time_bias) this->each_kept(group, [&](int64_t k) { bias += this->at(norm.time_bias, n * width + k, 0); });
+    means[group.at] = (total / double(looked) + bias) * double(norm.positions) / group.size;
+    this->centre_on(n, group, means[group.at]);
   }
 
   // What the deviations say; `far` is set where the centre turns out to be.
   void conclude(int64_t n, const Group& group) {
+    const double *sum = deviations.row(n), *square = squares.row(n), *low = this->low.data() + n * width;
     double total = 0;
-    for (int64_t k = group.first; k < group.end; ++k) {
-      const double low = this->low[n * width + k];
-      total += squares.of(n, k) - 2 * low * deviations.of(n, k);
-      total += low * low * double(norm.positions);
-    }
+    this->each_sum(group, [&](int64_t k, double elements) {
+      total += square[k] - 2 * low[k] * sum[k];
+      total += low[k] * low[k] * elements;
+    });
     const double left = this->mean_left(n, group, deviations), variance = total / group.size - left * left;
     const double exact = means[group.at] += left, root = 1 / std::sqrt(std::max(variance, 0.0) + norm.eps);
     far[group.at] = far[group.at] && !(left * left <= variance && std::isfinite(variance));
     mean[group.at] = C(exact);
     rstd[group.at] = C(root);
-    for (int64_t k = group.first; k < group.end; ++k) this->affine(n, k, exact, root);
+    this->affine(n, group, exact, root);
   }
   bool any_far(int64_t n, const Slab& slab) const {
     const char* first = far.data() + n * groups;
@@ -61,20 +60,27 @@ struct Forward : Job<C> {
       if (position < end) this->add_up(rows.sum, x, n, slab, position, end, piece, sums, squares);
     };
     const auto centre = [&](int64_t n, const Slab& slab) {
+      sums.join(n, slab);
       this->each_group(n, slab, [&](const Group& group) { find_centre(n, group); });
     };
     const auto measure = [&](int64_t n, const Slab& slab, auto... where) {
       this->add_up(rows.deviations, x, n, slab, where..., deviations, squares);
     };
+    const auto join = [&](int64_t n, const Slab& slab) {
+      for (Sums* each : {&deviations, &squares}) each->join(n, slab);
+    };
     const auto settle = [&](int64_t n, const Slab& slab) {
+      join(n, slab);
       this->each_group(n, slab, [&](const Group& group) { conclude(n, group); });
       if (!any_far(n, slab)) return;
-      for (Sums* each : {&deviations, &squares}) each->clear(n, slab.channel, slab.channels);
+      for (Sums* each : {&deviations, &squares}) each->clear(n, slab);
     };
     const auto again = [&](int64_t n, const Slab& slab, auto... where) {
       if (any_far(n, slab)) measure(n, slab, where...);
     };
     const auto settle_again = [&](int64_t n, const Slab& slab) {
+      if (!any_far(n, slab)) return;
+      join(n, slab);
       this->each_group(n, slab, [&](const Group& group) {
         if (far[group.at]) conclude(n, group);
       });

@@ -19,19 +19,18 @@ struct Backward : Job<C> {
   const NormGradients& out;
   Sums dz, dz_x, deviations, squares;  // sums of dz, dz * (x - centre), x - centre and its square
   std::unique_ptr<C[]> shared;
-  std::vector<C> p, q, r;    // dx = dz * p - ((x - centre) * q + r)
+  std::vector<C> q, r;       // dx = dz * a - ((x - centre) * q + r)
   std::vector<double> rest;  // sums of what x - centre really is
   Backward(const GroupNorm& norm, const char* dy, const char* x, const C* mean, const C* rstd, const NormGradients& out,
            int threads)
       : Job<C>(norm, threads), dy(dy), x(x), mean(mean), rstd(rstd), out(out), dz(norm, plan), dz_x(norm, plan),
-        deviations(norm, plan), squares(norm, plan), rest(size_t(norm.samples * width)) {
+        deviations(norm, plan), squares(norm, plan), rest(norm.time_bias ? size_t(norm.samples * width) : 0) {
     if (plan.pieces > 1 && int(sizeof(C)) != bytes && width * norm.positions <= kShared)
       shared.reset(new C[size_t(width * norm.positions)]);
-    for (auto* list : {&p, &q, &r}) list->resize(size_t(norm.samples * width));
+    for (auto* list : {&q, &r}) list->resize(size_t(norm.samples * width));
     for (int64_t n = 0; n < norm.samples; ++n)
       for (int64_t g = 0; g < groups; ++g)
-        for (int64_t k = norm.offsets[g]; k < norm.offsets[g + 1]; ++k)
-          this->affine(n, k, double(mean[n * groups + g]), double(rstd[n * groups + g]));
+        this->affine(n, this->group(n, g), double(mean[n * groups + g]), double(rstd[n * groups + g]));
   }
 
   // Gradients by SiLU's input, between the two steps: in dx where that has the compute type, else in a thread's scratch.
@@ -61,7 +60,7 @@ struct Backward : Job<C> {
   void spread(int64_t n, const Slab& slab, int64_t position, int64_t end, const void* from, int64_t pitch) {
     const int64_t at = this->start(n, slab.channel, position) * bytes, i = n * width + slab.channel;
     NormBlock block = this->block(n, slab.channel, slab.channels, end - position);
-    block.a = p.data() + i, block.b = q.data() + i, block.c = r.data() + i;
+    block.b = q.data() + i, block.c = r.data() + i;
     rows.spread[norm.silu][norm.rows][dtype](block, x + at, from, pitch, static_cast<char*>(out.x) + at);
   }
 
@@ -75,34 +74,36 @@ struct Backward : Job<C> {
     return found;
   }
   void centre_again(int64_t n, const Group& group) {
-    const double left = this->mean_left(n, group, deviations);
-    for (int64_t k = group.first; k < group.end; ++k) {
-      const int64_t i = n * width + k;
-      rest[i] = this->is_kept(k) ? deviations.of(n, k) - (this->low[i] + left) * double(norm.positions) : 0;
-      this->affine(n, k, double(mean[group.at]) + left, double(rstd[group.at]));
-    }
+    const double left = this->mean_left(n, group, deviations), *sum = deviations.row(n);
+    if (norm.time_bias)
+      this->each_kept(group, [&](int64_t k) {
+        const int64_t i = n * width + k;
+        rest[i] = sum[k] - (this->low[i] + left) * double(norm.positions);
+      });
+    this->affine(n, group, double(mean[group.at]) + left, double(rstd[group.at]));
   }
 
-  double sum_dz_n(int64_t n, int64_t g, int64_t k) const {
-    return (dz_x.of(n, k) - this->low[n * width + k] * dz.of(n, k)) * double(rstd[n * groups + g]);
-  }
-
-  // The means use p as it has been rounded, so that it cancels out where a group is one element.
+  // Of dz * (x - centre), the sums of dz * n are left. The means use a as it has been rounded, so that it cancels out where
+  // a group is one element.
   void finish_group(int64_t n, const Group& group) {
-    const double root = double(rstd[group.at]);
-    double mean_dz = 0, mean_dz_n = 0;
-    for (int64_t k = group.first; k < group.end; ++k) {
-      const C factor = p[n * width + k] = C(root * this->factor(n, k));
-      mean_dz += double(factor) * dz.of(n, k) / group.size;
-      mean_dz_n += double(factor) * sum_dz_n(n, group.at % groups, k) / group.size;
-    }
-    for (int64_t k = group.first; k < group.end; ++k) {
+    const double root = double(rstd[group.at]), *low = this->low.data() + n * width;
+    const C* a = this->a.data() + n * width;
+    double *sum = dz.row(n), *sum_n = dz_x.row(n), mean_dz = 0, mean_dz_n = 0;
+    this->each_kept(group, [&](int64_t k) {
+      sum_n[k] = (sum_n[k] - low[k] * sum[k]) * root;
+      mean_dz += double(a[k]) * sum[k];
+      mean_dz_n += double(a[k]) * sum_n[k];
+    });
+    mean_dz /= group.size;
+    const double slope = root * (mean_dz_n / group.size);
+    this->each_kept(group, [&](int64_t k) {
       const int64_t i = n * width + k;
-      q[i] = C(root * mean_dz_n);
-      r[i] = C(mean_dz - this->low[i] * root * mean_dz_n);
-      if (!out.time_bias) continue;
-      const double sum_dx =
-          double(p[i]) * dz.of(n, k) - root * mean_dz_n * rest[i] - mean_dz * double(norm.positions);
+      q[i] = C(slope);
+      r[i] = C(mean_dz - low[k] * slope);
+    });
+    for (int64_t k = group.first; out.time_bias && k < group.end; ++k) {
+      const int64_t i = n * width + k;
+      const double sum_dx = double(a[k]) * sum[k] - slope * rest[i] - mean_dz * double(norm.positions);
       static_cast<C*>(out.time_bias)[i] = C(this->is_kept(k) ? sum_dx : 0);
     }
   }
@@ -112,6 +113,7 @@ struct Backward : Job<C> {
       if (is_rough(n, slab)) this->add_up(rows.deviations, x, n, slab, where..., deviations, squares);
     };
     const auto centre = [&](int64_t n, const Slab& slab) {
+      deviations.join(n, slab);
       this->each_group(n, slab, [&](const Group& group) {
         if (is_rough(group)) centre_again(n, group);
       });
@@ -121,6 +123,7 @@ struct Backward : Job<C> {
                dz_x.at(n, slab.channel, piece));
     };
     const auto settle = [&](int64_t n, const Slab& slab) {
+      for (Sums* each : {&dz, &dz_x}) each->join(n, slab);
       this->each_group(n, slab, [&](const Group& group) { finish_group(n, group); });
     };
     const auto finish = [&](int64_t n, const Slab& slab, int64_t position, int64_t end, int64_t) {
@@ -145,19 +148,19 @@ struct Backward : Job<C> {
   // The gradients of what is small, samples in order.
   void small() {
     std::vector<double> weight(width), bias(width);
-    for (int64_t n = 0; n < norm.samples; ++n)
-      for (int64_t g = 0; g < groups; ++g)
-        for (int64_t k = norm.offsets[g]; k < norm.offsets[g + 1]; ++k) {
-          const int64_t i = n * width + k;
-          const double sum = dz.of(n, k), sum_n = sum_dz_n(n, g, k);
-          const double by_scale = this->at(norm.weight, k, 1) * sum_n + this->at(norm.bias, k, 0) * sum;
-          if (this->is_kept(k)) {
-            weight[k] += (1 + this->at(norm.scale, i, 0)) * sum_n;
-            bias[k] += (1 + this->at(norm.scale, i, 0)) * sum;
-          }
-          if (out.scale) static_cast<C*>(out.scale)[i] = C(this->is_kept(k) ? by_scale : 0);
-          if (out.shift) static_cast<C*>(out.shift)[i] = C(sum);
-        }
+    for (int64_t n = 0; n < norm.samples; ++n) {
+      const double *sum = dz.row(n), *sum_n = dz_x.row(n);
+      for (int64_t k = 0; k < width; ++k) {  // sums of removed channels are 0, but what their scale holds is not known
+        const double scale = this->is_kept(k) ? 1 + this->at(norm.scale, n * width + k, 0) : 0;
+        weight[k] += scale * sum_n[k];
+        bias[k] += scale * sum[k];
+      }
+      for (int64_t k = 0; out.scale && k < width; ++k) {
+        const double by_scale = this->at(norm.weight, k, 1) * sum_n[k] + this->at(norm.bias, k, 0) * sum[k];
+        static_cast<C*>(out.scale)[n * width + k] = C(this->is_kept(k) ? by_scale : 0);
+      }
+      for (int64_t k = 0; out.shift && k < width; ++k) static_cast<C*>(out.shift)[n * width + k] = C(sum[k]);
+    }
     for (int64_t k = 0; k < width; ++k) {
       if (out.weight) static_cast<C*>(out.weight)[k] = C(weight[k]);
       if (out.bias) static_cast<C*>(out.bias)[k] = C(bias[k]);

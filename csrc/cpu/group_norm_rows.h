@@ -1,7 +1,6 @@
 // The inner loops of group normalisation, compiled once for each instruction set (group_norm_*.cpp) under the name
 // EBDIFF_ISA. Nothing from the standard library, as in rows.h.
-#include "norm_rows.h"
-#include "silu.h"
+#include "group_norm_planes.h"
 
 namespace ebdiff {
 namespace {
@@ -9,50 +8,6 @@ namespace {
 constexpr int kStrip = 4;       // rows that are worked on together, a vector of channels at a time
 constexpr int64_t kTile = 512;  // channels of a strip
 constexpr int64_t kRows = 32;   // added up in float32 before they go to float64
-constexpr int64_t kRun = 8192;  // elements added up in float32, in 64 lanes, before they go to float64
-constexpr int64_t kShortRun = 256;  // in 16 lanes
-
-template <bool First, class A, class B>
-struct Either {
-  using type = A;
-};
-template <class A, class B>
-struct Either<false, A, B> {
-  using type = B;
-};
-
-template <class C>
-C number(const void* list, int64_t i) {
-  return static_cast<const C*>(list)[i];
-}
-
-template <class C>
-bool is_live(const NormBlock& block, int64_t c) {
-  return !block.live || number<C>(block.live, c) != 0;  // all bits set are a NaN
-}
-
-// The numbers of a vector of channels; all lanes the same for planes.
-template <class C>
-struct Coefficients {
-  Vector<C> centre, a, b, c;
-
-  template <int kUsed, class Part>
-  static EBDIFF_HD Coefficients of(const NormBlock& block, int64_t i, Part part) {
-    const auto in = [&](const void* list) { return load(static_cast<const C*>(list) + i, part); };
-    Coefficients found = {in(block.centre), {}, {}, {}};
-    if constexpr (kUsed > 1) found.a = in(block.a), found.b = in(block.b);
-    if constexpr (kUsed > 3) found.c = in(block.c);
-    return found;
-  }
-  template <int kUsed>
-  static EBDIFF_HD Coefficients of(const NormBlock& block, int64_t i) {
-    const auto in = [&](const void* list) { return all(number<C>(list, i)); };
-    Coefficients found = {in(block.centre), {}, {}, {}};
-    if constexpr (kUsed > 1) found.a = in(block.a), found.b = in(block.b);
-    if constexpr (kUsed > 3) found.c = in(block.c);
-    return found;
-  }
-};
 
 template <class C, class Part>
 EBDIFF_HD Bits<C> live_lanes(const NormBlock& block, int64_t i, Part part) {
@@ -64,114 +19,6 @@ template <class V, class B>
 EBDIFF_HD V masked(V v, B live) {
   return bits_as<V>(bits_as<B>(v) & live);
 }
-
-// What dz is made from, and dz.
-template <class C>
-struct Slope {
-  Vector<C> centred, dz;
-};
-
-// Planes -------------------------------------------------------------------------------------------------------------
-
-template <class T, bool Squares>
-void plane_sums(const NormBlock& block, const void* x, double* sum, double* squares) {
-  using C = compute_t<T>;
-  constexpr int kCount = 64;
-  Total<C, kCount> total, square;
-  const auto flush = [&] {
-    sum[0] += total.value();
-    if constexpr (Squares) squares[0] += square.value();
-    total = square = {};
-  };
-  int64_t filled = 0;
-  for (int64_t c = 0; c < block.channels; ++c) {
-    if (!is_live<C>(block, c)) continue;
-    const T* row = static_cast<const T*>(x) + c * block.pitch;
-    const Vector<C> centre = Squares ? all(number<C>(block.centre, c)) : Vector<C>{};
-    for (int64_t start = 0; start < block.positions; start += kRun) {
-      const int64_t n = block.positions - start < kRun ? block.positions - start : kRun;
-      each_of<C, kCount>(n, [&](int64_t i, int k, auto part) {
-        const Vector<C> value = only(load(row + start + i, part) - centre, part);
-        total.parts[k] += value;
-        if constexpr (Squares) square.parts[k] += value * value;
-      });
-      filled += n;
-      if (filled >= kRun) flush(), filled = 0;
-    }
-  }
-  flush();
-}
-
-template <class T, bool Silu>
-void plane_apply(const NormBlock& block, const void* x, void* y) {
-  using C = compute_t<T>;
-  for (int64_t c = 0; c < block.channels; ++c) {
-    const T* row = static_cast<const T*>(x) + c * block.pitch;
-    T* to = static_cast<T*>(y) + c * block.pitch;
-    if (!is_live<C>(block, c)) {
-      __builtin_memset(to, 0, block.positions * sizeof(T));
-      continue;
-    }
-    const auto k = Coefficients<C>::template of<3>(block, c);
-    each_made<C, kLanes<C>>(
-        block.positions, [&](int64_t i, auto part) { return value<Silu, C>((load(row + i, part) - k.centre) * k.a + k.b); },
-        [&](int64_t i, int, Vector<C> made, auto part) { store(to + i, made, part); });
-  }
-}
-
-template <class T, bool Silu>
-void plane_gradient(const NormBlock& block, const void* x, const void* dy, void* dz, int64_t dz_pitch, double* sum_dz,
-                    double* sum_dz_x) {
-  using C = compute_t<T>;
-  constexpr int kCount = 16;
-  for (int64_t c = 0; c < block.channels; ++c) {
-    if (!is_live<C>(block, c)) continue;
-    const T* row = static_cast<const T*>(x) + c * block.pitch;
-    const T* gradient = static_cast<const T*>(dy) + c * block.pitch;
-    C* to = dz ? static_cast<C*>(dz) + c * dz_pitch : nullptr;
-    const auto at = Coefficients<C>::template of<3>(block, c);
-    for (int64_t start = 0; start < block.positions; start += kShortRun) {
-      const int64_t n = block.positions - start < kShortRun ? block.positions - start : kShortRun;
-      Total<C, kCount> total, total_x;
-      each_made<C, kCount>(
-          n,
-          [&](int64_t i, auto part) {
-            const Vector<C> centred = load(row + start + i, part) - at.centre;
-            return Slope<C>{centred, load(gradient + start + i, part) * slope<Silu, C>(centred * at.a + at.b)};
-          },
-          [&](int64_t i, int k, const Slope<C>& made, auto part) {
-            if (to) store(to + start + i, made.dz, part);
-            const Vector<C> counted = only(made.dz, part);
-            total.parts[k] += counted;
-            total_x.parts[k] += counted * made.centred;
-          });
-      sum_dz[c] += total.value();
-      sum_dz_x[c] += total_x.value();
-    }
-  }
-}
-
-template <class T, bool Silu>
-void plane_spread(const NormBlock& block, const void* x, const void* dz, int64_t dz_pitch, void* dx) {
-  using C = compute_t<T>;
-  using Dz = typename Either<Silu, C, T>::type;
-  for (int64_t c = 0; c < block.channels; ++c) {
-    T* to = static_cast<T*>(dx) + c * block.pitch;
-    if (!is_live<C>(block, c)) {
-      __builtin_memset(to, 0, block.positions * sizeof(T));
-      continue;
-    }
-    const T* row = static_cast<const T*>(x) + c * block.pitch;
-    const Dz* from = static_cast<const Dz*>(dz) + c * dz_pitch;
-    const auto at = Coefficients<C>::template of<4>(block, c);
-    each_vector<C>(block.positions, [&](int64_t i, auto part) {
-      const Vector<C> centred = load(row + i, part) - at.centre;
-      store(to + i, load(from + i, part) * at.a - (centred * at.b + at.c), part);
-    });
-  }
-}
-
-// Rows ---------------------------------------------------------------------------------------------------------------
 
 // The sums of the channels of a tile, in float32 for a while.
 template <class C>

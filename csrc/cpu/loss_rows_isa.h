@@ -2,7 +2,7 @@
 // name EBDIFF_ISA. Nothing from the standard library, as in rows.h.
 #include "loss_rows.h"
 #include "philox.h"
-#include "vectors.h"
+#include "totals.h"
 
 namespace ebdiff {
 namespace {

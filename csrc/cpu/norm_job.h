@@ -52,19 +52,24 @@ struct Sums {
   Sums(const GroupNorm& norm, const Plan& plan)
       : width(norm.channels), samples(norm.samples), pieces(plan.pieces), values(size_t(width * samples * pieces)) {}
   double* at(int64_t n, int64_t channel, int64_t piece) { return values.data() + (piece * samples + n) * width + channel; }
-  void clear(int64_t n, int64_t channel, int64_t channels) {
-    for (int64_t p = 0; p < pieces; ++p) std::fill_n(at(n, channel, p), channels, 0.0);
+  void clear(int64_t n, const Slab& slab) {
+    for (int64_t p = 0; p < pieces; ++p) std::fill_n(at(n, slab.channel, p), slab.channels, 0.0);
   }
-  double of(int64_t n, int64_t channel) const {
-    double total = 0;
-    for (int64_t p = 0; p < pieces; ++p) total += values[(p * samples + n) * width + channel];
-    return total;
+  // All pieces, in order, to the first of them: what row() gives.
+  void join(int64_t n, const Slab& slab) {
+    double* to = at(n, slab.channel, 0);
+    for (int64_t p = 1; p < pieces; ++p) {
+      const double* piece = at(n, slab.channel, p);
+      for (int64_t k = 0; k < slab.channels; ++k) to[k] += piece[k];
+    }
   }
+  double* row(int64_t n) { return at(n, 0, 0); }
 };
 
-// A group of a sample: its place in [N, G], its channels, how many elements count in its means.
+// A group of a sample: its place in [N, G], its channels, the first of them that is kept (or `end`), how many elements
+// count in its means.
 struct Group {
-  int64_t at, first, end;
+  int64_t at, first, end, lead;
   double size;
 };
 
@@ -76,16 +81,20 @@ struct Job {
   const int64_t width = norm.channels, groups = int64_t(norm.offsets.size()) - 1;
   const int dtype = int(norm.dtype), bytes = kBytes[dtype];
   const NormRows& rows = norm_rows();
+  const bool gathered = !norm.rows && !norm.time_bias;  // are a group's sums all at its first kept channel?
   std::vector<C> live, centre, a, b;  // [C]; [N, C]
   std::vector<double> low;
-  std::vector<int64_t> kept;     // [G], channels
+  std::vector<int64_t> kept, lead;  // [G]: how many channels, the first one
 
-  Job(const GroupNorm& norm, int most) : norm(norm), threads(worth(norm, most)), plan(norm), kept(groups) {
+  Job(const GroupNorm& norm, int most) : norm(norm), threads(worth(norm, most)), plan(norm), kept(groups), lead(groups) {
     const size_t count = size_t(norm.samples * width);
     for (auto* list : {&centre, &a, &b}) list->resize(count);
     low.resize(count);
-    for (int64_t g = 0; g < groups; ++g)
-      for (int64_t k = norm.offsets[g]; k < norm.offsets[g + 1]; ++k) kept[g] += is_kept(k);
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t end = lead[g] = norm.offsets[g + 1];
+      for (int64_t k = end; --k >= norm.offsets[g];)
+        if (is_kept(k)) ++kept[g], lead[g] = k;
+    }
     if (!norm.keep) return;
     live.resize(width);
     for (int64_t k = 0; k < width; ++k) std::memset(&live[k], norm.keep[k] ? 255 : 0, sizeof(C));
@@ -100,36 +109,55 @@ struct Job {
     return list ? double(static_cast<const C*>(list)[i]) : absent;
   }
   bool is_kept(int64_t k) const { return !norm.keep || norm.keep[k]; }
-  double factor(int64_t n, int64_t k) const {
-    return is_kept(k) ? at(norm.weight, k, 1) * (1 + at(norm.scale, n * width + k, 0)) : 0;
+  template <class Body>
+  void each_kept(const Group& group, const Body& body) const {
+    for (int64_t k = group.lead; k < group.end; ++k)
+      if (is_kept(k)) body(k);
   }
-  // What x is centred with, multiplied with and raised by before SiLU. `low` is what the centre's rounding leaves over.
-  // All stay 0 for removed channels, whatever their parameters hold.
-  void affine(int64_t n, int64_t k, double mean, double rstd) {
-    if (!is_kept(k)) return;
-    const int64_t i = n * width + k;
-    const double exact = mean - at(norm.time_bias, i, 0), total = rstd * factor(n, k);
-    centre[i] = C(exact);
-    low[i] = exact - double(centre[i]);
-    a[i] = C(total);
-    b[i] = C(at(norm.bias, k, 0) * (1 + at(norm.scale, i, 0)) + at(norm.shift, i, 0) - low[i] * total);
+  // What x is centred with. `low` is what the centre's rounding leaves over. Both stay 0 for removed channels, and so do
+  // those of affine(), whatever their parameters hold.
+  void centre_on(int64_t n, const Group& group, double mean) {
+    each_kept(group, [&](int64_t k) {
+      const int64_t i = n * width + k;
+      const double exact = mean - at(norm.time_bias, i, 0);
+      centre[i] = C(exact);
+      low[i] = exact - double(centre[i]);
+    });
+  }
+  // And what it is multiplied with and raised by before SiLU.
+  void affine(int64_t n, const Group& group, double mean, double rstd) {
+    centre_on(n, group, mean);
+    each_kept(group, [&](int64_t k) {
+      const int64_t i = n * width + k;
+      const double scale = 1 + at(norm.scale, i, 0), total = rstd * (at(norm.weight, k, 1) * scale);
+      a[i] = C(total);
+      b[i] = C(at(norm.bias, k, 0) * scale + at(norm.shift, i, 0) - low[i] * total);
+    });
   }
 
   template <class Body>
   void each_group(int64_t n, const Slab& slab, const Body& body) const {
     for (int64_t g = slab.first_group; g < slab.end_group; ++g)
-      body(Group{n * groups + g, norm.offsets[g], norm.offsets[g + 1],
-                 double(std::max<int64_t>(kept[g], 1)) * double(norm.positions)});
+      body(group(n, g));
   }
-  // What x - (mean - time_bias) is on average, where affine() has been given `mean`: what to add to it.
-  double mean_left(int64_t n, const Group& group, const Sums& deviations) const {
+  Group group(int64_t n, int64_t g) const {
+    return {n * groups + g, norm.offsets[g], norm.offsets[g + 1], lead[g],
+            double(std::max<int64_t>(kept[g], 1)) * double(norm.positions)};
+  }
+  // body(k, elements) for each place where the sums of a group lie, and of how many elements.
+  template <class Body>
+  void each_sum(const Group& group, const Body& body) const {
+    if (!gathered) return each_kept(group, [&](int64_t k) { body(k, double(norm.positions)); });
+    if (group.lead < group.end) body(group.lead, group.size);
+  }
+  // What x - (mean - time_bias) is on average, where centre_on() has been given `mean`: what to add to it.
+  double mean_left(int64_t n, const Group& group, Sums& deviations) const {
+    const double *sum = deviations.row(n), *low = this->low.data() + n * width;
     double total = 0;
-    for (int64_t k = group.first; k < group.end; ++k)
-      total += deviations.of(n, k) - low[n * width + k] * double(norm.positions);
+    each_sum(group, [&](int64_t k, double elements) { total += sum[k] - low[k] * elements; });
     return total / group.size;
   }
-  // One of the first two functions of NormRows. Of planes, a group's sum is left at its first kept channel, unless its
-  // channels have centres of their own.
+  // One of the first two functions of NormRows, on a piece of a slab.
   template <class Function>
   void add_up(const Function& function, const char* x, int64_t n, const Slab& slab, int64_t position, int64_t end,
               int64_t piece, Sums& sum, Sums& squares) const {
@@ -139,10 +167,8 @@ struct Job {
     };
     if (norm.rows) return add(slab.channel, slab.channels);
     each_group(n, slab, [&](const Group& group) {
-      int64_t first = group.first;
-      while (first < group.end && !is_kept(first)) ++first;
-      const int64_t step = norm.time_bias ? 1 : group.end - first;
-      for (; first < group.end; first += step) add(first, step);
+      const int64_t step = gathered ? group.end - group.lead : 1;
+      for (int64_t k = group.lead; k < group.end; k += step) add(k, step);
     });
   }
 

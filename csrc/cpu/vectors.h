@@ -110,16 +110,21 @@ EBDIFF_HD Vector<C> all(C value) {
   return value - Vector<C>{};
 }
 
+template <class C>
+EBDIFF_HD Vector<C> only_first(Vector<C> v, int count) {
+  Bits<C> lane;
+#pragma GCC unroll 16
+  for (int j = 0; j < kLanes<C>; ++j) lane[j] = j;
+  return bits_as<Vector<C>>(bits_as<Bits<C>>(v) & (lane < Bits<C>{} + count));
+}
+
 // Zero in the lanes that are not there.
 template <class V>
 EBDIFF_HD V only(V v, Whole) {
   return v;
 }
-template <class V>
-EBDIFF_HD V only(V v, First first) {
-  for (int j = first.count; j < int(sizeof(V) / sizeof(v[0])); ++j) v[j] = 0;
-  return v;
-}
+EBDIFF_HD Vector<float> only(Vector<float> v, First first) { return only_first<float>(v, first.count); }
+EBDIFF_HD Vector<double> only(Vector<double> v, First first) { return only_first<double>(v, first.count); }
 
 template <class V, class From>
 EBDIFF_HD V read(const From* from) {
@@ -230,23 +235,6 @@ EBDIFF_HD void store(T* to, Vector<compute_t<T>> v, First first) {
   __builtin_memcpy(to, copy, first.count * sizeof(T));
 #endif
 }
-
-// A sum in a fixed number of lanes, whatever the width of a vector.
-template <class C, int kCount>
-struct Total {
-  static constexpr int kVectors = kCount / kLanes<C>;
-  Vector<C> parts[kVectors] = {};
-
-  EBDIFF_HD double value() const {
-    C lanes[kCount];
-    __builtin_memcpy(lanes, parts, sizeof lanes);
-    double sums[kCount];  // wide, so that no sum of theirs is too large
-    for (int j = 0; j < kCount; ++j) sums[j] = double(lanes[j]);
-    for (int width = kCount / 2; width > 0; width /= 2)
-      for (int j = 0; j < width; ++j) sums[j] += sums[j + width];
-    return sums[0];
-  }
-};
 
 // The larger, the smaller of two; the second one where one is NaN. A comparison and a blend would take twice as long.
 template <class V>

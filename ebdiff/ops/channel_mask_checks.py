@@ -169,18 +169,20 @@ def refuse_shared(written: Sequence[Tensor], read: Sequence[Tensor] = ()) -> Non
         written_to, read_to = (max(written_to, end), read_to) if is_written else (written_to, max(read_to, end))
 
 
-def refuse_freed(tensors: Sequence[Tensor]) -> None:
-    """Refuse tensors that reach past the end of their storage, as after ``untyped_storage().resize_(0)``.
+def refuse_freed(tensors: Sequence[Tensor]) -> list[int]:
+    """Their addresses; refuse tensors that reach past the end of their storage: ``untyped_storage().resize_(0)``.
 
     Addresses tell: below `_LOWEST` they are offsets into memory that is gone, or empty tensors'.
     """
-    if not tensors or min(map(Tensor.data_ptr, tensors)) >= _LOWEST:
-        return
+    at = list(map(Tensor.data_ptr, tensors))
+    if not at or min(at) >= _LOWEST:
+        return at
     for i, tensor in enumerate(tensors):
         start = tensor.data_ptr() - tensor.storage_offset() * tensor.itemsize
         reach = _span(tensor)[1] - start
         if tensor.numel() and reach > tensor.untyped_storage().nbytes():
             _refuse(f"tensor {i}", f"{reach} bytes of storage", f"{tensor.untyped_storage().nbytes()}: freed?")
+    return at
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

@@ -26,7 +26,8 @@ def forward(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
     y = torch.empty_like(x)
     last, to = _order(y)
     shape, wide = (x.shape[0], len(norm.offsets) - 1), _WIDE[x.dtype]
-    mean, rstd = x.new_empty(shape, dtype=wide), x.new_empty(shape, dtype=wide)
+    mean = x.new_empty(shape, dtype=wide)
+    rstd = torch.empty_like(mean)
     tensors = (*_small(norm, wide), _dense(x, last), to, mean, rstd)
     at = addresses_or_0(tensors)
     _c().group_norm_forward(*_numbers(x, norm, last), at[:6], at[6:], torch.get_num_threads())

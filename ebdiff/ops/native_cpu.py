@@ -163,14 +163,13 @@ def addresses(tensors: Sequence[Tensor]) -> list[int]:
     Raises:
         EbdiffError: memory that was freed behind a tensor's back (``untyped_storage().resize_(0)``).
     """
-    refuse_freed(tensors)
-    return list(map(Tensor.data_ptr, tensors))
+    return refuse_freed(tensors)
 
 
 def addresses_or_0(tensors: Sequence[Tensor | None]) -> list[int]:
     """As `addresses`, 0 for None."""
-    refuse_freed([tensor for tensor in tensors if tensor is not None])
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    at = iter(addresses([tensor for tensor in tensors if tensor is not None]))
+    return [0 if tensor is None else next(at) for tensor in tensors]
 
 
 def _log2(tensors: Sequence[Tensor]) -> list[int]:
