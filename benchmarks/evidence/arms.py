@@ -7,7 +7,7 @@ settled counts at its shortest. Those that start from a trained network get what
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -82,6 +82,12 @@ def early_bird(suite: Suite, ratio: float, criterion: str = "taylor") -> Overrid
     """One ticket for all timesteps."""
     steps = spent(suite, suite.search.steps, [ratio])
     return {**searching(suite, criterion), **WHOLE, "search.ratios": [ratio], "regions.steps": steps}
+
+
+def short_search(suite: Suite) -> Overrides:
+    """Half of the channels after a third of the search's steps."""
+    third = replace(suite.search, steps=max(1, suite.search.steps // 3))
+    return early_bird(replace(suite, search=third), 0.5)
 
 
 def settled(suite: Suite, ratio: float, criterion: str, pace: str) -> Overrides:
@@ -185,6 +191,7 @@ def _controls() -> Iterator[Arm]:
         ("initial-mask", "no search: mask by magnitude, and weights, as before the first step", initial_mask, {}),
         ("uniform", "timesteps uniform", half, {"train.sampler": "uniform"}),
         ("min-snr", "timesteps uniform, Min-SNR weights", half, {"train.sampler": "min-snr"}),
+        ("short-search", "a third of the search", short_search, {}),
     ):
         yield Arm(f"control-{name}", f"eb-speed-50, but {about}", "controls", make, {**SPEED, **changes})
 
