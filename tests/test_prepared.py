@@ -169,6 +169,14 @@ def test_looking_at_gradients_leaves_nothing_behind(graphs: list[str]) -> None:
     assert graphs
 
 
+def test_on_the_cpu_convolutions_are_compiled_in_the_layout_they_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In another one, inductor of torch 2.13 loses the gradients behind an upsampling."""
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(torch, "compile", lambda model, options, **others: given.update(options))
+    prepared.compiled(net(), True)
+    assert given["layout_optimization"] is False
+
+
 class Wrong(nn.Module):
     """A compiler's network whose output is right and whose gradients are not."""
 
