@@ -13,6 +13,8 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import pytest
 import torch
 
+from ebdiff.nn.replace import deferred
+
 try:
     from hypothesis import settings
 except ModuleNotFoundError:  # a GPU machine may lack it: the tests that are marked gpu do without
@@ -28,6 +30,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_networks() -> None:
+    """Those of tests are, and their norms are to be fused on the CPU all the same."""
+    deferred._FEWEST = 16
 
 
 @pytest.fixture

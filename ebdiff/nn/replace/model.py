@@ -35,7 +35,7 @@ def accelerate(
         verbose: print the report.
 
     Returns:
-        What was replaced, what was left, and why. On the CPU a fused norm runs as it was in calls with fewer than 16
+        What was replaced, what was left, and why. On the CPU a fused norm runs as it was in calls with fewer than 256
         positions. Outputs and gradients agree with the original's to the error of the
         dtype; `ebdiff.restore` undoes it. A second call takes in what has changed since: else, nothing.
     """
