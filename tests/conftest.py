@@ -33,9 +33,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def small_networks() -> None:
-    """Those of tests are, and their norms are to be fused on the CPU all the same."""
-    deferred._FEWEST = 16
+def fewest_positions() -> Iterator[int]:
+    """Networks of tests are small, and their norms are to be fused on the CPU all the same. Yields what it is else."""
+    fewest, deferred._FEWEST = deferred._FEWEST, 16
+    yield fewest
+    deferred._FEWEST = fewest
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from norm_patterns import Nested, ScaleAndShift, Toy, counted, image
 from torch import Tensor, nn
 
 import ebdiff
+from ebdiff.nn.group_norm import RaggedGroupNorm
 from ebdiff.nn.replace import deferred
 
 
@@ -37,15 +38,18 @@ def test_what_does_not_fit_is_computed_as_the_original_computes_it() -> None:
         assert torch.equal(model(*case), y)
 
 
-@pytest.mark.parametrize("side", [15, 16])
-def test_with_few_positions_the_original_runs_on_the_cpu(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deferred, "_FEWEST", 256)  # as where no test has changed it
-    model, x = Nested(), image().repeat(1, 1, 8, 8)[:, :, :side, :side]
+@pytest.mark.parametrize(("norm", "side", "fused"), [("torch", 15, False), ("torch", 16, True), ("ragged", 3, True)])
+def test_with_few_positions_a_norm_of_torch_s_runs_as_it_was_on_the_cpu(
+    norm: str, side: int, fused: bool, fewest_positions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deferred, "_FEWEST", fewest_positions)
+    kinds = {"torch": nn.GroupNorm(2, 6), "ragged": RaggedGroupNorm([2, 4])}
+    model, x = nn.Sequential(kinds[norm], nn.SiLU()), image().repeat(1, 1, 4, 4)[:, :, :side, :side]
     expected = model(x)
     ebdiff.accelerate(model, verbose=False)
-    with counted() as norms:
+    with counted("silu") as alone:
         torch.testing.assert_close(model(x), expected)
-    assert len(norms) == (side == 15)
+    assert len(alone) == (not fused)
 
 
 ROWS: list[Any] = [torch.randn(1, 6, 1, 1), torch.randn(6, 1, 1), torch.randn(2, 1, 1, 1), torch.randn(()), 0.5, 1]

@@ -273,6 +273,25 @@ def test_reports_and_the_moving_average() -> None:
             torch.testing.assert_close(shadow, old)
 
 
+class Around(nn.Module):
+    """Training, around a network that may not be."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor, t: Tensor) -> Any:
+        return self.inner(x, t)
+
+
+def test_every_step_trains_what_the_caller_has_put_in_evaluation_mode() -> None:
+    model, modes = Around(net().eval()), []
+    model.inner.register_forward_hook(lambda module, *_: modes.append(module.training))
+    for _ in training(model, 3):
+        model.inner.eval()
+    assert modes == [True] * 3
+
+
 def test_the_user_s_random_numbers_and_modes_are_left_alone() -> None:
     for make, size in ((net, 6), (lambda: unet(dropout=0.3), 8)):
         images, model, again = pictures().repeat(1, 1, 2, 2)[:, :, :size, :size], make(), make()

@@ -191,7 +191,7 @@ def _controls() -> Iterator[Arm]:
         ("initial-mask", "no search: mask by magnitude, and weights, as before the first step", initial_mask, {}),
         ("uniform", "timesteps uniform", half, {"train.sampler": "uniform"}),
         ("min-snr", "timesteps uniform, Min-SNR weights", half, {"train.sampler": "min-snr"}),
-        ("short-search", "a third of the search", short_search, {}),
+        ("short-search", "a third of the search, in which nothing can settle", short_search, {}),
     ):
         yield Arm(f"control-{name}", f"eb-speed-50, but {about}", "controls", make, {**SPEED, **changes})
 

@@ -82,7 +82,7 @@ void plane_sums_in(const NormBlock& block, const void* x, double* sum, double* s
         total.parts[k] += value;
         if constexpr (Squares) square.parts[k] += value * value;
       });
-      filled += n;
+      filled += (n + kCount - 1) / kCount * kCount;
       if (filled >= kRun) flush(), filled = 0;
     }
   }

@@ -120,18 +120,19 @@ def _steps(
 ) -> Iterator[StepReport]:
     total = config.batch_size * config.accumulate
     batches, objective = Batches(images, sampler, config, regions, conditions), Objective(scheduler)
-    network, known, weights = None, None, []
+    network, known, modules, weights = None, None, [], []
     while state.step < until:
         step = state.step
         batch = batches(step)
         backward = partial(_backward, batch, objective, config, step, accelerator)
         parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
-        present = [(id(p), p.shape) for p in parameters]
-        if present != known:  # the first step, or shrunken since
-            network, known = prepared(state.model, config, accelerator, backward), present
-            weights = list(state.model.parameters())  # once: looking through all modules takes as long as small layers
+        if known is None or known != _shapes(parameters, weights):  # the first step, or shrunken since
+            network = prepared(state.model, config, accelerator, backward)
+            # Once: looking for them takes as long as small layers do.
+            modules, weights = list(network.modules()), list(state.model.parameters())
+            known = _shapes(parameters, weights)
         assert network is not None
-        if not (network.training and state.model.training):
+        if not all(module.training for module in modules):
             network.train()
         _forget_gradients(weights)
         loss, seen = backward(network)
@@ -150,6 +151,10 @@ def _steps(
         lr = float(state.optimizer.param_groups[0]["lr"])
         yield StepReport(state.step, float(loss), float(norm), lr, state.step * total, batch.region)
         _forget_gradients(weights)
+
+
+def _shapes(*lists: Iterable[Tensor]) -> list[tuple[int, torch.Size]]:
+    return [(id(p), p.shape) for parameters in lists for p in parameters]
 
 
 def _forget_gradients(weights: Iterable[Tensor]) -> None:

@@ -35,9 +35,9 @@ def accelerate(
         verbose: print the report.
 
     Returns:
-        What was replaced, what was left, and why. On the CPU a fused norm runs as it was in calls with fewer than 256
-        positions. Outputs and gradients agree with the original's to the error of the
-        dtype; `ebdiff.restore` undoes it. A second call takes in what has changed since: else, nothing.
+        What was replaced, what was left, and why. On the CPU a norm of torch's runs as it was in calls with fewer than
+        256 positions. Outputs and gradients agree with the original's to the error of the dtype; `ebdiff.restore`
+        undoes it. A second call takes in what has changed since: else, nothing.
     """
     if not isinstance(model, nn.Module):
         raise EbdiffError("accelerate", expected="a torch.nn.Module", got=type(model).__name__, remedy="pass the model")
