@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from benchmarks.evidence import suite as suites
 from benchmarks.evidence.__main__ import cells_of, lines, options
 from benchmarks.evidence.arms import ARMS
 from benchmarks.evidence.cells import Cell, run, wanted
+from benchmarks.evidence.result import widths
 from benchmarks.evidence.suite import NAMES, SearchPace, Suite
 from ebdiff.config import resolve
 from ebdiff.errors import EbdiffError
@@ -71,7 +73,8 @@ def test_every_stage_is_timed_with_its_own_network(tmp_path: Path) -> None:
     job.prepare(world)
     list(job.find(world))
     masks = [ticket_of(world, number).mask for number in range(3)]
-    sizes = [sum(p.numel() for p in stage.start().model.parameters()) for stage in pace.stages(world).values()]
+    timed = pace.stages(world, widths(world), after=False)
+    sizes = [sum(p.numel() for p in stage.start().model.parameters()) for stage in timed.values()]
     kept = [None, joint_mask(masks), *masks]  # the search is of the whole network
     assert sizes == [world.plan.parameters(mask) for mask in kept]
 
@@ -167,12 +170,15 @@ def test_a_cell_from_a_kill_to_its_page(made: Any, tmp_path: Path, monkeypatch: 
     assert wanted([cell]) == []
     assert not list(cell.folder.rglob("checkpoints"))
     monkeypatch.undo()
-    seconds = pace.clock([cell], rounds=1)[cell.arm.name]
+    shutil.rmtree(cell.folder)  # results are enough for a clock
+    seconds = pace.clock([cell, made("scratch-50")], rounds=1)[cell.arm.name]
     assert set(seconds) == set(stages)
     assert min(seconds.values()) > 0
-    trained = World(cell.config.model_copy(update={"pretrained": "dense-0"}), cell.folder)
-    monkeypatch.setattr(World, "plan", World(cell.config, cell.folder).plan)
-    assert set(pace.stages(trained)) == {"before", "search", "region 0"}
+    assert set(pace.stages(World(cell.config, tmp_path), facts["widths"], after=True)) == {
+        "before",
+        "search",
+        "region 0",
+    }
     text = page.write(cell.suite, [cell, made("scratch-50")]).read_text()
     assert "No dense arm is finished" in text
     assert "- scratch-50, seed 0: no result" in text

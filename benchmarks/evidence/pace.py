@@ -10,7 +10,6 @@ import statistics
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TypeVar
@@ -20,7 +19,6 @@ import torch
 from ebdiff.pruning.mask import ChannelMask
 from ebdiff.pruning.shrink import shrink
 from ebdiff.training.loop import TrainState
-from ebdiff.training.regions import joint, joint_ticket, region, ticket_of
 from ebdiff.training.search import search
 from ebdiff.training.stages import Tick
 from ebdiff.training.stretch import Stretch, begun
@@ -28,7 +26,7 @@ from ebdiff.training.world import World
 
 from .arms import ARMS
 from .cells import Cell
-from .result import BEFORE
+from .result import BEFORE, widths_of
 from .suite import Suite
 
 Key = TypeVar("Key")
@@ -43,7 +41,7 @@ def ratio_costs(suite: Suite, rounds: int = ROUNDS) -> dict[float, list[float]]:
     stretches = {}
     for ratio in suite.cost_of_step:
         world = World(suite.config({**ARMS["dense"].overrides(suite), "search.ratios": [ratio]}, 0), Path("nowhere"))
-        stretches[ratio] = world, alone(world, world.example_masks[0])
+        stretches[ratio] = world, alone(world, scattered(world, widths_of(world.example_masks[0])))
     return interleaved(stretches, rounds, suite.threads)
 
 
@@ -54,18 +52,19 @@ def alone(world: World, mask: ChannelMask) -> Stretch:
 
 
 def clock(cells: Sequence[Cell], rounds: int = ROUNDS) -> dict[str, dict[str, float]]:
-    """{arm: {stage: device-seconds of a step}} of finished cells, one of each arm.
+    """{arm: {stage: device-seconds of a step}} of finished cells, one of each arm, from their results alone.
 
     Stages of equal networks that do the same are timed once.
     """
     arms: dict[str, dict[str, str]] = {}
     stretches: dict[str, tuple[World, Stretch]] = {}
     for cell in cells:
-        if cell.arm.name in arms:
+        facts = cell.facts()
+        if facts is None or cell.arm.name in arms:
             continue
-        world = World(cell.config, cell.folder)
+        world = World(cell.config.model_copy(update={"pretrained": None}), Path("nowhere"))
         arms[cell.arm.name] = keys = {}
-        for name, stretch in stages(world).items():
+        for name, stretch in stages(world, facts["widths"], cell.before is not None).items():
             keys[name] = key = f"{stretch.macs:.0f} {searched(world) if name == 'search' else ''}"
             stretches.setdefault(key, (world, stretch))
     each = interleaved(stretches, rounds, cells[0].suite.threads)
@@ -73,18 +72,26 @@ def clock(cells: Sequence[Cell], rounds: int = ROUNDS) -> dict[str, dict[str, fl
     return {arm: {name: seconds[key] for name, key in keys.items()} for arm, keys in arms.items()}
 
 
-def stages(world: World) -> dict[str, Stretch]:
-    """The stages of a finished run, each to begin with a network drawn anew: how fast it is does not depend on it."""
+def stages(world: World, widths: Mapping[str, Mapping[str, int]], after: bool) -> dict[str, Stretch]:
+    """The stages of a run, each to begin with a network drawn anew: how fast it is does not depend on its weights.
+
+    Args:
+        world: of the run, without a network to start from.
+        widths: {stage after the search: {channel space: kept channels}}.
+        after: did it start from another arm's network?
+    """
     unwatched = replace(search(world), watch=None)
     found = {"search": search(world) if world.config.search.steps else unwatched}
-    if world.config.pretrained:
+    if after:
         found[BEFORE] = unwatched
-    if world.config.regions.branch_at:
-        found["joint"] = replace(joint(world), start=partial(shrunken, world, joint_ticket(world).mask))
-    for number in range(len(world.partition)):
-        start = partial(shrunken, world, ticket_of(world, number).mask)
-        found[f"region {number}"] = replace(region(world, number), start=start)
-    return found
+    return found | {name: alone(world, scattered(world, each)) for name, each in widths.items()}
+
+
+def scattered(world: World, widths: Mapping[str, int]) -> ChannelMask:
+    """A mask of these widths that keeps channels at random, so that groups of norms are as ragged as a ticket's."""
+    order = torch.Generator().manual_seed(0)
+    keep = {space.name: torch.randperm(space.size, generator=order) < widths[space.name] for space in world.plan}
+    return ChannelMask(world.plan, keep, world.config.search.norm)
 
 
 def searched(world: World) -> str:

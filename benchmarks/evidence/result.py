@@ -8,9 +8,11 @@ from typing import Any
 
 from ebdiff.config import Config
 from ebdiff.files import read_json
+from ebdiff.pruning.mask import ChannelMask
 from ebdiff.report_tables import parameters
 from ebdiff.training.accounting import Cost
 from ebdiff.training.costs import stages_at
+from ebdiff.training.regions import joint_ticket, ticket_of
 from ebdiff.training.world import World
 
 BEFORE = "before"  # the stage that other cells' networks cost
@@ -35,6 +37,7 @@ def gathered(config: Config, folder: Path, before: Cost | None, place: Mapping[s
         "curve": [point(mark, bought | stages_at(world, mark["mark"])) for mark in marks],
         "judging_device_seconds": sum(mark["judging"]["device_seconds"] for mark in report["marks"]["tickets"]),
         "parameters": parameters(report),
+        "widths": widths(world),
         "macs_per_image": {**marks[-1]["macs_per_image"], "dense": report["dense"]["macs"]},
         "tickets": [
             {key: ticket[key] for key in ("region", "ratio", "settled", "step", "achieved")}
@@ -49,6 +52,18 @@ def point(mark: Mapping[str, Any], stages: Mapping[str, Cost]) -> Facts:
     judged = {key: scores[key] if scores else None for key in ("fid", "kid", "precision", "recall")}
     each = {name: cost.to_json() for name, cost in stages.items()}
     return {"share": mark["mark"], **total.to_json(), "loss": mark["loss"]["total"], **judged, "stages": each}
+
+
+def widths(world: World) -> dict[str, dict[str, int]]:
+    """{stage after the search: {channel space: kept channels}}, all that the time of a step depends on."""
+    masks = {"joint": joint_ticket(world).mask} if world.config.regions.branch_at else {}
+    masks |= {f"region {number}": ticket_of(world, number).mask for number in range(len(world.partition))}
+    return {name: widths_of(mask) for name, mask in masks.items()}
+
+
+def widths_of(mask: ChannelMask) -> dict[str, int]:
+    """{channel space: kept channels}."""
+    return {space: int(kept.sum()) for space, kept in mask.keep.items()}
 
 
 def portable(config: Config) -> Facts:
