@@ -24,10 +24,12 @@ from norm_patterns import (
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ebdiff
 from ebdiff import EbdiffError
 from ebdiff.nn.replace import source
+from ebdiff.nn.replace.deferred import divided
 
 
 @pytest.mark.parametrize("kind", FUSED)
@@ -121,6 +123,47 @@ def test_the_residual_block_of_guided_diffusion() -> None:
     assert report.fused == {"1.before": ("0",)}
     assert report.left == {"1.after.0": "Block.forward takes the Sequential apart behind it"}
     torch.testing.assert_close(model(x, rows), expected)
+
+
+class Divisions(TorchDispatchMode):
+    """Counts them."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket is torch.ops.aten.div
+        return func(*args, **(kwargs or {}))
+
+
+class Residual(Toy):
+    factor: Any = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = (x + self.conv(self.act(self.norm(x)))) / self.factor
+        return (x + y) / 2 / self.factor
+
+
+@pytest.mark.parametrize(("factor", "divisions"), [(1.0, 2), (1, 2), (2.0, 3), (True, 3), (torch.ones(()), 3)])
+def test_a_sum_is_not_divided_by_one(factor: Any, divisions: int) -> None:
+    model, x = Residual(), image().requires_grad_()
+    ebdiff.accelerate(model, verbose=False)
+    model.factor = factor  # each call looks
+    with Divisions() as seen:
+        y = model(x)
+        y.sum().backward()
+    assert seen.count == 2 * divisions  # forward and backward
+    found, x.grad = x.grad, None
+    ebdiff.restore(model)
+    expected = model(x)
+    torch.testing.assert_close(y, expected)
+    expected.sum().backward()
+    torch.testing.assert_close(found, x.grad)
+
+
+def test_a_sum_of_integers_becomes_a_fraction_when_divided() -> None:
+    one = torch.ones(2, dtype=torch.int64)
+    assert divided(one, 1).dtype is torch.float32
+    assert divided(3, 1) == 3.0
 
 
 def test_norms_in_a_list_are_called_by_their_place() -> None:

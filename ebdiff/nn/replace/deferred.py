@@ -24,6 +24,7 @@ from .known import is_bare, is_silu, is_widened, norm_settings
 __all__ = [
     "ACCELERATED",
     "activated",
+    "divided",
     "find_kernels",
     "normalised",
     "run_in_order",
@@ -232,6 +233,12 @@ def shifted(x: Any, shift: Any) -> Any:
     if isinstance(x, Deferred):
         return x if x.takes(False, shift) else x.value() + shift
     return x + shift
+
+
+def divided(x: Any, by: Any) -> Any:
+    """x / by, where nothing else holds x: x itself if `by` is the number 1, as it is in most residual blocks."""
+    one = type(by) in (int, float) and by == 1
+    return x if one and type(x) in _TENSORS and x.is_floating_point() else x / by
 
 
 def activated(act: Any, x: Any) -> Any:

@@ -25,6 +25,8 @@ def accelerate(
 ) -> Report:
     """Run every group norm that SiLU follows as one operator with it, forward and backward, in any model.
 
+    Where such a norm's method divides a sum by an attribute that is 1, as residual blocks do, no pass over it is made.
+
     Args:
         model: changed in place, by giving modules subclasses of their classes with the same names. Parameters,
             state dict, attributes, `isinstance`, hooks, copies and saved files stay what they are.

@@ -20,17 +20,17 @@ from typing import Any
 from torch import nn
 
 from .classes import fused_class, plain_class
-from .deferred import activated, normalised, run_in_order, scaled, shifted, summed
+from .deferred import activated, divided, normalised, run_in_order, scaled, shifted, summed
 from .flow import Flow, Site
 from .known import is_silu, learn, norm_settings
 from .scope import Scope
 from .source import NotRewritable, codes_within, innermost, read, remake
-from .syntax import one_plus
+from .syntax import one_plus, sums_divided
 from .writes import may_write
 
 __all__ = ["Rewriting", "cuts", "reclass", "rewriting_of"]
 
-_HELPERS = (activated, normalised, scaled, shifted, summed)
+_HELPERS = (activated, divided, normalised, scaled, shifted, summed)
 _IN_ORDER: Any = (("forward", run_in_order),)
 
 
@@ -177,6 +177,8 @@ class _Reading:
         self.modulated = {self._path(site) for site in between}
         self.edits: dict[ast.AST, str] = {s.node: "normalised" if s.is_norm else "summed" for s in fused}
         self.edits |= {node: _helper_for(node) for node in passed}
+        if self.edits:
+            self.edits |= dict.fromkeys(sums_divided(self.scope.tree), "divided")
 
     def left(self) -> dict[str, str]:
         """The norms that stay, and why."""

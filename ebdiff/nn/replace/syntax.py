@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-__all__ = ["NESTED", "leaky_names", "names_in", "names_written", "one_plus", "short"]
+__all__ = ["NESTED", "leaky_names", "names_in", "names_written", "one_plus", "short", "sums_divided"]
 
 NESTED = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda
 
@@ -17,6 +17,15 @@ def one_plus(node: ast.expr) -> ast.expr | None:
             if isinstance(one, ast.Constant) and type(one.value) in (int, float) and one.value == 1:
                 return other
     return None
+
+
+def sums_divided(function: ast.FunctionDef) -> Iterator[ast.BinOp]:
+    """Every (a + b) / c: a sum that nothing else can hold."""
+    for node in ast.walk(function):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+            total = node.left
+            if isinstance(total, ast.BinOp) and isinstance(total.op, ast.Add):
+                yield node
 
 
 def leaky_names(function: ast.FunctionDef) -> set[str]:
