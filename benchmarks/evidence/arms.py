@@ -165,7 +165,7 @@ def _regions() -> Iterator[Arm]:
     for ratios, speed, budgeted, joint in product(
         ((0.3, 0.6, 0.8), (0.3, 0.4, 0.7)), (False, True), (False, True), (0.0, 0.25, 0.5)
     ):
-        if joint and not (speed and budgeted):
+        if joint and not (speed and budgeted and ratios == (0.3, 0.6, 0.8)):
             continue
         removed = "-".join(f"{ratio * 100:.0f}" for ratio in ratios)
         branch = f"-branch-{joint * 100:.0f}" if joint else ""
