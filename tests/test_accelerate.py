@@ -224,6 +224,21 @@ def test_channels_last_when_asked_for_and_back() -> None:
     assert torch.equal(output(model, args), expected)
 
 
+def test_one_input_channel_leads_to_channels_last() -> None:
+    """The strides of a grey image fit both orders, and so do those of the weights that it meets first."""
+    model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.GroupNorm(2, 6), nn.SiLU(), nn.Conv2d(6, 6, 1))
+    x = torch.randn(2, 1, 8, 8)
+    strides = model[0].weight.stride()
+    assert model[0](x).is_contiguous()
+    ebdiff.accelerate(model, channels_last=True, verbose=False)
+    for part in (model[:1], model):
+        y = part(x)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        assert not y.is_contiguous()
+    ebdiff.restore(model)
+    assert model[0].weight.stride() == strides
+
+
 def test_a_model_that_was_channels_last_stays_so() -> None:
     model = unet().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     ebdiff.accelerate(model, channels_last=True, verbose=False)

@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ebdiff
 from ebdiff import EbdiffError
 from ebdiff.nn.replace import source
-from ebdiff.nn.replace.deferred import divided
+from ebdiff.nn.replace.deferred import dense, divided
 
 
 @pytest.mark.parametrize("kind", FUSED)
@@ -125,13 +125,15 @@ def test_the_residual_block_of_guided_diffusion() -> None:
     torch.testing.assert_close(model(x, rows), expected)
 
 
-class Divisions(TorchDispatchMode):
-    """Counts them."""
+class Calls(TorchDispatchMode):
+    """Counts those of an operator."""
 
-    count = 0
+    def __init__(self, operator: Any) -> None:
+        super().__init__()
+        self.operator, self.count = operator, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func.overloadpacket is torch.ops.aten.div
+        self.count += func.overloadpacket is self.operator
         return func(*args, **(kwargs or {}))
 
 
@@ -148,7 +150,7 @@ def test_a_sum_is_not_divided_by_one(factor: Any, divisions: int) -> None:
     model, x = Residual(), image().requires_grad_()
     ebdiff.accelerate(model, verbose=False)
     model.factor = factor  # each call looks
-    with Divisions() as seen:
+    with Calls(torch.ops.aten.div) as seen:
         y = model(x)
         y.sum().backward()
     assert seen.count == 2 * divisions  # forward and backward
@@ -158,6 +160,44 @@ def test_a_sum_is_not_divided_by_one(factor: Any, divisions: int) -> None:
     torch.testing.assert_close(y, expected)
     expected.sum().backward()
     torch.testing.assert_close(found, x.grad)
+
+
+class Shortcut(Toy):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act(self.norm(x))
+        if self.training:
+            x = x.contiguous()
+        x = self.conv(x)
+        return x + h
+
+
+class SeenAgain(Toy):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act(self.norm(x))
+        y = x.contiguous()
+        x = self.conv(y)
+        return x + h + y.view(x.shape)
+
+
+class GoesElsewhere(Toy):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act(self.norm(x))
+        x = x.contiguous()
+        x = self.gelu(x)
+        return x + h
+
+
+@pytest.mark.parametrize(("kind", "copies"), [(Shortcut, 0), (SeenAgain, 1), (GoesElsewhere, 1)])
+def test_what_goes_to_a_convolution_alone_may_be_channels_last(kind: type[Toy], copies: int) -> None:
+    model, x = kind(), image().to(memory_format=torch.channels_last)
+    expected = model(x)
+    ebdiff.accelerate(model, channels_last=True, verbose=False)
+    with Calls(torch.ops.aten.clone) as seen:
+        y = model(x)
+    assert seen.count == copies
+    torch.testing.assert_close(y, expected)
+    assert torch.equal(dense(x), x)
+    assert dense(x.transpose(2, 3)).is_contiguous()
 
 
 def test_a_sum_of_integers_becomes_a_fraction_when_divided() -> None:

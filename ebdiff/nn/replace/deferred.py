@@ -24,6 +24,7 @@ from .known import is_bare, is_silu, is_widened, norm_settings
 __all__ = [
     "ACCELERATED",
     "activated",
+    "dense",
     "divided",
     "find_kernels",
     "normalised",
@@ -239,6 +240,12 @@ def divided(x: Any, by: Any) -> Any:
     """x / by, where nothing else holds x: x itself if `by` is the number 1, as it is in most residual blocks."""
     one = type(by) in (int, float) and by == 1
     return x if one and type(x) in _TENSORS and x.is_floating_point() else x / by
+
+
+def dense(x: Any) -> Any:
+    """x.contiguous(), where nothing but a convolution follows, which takes channels_last as it is."""
+    last = type(x) in _TENSORS and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return x if last else x.contiguous()
 
 
 def activated(act: Any, x: Any) -> Any:

@@ -14,18 +14,20 @@ def to_channels_last(model: nn.Module, wanted: bool | None) -> str:
     """Lay weights out in channels_last order, if `wanted`, or if it is None and it pays; say what was done and why.
 
     It pays on CUDA in 16 bits, where cuDNN's convolutions work in that order (NVIDIA's and PyTorch's recommendation;
-    not measured here). On the CPU it makes no difference: oneDNN reorders for itself.
+    not measured here), and on the CPU, where oneDNN otherwise reorders what goes in and out. There it has to be asked
+    for: a network of somebody's own may call `view` on what a convolution returns, which this order does not allow.
     """
     convolutions = [module for module in model.modules() if _weight(module) is not None]
     weights = [weight for weight in map(_weight, convolutions) if weight is not None]
     if not weights or wanted is False:
         return ""
-    if all(_is_last(weight) for weight in weights):  # as those of 1x1 convolutions are in either case
-        return "" if all(weight.is_contiguous() for weight in weights) else "channels_last already"
+    if all(_is_last(weight) for weight in weights):
+        return "channels_last already"
     if wanted is None:
-        half = all(w.is_cuda and w.dtype in (torch.float16, torch.bfloat16) for w in weights)
-        if not half:
-            return "left as it was: channels_last pays in 16 bits on CUDA; channels_last=True asks for it anyway"
+        if all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights):
+            return "" if all(weight.is_contiguous() for weight in weights) else "channels_last already"  # "": 1x1 alone
+        if not all(w.is_cuda and w.dtype in (torch.float16, torch.bfloat16) for w in weights):
+            return "left as it was; channels_last pays in 16 bits on CUDA, and if asked for, on the CPU"
     for module, weight in zip(convolutions, weights, strict=True):
         if not _is_last(weight):
             _lay_out(weight, torch.channels_last)
@@ -47,10 +49,20 @@ def _weight(module: nn.Module) -> Tensor | None:
 
 
 def _is_last(weight: Tensor) -> bool:
-    return weight.is_contiguous(memory_format=torch.channels_last)
+    """As a convolution sees it: by strides, where sizes of 1 leave a choice."""
+    return weight.stride() == _strides(weight, torch.channels_last)
 
 
 def _lay_out(weight: Tensor, order: torch.memory_format) -> None:
-    weight.data = weight.data.contiguous(memory_format=order)
+    weight.data = _in_order(weight.data, order)
     if weight.grad is not None:
-        weight.grad = weight.grad.contiguous(memory_format=order)
+        weight.grad = _in_order(weight.grad, order)
+
+
+def _in_order(x: Tensor, order: torch.memory_format) -> Tensor:
+    return x.contiguous(memory_format=order).as_strided(x.shape, _strides(x, order))
+
+
+def _strides(x: Tensor, order: torch.memory_format) -> tuple[int, ...]:
+    _, c, h, w = x.shape
+    return (c * h * w, 1, w * c, c) if order == torch.channels_last else (c * h * w, h * w, w, 1)

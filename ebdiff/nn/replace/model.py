@@ -25,7 +25,8 @@ def accelerate(
 ) -> Report:
     """Run every group norm that SiLU follows as one operator with it, forward and backward, in any model.
 
-    Where such a norm's method divides a sum by an attribute that is 1, as residual blocks do, no pass over it is made.
+    A method with such norms also leaves out passes that change nothing: over a sum that is divided by 1, and to make
+    contiguous what is channels_last and goes to a convolution.
 
     Args:
         model: changed in place, by giving modules subclasses of their classes with the same names. Parameters,
@@ -33,7 +34,7 @@ def accelerate(
         optimizer: the one that trains it. A torch.optim.AdamW becomes an ebdiff.optim.AdamW, and stays the same object
             with the same state and settings.
         channels_last: lay the weights of 2-D convolutions out in this order. None: if they are on CUDA, in 16 bits.
-            True is for training under autocast there.
+            True is for training under autocast there, and on the CPU.
         verbose: print the report.
 
     Returns:

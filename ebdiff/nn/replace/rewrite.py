@@ -20,17 +20,17 @@ from typing import Any
 from torch import nn
 
 from .classes import fused_class, plain_class
-from .deferred import activated, divided, normalised, run_in_order, scaled, shifted, summed
+from .deferred import activated, dense, divided, normalised, run_in_order, scaled, shifted, summed
 from .flow import Flow, Site
 from .known import is_silu, learn, norm_settings
 from .scope import Scope
 from .source import NotRewritable, codes_within, innermost, read, remake
-from .syntax import one_plus, sums_divided
+from .syntax import made_contiguous, one_plus, sums_divided
 from .writes import may_write
 
 __all__ = ["Rewriting", "cuts", "reclass", "rewriting_of"]
 
-_HELPERS = (activated, divided, normalised, scaled, shifted, summed)
+_HELPERS = (activated, dense, divided, normalised, scaled, shifted, summed)
 _IN_ORDER: Any = (("forward", run_in_order),)
 
 
@@ -179,6 +179,7 @@ class _Reading:
         self.edits |= {node: _helper_for(node) for node in passed}
         if self.edits:
             self.edits |= dict.fromkeys(sums_divided(self.scope.tree), "divided")
+            self.edits |= dict.fromkeys(made_contiguous(self.scope.tree, self._is_convolution), "dense")
 
     def left(self) -> dict[str, str]:
         """The norms that stay, and why."""
@@ -198,6 +199,9 @@ class _Reading:
         meant = self.scope.meaning(called)
         learn(meant)
         return is_silu(meant)
+
+    def _is_convolution(self, called: ast.expr) -> bool:
+        return isinstance(self.scope.meaning(called), nn.Conv2d)
 
     def _may_write(self, call: ast.Call) -> bool:
         return may_write(call, self.scope.meaning)
@@ -257,6 +261,9 @@ def _call(helper: str, node: ast.AST, owner: str) -> ast.Call:
     """helper(operands), in the order in which the original evaluates them."""
     name = ast.Name(f"_ebdiff_{helper}", ast.Load())
     if isinstance(node, ast.Call):
+        if helper == "dense":
+            assert isinstance(node.func, ast.Attribute)
+            return ast.Call(name, [node.func.value], [])
         first = [ast.Name(owner, ast.Load())] if helper == "normalised" else []
         return ast.Call(name, [*first, node.func, *node.args], [])
     assert isinstance(node, ast.BinOp)

@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
-__all__ = ["NESTED", "leaky_names", "names_in", "names_written", "one_plus", "short", "sums_divided"]
+__all__ = [
+    "NESTED",
+    "leaky_names",
+    "made_contiguous",
+    "names_in",
+    "names_written",
+    "one_plus",
+    "short",
+    "sums_divided",
+]
 
 NESTED = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda
 
@@ -26,6 +36,30 @@ def sums_divided(function: ast.FunctionDef) -> Iterator[ast.BinOp]:
             total = node.left
             if isinstance(total, ast.BinOp) and isinstance(total.op, ast.Add):
                 yield node
+
+
+def made_contiguous(function: ast.FunctionDef, is_meant: Callable[[ast.expr], bool]) -> Iterator[ast.Call]:
+    """Every x.contiguous() that only a meant call sees: ``x = x.contiguous()``, maybe, then ``x = self.conv(x)``."""
+    for node in ast.walk(function):
+        for field in ("body", "orelse", "finalbody"):
+            body = getattr(node, field, None)
+            for first, then in pairwise(body if isinstance(body, list) else []):
+                if isinstance(first, ast.If) and len(first.body) == 1 and not first.orelse:
+                    first = first.body[0]
+                name, call = _own_call(first)
+                again, use = _own_call(then)
+                if call is None or use is None or name != again:
+                    continue
+                passes = len(use.args) == 1 and isinstance(use.args[0], ast.Name) and use.args[0].id == name
+                if ast.unparse(call) == f"{name}.contiguous()" and passes and not use.keywords and is_meant(use.func):
+                    yield call
+
+
+def _own_call(node: ast.stmt) -> tuple[str, ast.Call | None]:
+    """(name, call) of ``name = call``."""
+    if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
+        return node.targets[0].id, node.value if isinstance(node.value, ast.Call) else None
+    return "", None
 
 
 def leaky_names(function: ast.FunctionDef) -> set[str]:
