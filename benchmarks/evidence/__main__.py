@@ -61,7 +61,7 @@ def options() -> argparse.ArgumentParser:
         "--tune", help="a quarter of the steps at several learning rates, dense and with a ticket of half the channels"
     )
     flag("--pace", help="what a step of a ticket costs at each ratio: the suite's cost_of_step")
-    flag("--clock", help="time the networks of finished cells again, in turn, in this one process")
+    flag("--clock", help="time the networks of all arms again, in turn, in this one process")
     return parser
 
 
@@ -76,7 +76,7 @@ def lines(args: argparse.Namespace) -> Iterator[str]:
     elif args.pace:
         yield str(page.write_pace(suite, args.results))
     elif args.clock:
-        yield str(page.write_clock(suite, [cell for cell in cells if cell.facts()]))
+        yield str(page.write_clock(suite, cells))
     elif args.tune:
         tuned = page.tuning(suite, args.out, args.results)
         yield from run(wanted(tuned), args.jobs, args.minutes)

@@ -1,7 +1,7 @@
 """What a step costs, measured interleaved in one run, so that a busy spell hits every network.
 
-`ratio_costs` is for choosing steps before anything has run. `clock` times every stage of finished cells: cells that
-ran beside other work differ in what the same step took, and steps times one clock's seconds are free of that.
+`ratio_costs` is for choosing steps before anything has run. `clock` times every stage of all arms: cells that ran
+beside other work or elsewhere differ in what the same step took, and steps times one clock's seconds are free of that.
 """
 
 from __future__ import annotations
@@ -52,24 +52,36 @@ def alone(world: World, mask: ChannelMask) -> Stretch:
 
 
 def clock(cells: Sequence[Cell], rounds: int = ROUNDS) -> dict[str, dict[str, float]]:
-    """{arm: {stage: device-seconds of a step}} of finished cells, one of each arm, from their results alone.
+    """{arm: {stage: device-seconds of a step}} of the cells' arms, from results alone.
 
-    Stages of equal networks that do the same are timed once.
+    Of an arm without a result the widths are those that its ratios lead to; one that branches needs a result, since how
+    wide its joint network is the search decides. Stages of equal networks that do the same are timed once.
     """
     arms: dict[str, dict[str, str]] = {}
     stretches: dict[str, tuple[World, Stretch]] = {}
-    for cell in cells:
-        facts = cell.facts()
-        if facts is None or cell.arm.name in arms:
-            continue
+    for cell in sorted(cells, key=lambda cell: cell.facts() is None):
         world = World(cell.config.model_copy(update={"pretrained": None}), Path("nowhere"))
+        found = widths_found(cell, world)
+        if found is None or cell.arm.name in arms:
+            continue
         arms[cell.arm.name] = keys = {}
-        for name, stretch in stages(world, facts["widths"], cell.before is not None).items():
+        for name, stretch in stages(world, found, cell.before is not None).items():
             keys[name] = key = f"{stretch.macs:.0f} {searched(world) if name == 'search' else ''}"
             stretches.setdefault(key, (world, stretch))
     each = interleaved(stretches, rounds, cells[0].suite.threads)
     seconds = {key: statistics.median(values) for key, values in each.items()}
     return {arm: {name: seconds[key] for name, key in keys.items()} for arm, keys in arms.items()}
+
+
+def widths_found(cell: Cell, world: World) -> dict[str, dict[str, int]] | None:
+    """{stage after the search: {channel space: kept channels}}; None where they are not known yet."""
+    facts = cell.facts()
+    if facts is not None:
+        widths: dict[str, dict[str, int]] = facts["widths"]
+        return widths
+    if cell.config.regions.branch_at:
+        return None
+    return {f"region {number}": widths_of(mask) for number, mask in enumerate(world.example_masks)}
 
 
 def stages(world: World, widths: Mapping[str, Mapping[str, int]], after: bool) -> dict[str, Stretch]:
