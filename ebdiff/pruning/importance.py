@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import EbdiffError
-from .channel_sums import ChannelSums
+from .channel_sums import ChannelSums, Kind
 from .plan import ChannelPlan
 
-__all__ = ["Method", "importance"]
+__all__ = ["THRESHOLD", "Gradients", "Method", "importance"]
 
 Method = Literal["magnitude", "magnitude-l1", "taylor", "diff-pruning", "random"]
 _FROM_LOSSES = ("taylor", "diff-pruning")
+THRESHOLD = 0.05  # of Diff-Pruning
 
 
 def importance(
@@ -24,7 +25,7 @@ def importance(
     method: Method = "magnitude",
     losses: Iterable[Tensor] | None = None,
     *,
-    threshold: float = 0.05,
+    threshold: float = THRESHOLD,
     generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
     """Score every channel of every space; higher is kept longer.
@@ -62,27 +63,57 @@ def importance(
         )
     if method == "random":
         return {space.name: torch.rand(space.size, generator=generator) for space in plan}
-    sums = ChannelSums(plan)
-    weights = {name: p for name, p in model.named_parameters() if name in sums.dims}
     if losses is None:
-        return sums.split(sums.of("square" if method == "magnitude" else "absolute", weights))
-    gradients = _gradients(weights, losses, threshold if method == "diff-pruning" else 0.0)
-    return sums.split(sums.of("product" if method == "taylor" else "absolute product", weights, gradients))
-
-
-def _gradients(weights: Mapping[str, Tensor], losses: Iterable[Tensor], threshold: float) -> dict[str, Tensor]:
-    trained = {name: weight for name, weight in weights.items() if weight.requires_grad}
-    total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-    largest, count = 0.0, 0
+        sums = ChannelSums(plan)
+        return sums.split(sums.of("square" if method == "magnitude" else "absolute", dict(model.named_parameters())))
+    gradients = Gradients(model, plan, threshold if method == "diff-pruning" else 0.0)
     for loss in losses:
-        largest = max(largest, float(loss.detach()))
-        if threshold and float(loss.detach()) < threshold * largest:
+        if not gradients.add(loss):
             break
+    return gradients.scores(method)
+
+
+class Gradients:
+    """The gradients of losses that come one by one, added up, and the scores they make; see `importance`.
+
+    Args:
+        model: the traced model.
+        plan: its plan.
+        threshold: a loss below so much of the largest so far is the end: it is not added.
+
+    Attributes:
+        total: {parameter: the sum of its gradients}.
+        largest: of all losses.
+        count: how many were added.
+    """
+
+    def __init__(self, model: nn.Module, plan: ChannelPlan, threshold: float = 0.0) -> None:
+        self._sums, self.threshold = ChannelSums(plan), threshold
+        self._weights = {name: p for name, p in model.named_parameters() if name in self._sums.dims}
+        self.total = {name: torch.zeros_like(weight) for name, weight in self._weights.items()}
+        self.largest, self.count = 0.0, 0
+
+    def add(self, loss: Tensor) -> bool:
+        """Differentiate a loss, `.grad` is left alone; False where it is the end."""
+        value = float(loss.detach())
+        self.largest = max(self.largest, value)
+        if self.threshold and value < self.threshold * self.largest:
+            return False
+        trained = {name: weight for name, weight in self._weights.items() if weight.requires_grad}
         found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
         for name, gradient in zip(trained, found, strict=True):
             if gradient is not None:
-                total[name] += gradient
-        count += 1
-    if not count:
-        raise EbdiffError("importance", expected="at least one loss", got="none", remedy="pass an iterable of losses")
-    return total
+                self.total[name] += gradient
+        self.count += 1
+        return True
+
+    def scores(self, method: Method) -> dict[str, Tensor]:
+        """By "taylor" or "diff-pruning": {space name: float32 [size]}, on the CPU.
+
+        Raises:
+            EbdiffError: no loss was added.
+        """
+        if not self.count:
+            raise EbdiffError("importance", expected="at least one loss", got="none", remedy="give it losses")
+        kind: Kind = "product" if method == "taylor" else "absolute product"
+        return self._sums.split(self._sums.of(kind, self._weights, self.total))

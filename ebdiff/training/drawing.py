@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -16,9 +16,11 @@ from ..tickets.budget import split_budget
 from ..tickets.early_bird import EarlyBird
 from ..tickets.settings import Pace
 from ..tickets.ticket import Ticket
+from .accounting import Cost
+from .checkpoint import Checkpoints
 from .diff_pruning import region_scores
 from .loop import TrainState
-from .stages import write_folder
+from .stages import Tick, write_folder
 from .stretch import Conclusion, Watch
 from .world import World
 
@@ -54,14 +56,15 @@ def watcher(world: World, state: TrainState) -> Watch | None:
     )
 
 
-def conclude(world: World, state: TrainState, watch: Watch | None) -> Conclusion:
+def conclude(world: World, state: TrainState, watch: Watch | None) -> Generator[Tick, None, Conclusion]:
     """Write a ticket per region; what the report shows of the search, and what drawing it took."""
-    s, numbers, macs = world.config.search, range(len(world.partition)), 0.0
+    s, numbers, cost = world.config.search, range(len(world.partition)), Cost()
     if isinstance(watch, EarlyBird):
         tickets = tickets_of(world, watch)
         scores = [watch.scores(s.criterion, number) for number in numbers]
     else:
-        scores, macs = region_scores(world, state.model)
+        checkpoints = Checkpoints(world.out / "search" / "checkpoints" / s.criterion, keep=1)
+        scores, cost = yield from region_scores(world, state.model, checkpoints)
         if isinstance(watch, AttentionWatch):
             watch.finish()
         drawn = [from_losses(world, state, scores[number], number) for number in numbers]
@@ -79,7 +82,7 @@ def conclude(world: World, state: TrainState, watch: Watch | None) -> Conclusion
         "corrected": s.corrected,
         "between_regions": between_regions(world, scores, tickets),
     }
-    return Conclusion(facts, macs)
+    return Conclusion(facts, cost)
 
 
 def heatmaps(world: World, watch: EarlyBird) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -48,10 +48,10 @@ class Watch(Protocol):
 
 
 class Conclusion(NamedTuple):
-    """Facts to leave, and the MACs that it took to find them."""
+    """Facts to leave, and what it took to find them, but for the seconds of this process."""
 
     facts: Facts
-    macs: float = 0.0
+    cost: Cost = Cost()
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Stretch:
         marks: {share: steps}: after so many steps the EMA network is kept under this name.
         regions: let all timesteps of a step come from one of these.
         watch: makes what watches for tickets.
-        conclude: what to leave at the end; called with the state then, and what watched.
+        conclude: what to leave at the end, found in ticks of its own; called with the state then, and what watched.
         until_settled: end earlier, as soon as what watches says that all has settled.
     """
 
@@ -83,7 +83,7 @@ class Stretch:
     marks: Mapping[float, int]
     regions: Partition | None = None
     watch: Callable[[TrainState], Watch | None] | None = None
-    conclude: Callable[[TrainState, Watch | None], Conclusion] | None = None
+    conclude: Callable[[TrainState, Watch | None], Generator[Tick, None, Conclusion]] | None = None
     facts: Facts = field(default_factory=dict)
     until_settled: bool = False
 
@@ -142,11 +142,9 @@ class Stretch:
                     break
         if state.step - first < self.steps:
             yield Tick(self.name, per_step * (first + self.steps - state.step), f"settled at step {state.step}", True)
-        conclusion = self.conclude(state, watch) if self.conclude else Conclusion({})
-        total = cost(state.step) + Cost(macs=conclusion.macs)
+        conclusion = (yield from self.conclude(state, watch)) if self.conclude else Conclusion({})
+        total = cost(state.step) + conclusion.cost
         finish(self.folder, {**self.facts, **conclusion.facts, "cost": total.to_json()})
-        if conclusion.macs:
-            yield Tick(self.name, conclusion.macs, "finished")
 
     def _steps(self, world: World, state: TrainState, until: int, checkpoints: Checkpoints) -> Iterator[StepReport]:
         return train(
