@@ -18,7 +18,17 @@ from safetensors.torch import save as to_safetensors
 
 from .errors import EbdiffError
 
-__all__ = ["checksum", "digest", "read_json", "read_tensors", "sync", "write_bytes", "write_json", "write_tensors"]
+__all__ = [
+    "checksum",
+    "digest",
+    "read_json",
+    "read_object",
+    "read_tensors",
+    "sync",
+    "write_bytes",
+    "write_json",
+    "write_tensors",
+]
 
 _WIDE = "ebdiff.complex128"  # names of the tensors that lie in a file as pairs of real numbers
 
@@ -68,6 +78,23 @@ def read_json(path: str | Path) -> Any:
         raise EbdiffError(
             f"{path} is damaged", expected="JSON", got=str(error), remedy="restore it or write it again"
         ) from None
+
+
+def read_object(path: str | Path) -> dict[str, Any]:
+    """The JSON object at `path`.
+
+    Raises:
+        EbdiffError: the file is missing, truncated or edited into something else.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise EbdiffError(
+            f"{path} is damaged",
+            expected="a JSON object",
+            got=type(value).__name__,
+            remedy="restore it or write it again",
+        )
+    return value
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], **metadata: str) -> None:

@@ -124,6 +124,9 @@ def test_networks_must_match_the_regions_and_each_other():
     for networks in ([unet(8), unet(8)], [unet(8), unet(8), "net"], []):
         with pytest.raises(EbdiffError, match="3 modules for"):
             TimestepRouter(PARTITION, networks)
+    for scale in (0, -1, float("nan"), float("inf"), "1000", None):
+        with pytest.raises(EbdiffError, match="timestep_scale: expected a number > 0"):
+            router(timestep_scale=scale)
     with pytest.raises(EbdiffError, match="in_channels differ"):
         TimestepRouter([0, 5, 9], [unet(8), UNet2DModel.from_config({**unet(8).config, "in_channels": 2})])
     with pytest.raises(EbdiffError, match="no partition"):

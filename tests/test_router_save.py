@@ -131,7 +131,7 @@ def test_a_pickle_is_never_read(tmp_path):
     router().save_pretrained(tmp_path)
     unet(8).save_pretrained(tmp_path / "net0", safe_serialization=False)
     (tmp_path / "net0/diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(OSError, match="safetensors"):
+    with pytest.raises(EbdiffError, match="safetensors"):
         TimestepRouter.from_pretrained(tmp_path)
 
 
@@ -163,8 +163,15 @@ def test_a_folder_that_is_no_whole_router_is_refused(tmp_path):
         (tmp_path / "router/net1/config.json").write_text(json.dumps({**config, "_class_name": name}))
         with pytest.raises(EbdiffError, match="expected a diffusers model"):
             TimestepRouter.from_pretrained(tmp_path / "router")
+    (tmp_path / "router/net1/config.json").write_text("[]")
+    with pytest.raises(EbdiffError, match="expected a JSON object, got list"):
+        TimestepRouter.from_pretrained(tmp_path / "router")
     (tmp_path / "router/net1/config.json").unlink()
     with pytest.raises(EbdiffError, match="missing"):
+        TimestepRouter.from_pretrained(tmp_path / "router")
+    weights = tmp_path / "router/net0/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(EbdiffError, match="net0 holds no whole network"):
         TimestepRouter.from_pretrained(tmp_path / "router")
 
 

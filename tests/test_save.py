@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import torch
 from diffusers import UNet2DModel
@@ -84,6 +85,60 @@ def test_a_dense_diffusers_model_is_saved_as_diffusers_does(tmp_path: Path) -> N
     assert isinstance(UNet2DModel.from_pretrained(tmp_path), UNet2DModel)
 
 
+def test_the_last_network_saved_into_a_folder_is_the_one_that_is_loaded(small: UNet2DModel, tmp_path: Path) -> None:
+    dense = unet("AttnDownBlock2D", "AttnUpBlock2D")
+    router = ebdiff.TimestepRouter(ebdiff.Partition(0, 500, 1000), [dense, small])
+    networks = {"shrunken": small, "dense": dense, "router": router, "any": scatter(Ours(4))}
+    for first in networks.values():
+        for name, model in networks.items():
+            ebdiff.save(first, tmp_path)
+            ebdiff.save(model, tmp_path)
+            loaded = ebdiff.load(tmp_path)
+            assert type(loaded) is type(model), name
+            assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+
+
+def test_nothing_is_saved_under_the_name_of_a_file(small: UNet2DModel, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for model in (small, unet(), nn.Linear(1, 1)):
+        with pytest.raises(ebdiff.EbdiffError, match="is a file"):
+            ebdiff.save(model, tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_dtypes_are_those_that_the_stock_loader_gives_the_dense_model(tmp_path: Path) -> None:
+    for name in ("Wan", "PixArt", "SD3"):  # Wan keeps its rotary tables and more in float32
+        model, arguments = families.build(name, torch.float32)
+        small = ebdiff.shrink(model, ebdiff.ChannelMask(ebdiff.trace(model, **arguments), {}))
+        for who, network in (("dense", model), ("shrunken", small)):
+            network.save_pretrained(tmp_path / name / who)
+        half: list[Any] = [
+            type(network).from_pretrained(tmp_path / name / who, torch_dtype=torch.bfloat16)
+            for who, network in (("dense", model), ("shrunken", small))
+        ]
+        dense, ours = ({k: v.dtype for k, v in (*m.named_parameters(), *m.named_buffers())} for m in half)
+        assert ours == dense
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "a pickle instead", "other weights", "no object", "number"])
+def test_a_damaged_dense_model_is_one_error_and_never_unpickled(damage: str, tmp_path: Path) -> None:
+    model = unet()
+    ebdiff.save(model, tmp_path)
+    weights, config = tmp_path / "diffusion_pytorch_model.safetensors", tmp_path / "config.json"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage in ("missing", "a pickle instead"):
+        weights.unlink()
+        if damage == "a pickle instead":
+            torch.save(model.state_dict(), tmp_path / "diffusion_pytorch_model.bin")
+    elif damage == "other weights":
+        config.write_text(config.read_text().replace('"add_attention": true', '"add_attention": false'))
+    else:
+        config.write_text("[1]" if damage == "no object" else "3")
+    with pytest.raises(ebdiff.EbdiffError, match=r"whole|fit|missing"):
+        ebdiff.load(tmp_path)
+
+
 @pytest.mark.parametrize("shrunken", [False, True])
 def test_any_module_comes_back_without_its_constructor(shrunken: bool, tmp_path: Path) -> None:
     model = scatter(Ours(12)).eval()
@@ -142,7 +197,8 @@ def test_a_crafted_file_calls_nothing(attribute: dict[str, Any], tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "damage", ["truncate tensors", "other tensors", "truncate json", "kept", "class", "resealed class", "missing"]
+    "damage",
+    ["truncate tensors", "other tensors", "truncate json", "kept", "class", "resealed class", "missing", "config"],
 )
 def test_damage_is_one_error(damage: str, small: UNet2DModel, tmp_path: Path) -> None:
     ebdiff.save(small, tmp_path)
@@ -165,6 +221,8 @@ def test_damage_is_one_error(damage: str, small: UNet2DModel, tmp_path: Path) ->
         facts.write_text(json.dumps(content))
     elif damage == "resealed class":
         resealed(tmp_path, lambda content: content.update({"class": "ShrunkNothing"}))
+    elif damage == "config":
+        (tmp_path / "config.json").write_text("[]")
     else:
         tensors.unlink()
     with pytest.raises(ebdiff.EbdiffError, match="expected"):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import ebdiff
 
 from ..errors import EbdiffError
-from ..files import read_json, write_bytes
+from ..files import read_object, write_bytes
 
 __all__ = ["TimestepRouter"]
 
@@ -44,8 +44,9 @@ class TimestepRouter(UNet2DModel):  # type: ignore[misc]
         timestep_scale: what t has to be multiplied with to lie in [0, T): 1000 for Flux, which is given t / 1000.
 
     Raises:
-        EbdiffError: unless there is one module per region, and their configs agree on the shape of input and output;
-            when called, for a t outside [0, T). Of continuous (floating-point) t, T itself counts to the last region.
+        EbdiffError: unless there is one module per region, their configs agree on the shape of input and output, and
+            the scale is positive; when called, for a t outside [0, T). Of continuous (floating-point) t, T itself
+            counts to the last region.
     """
 
     __module__ = "ebdiff"
@@ -68,6 +69,9 @@ class TimestepRouter(UNet2DModel):  # type: ignore[misc]
                 got=f"{len(networks)} of {', '.join(sorted({type(net).__name__ for net in networks})) or 'nothing'}",
                 remedy="list the networks in ascending t",
             )
+        if not isinstance(timestep_scale, int | float) or not 0 < timestep_scale < float("inf"):
+            got, remedy = repr(timestep_scale), "1, or 1000 where t is t / 1000"
+            raise EbdiffError("timestep_scale", expected="a number > 0", got=got, remedy=remedy)
         self.partition = partition
         self.timestep_scale = timestep_scale
         self.nets: Any = nn.ModuleList(networks)
@@ -183,7 +187,7 @@ class TimestepRouter(UNet2DModel):  # type: ignore[misc]
             EbdiffError: when there is no whole router in the folder.
         """
         folder = Path(pretrained_model_name_or_path, subfolder)
-        config = read_json(folder / cls.config_name)
+        config = read_object(folder / cls.config_name)
         if config.get("_class_name") != cls.__name__ or "partition" not in config:
             raise EbdiffError(
                 f"{folder} holds no router",
@@ -194,8 +198,13 @@ class TimestepRouter(UNet2DModel):  # type: ignore[misc]
         partition, networks = ebdiff.Partition.from_json(config["partition"]), []
         for number in range(len(partition)):
             home = folder / f"net{number}"
-            load = _class_named(read_json(home / cls.config_name).get("_class_name")).from_pretrained
-            networks.append(_aligned(load(str(home), **_accepted(load, {**options, "use_safetensors": True}))))
+            load = _class_named(read_object(home / cls.config_name).get("_class_name")).from_pretrained
+            try:
+                network = load(str(home), **_accepted(load, {**options, "use_safetensors": True}))
+            except OSError as error:
+                reason = " ".join(str(error).split())
+                raise EbdiffError(f"{home} holds no whole network", got=reason, remedy="save it again") from None
+            networks.append(_aligned(network))
         router = cls(partition, networks, timestep_scale=config.get("timestep_scale", 1))
         router.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         return router.eval()  # type: ignore[no-any-return]

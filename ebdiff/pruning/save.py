@@ -25,7 +25,7 @@ from .structure import build, describe
 
 __all__ = ["load", "save", "shrunk_class", "shrunk_class_named"]
 
-_FACTS, _TENSORS, _PREFIX = "ebdiff.json", "ebdiff.safetensors", "Shrunk"
+_CONFIG, _FACTS, _TENSORS, _PREFIX = "config.json", "ebdiff.json", "ebdiff.safetensors", "Shrunk"
 
 
 def save(model: nn.Module, folder: str | Path) -> None:
@@ -34,11 +34,13 @@ def save(model: nn.Module, folder: str | Path) -> None:
     Args:
         model: any module. A dense diffusers model is written as diffusers does. Of other modules the structure is
             written (classes by their import path, plain attributes), so their classes must be importable by name.
-        folder: made if need be; files are replaced atomically.
+        folder: made if need be; files are replaced atomically. Of a network that it held before, `load` knows nothing.
 
     Raises:
-        EbdiffError: an attribute that is neither plain data nor importable; it is named.
+        EbdiffError: an attribute that is neither plain data nor importable, which is named, or a file of this name.
     """
+    if Path(folder).is_file():
+        raise EbdiffError(f"{folder} is a file", expected="a folder, or none yet", got="a file", remedy="name another")
     save_pretrained: Any = getattr(model, "save_pretrained", None)
     if save_pretrained is not None:
         save_pretrained(str(folder))
@@ -46,6 +48,8 @@ def save(model: nn.Module, folder: str | Path) -> None:
     with taken_out(model):
         structure, extra = describe(model)
     _write(model, Path(folder), {"structure": structure}, extra)
+    if _class_of(Path(folder)):  # of a diffusers model that was saved here before
+        Path(folder, _CONFIG).unlink()
 
 
 def load(folder: str | Path) -> Any:
@@ -57,12 +61,12 @@ def load(folder: str | Path) -> Any:
         EbdiffError: the folder is missing, truncated or edited, or a class is not imported yet.
     """
     folder = Path(folder)
-    if not (folder / _FACTS).is_file() and (folder / "config.json").is_file():
-        config = files.read_json(folder / "config.json")
-        return _class_in(folder / "config.json", {"class": config.get("_class_name")}).from_pretrained(str(folder))
+    name = _class_of(folder)
+    if name:  # a diffusers model, whatever an earlier save left beside it
+        return _from_folder(_class_in(folder / _CONFIG, name), folder)
     facts, tensors = _read(folder)
     if "structure" not in facts:
-        return _class_in(folder / _FACTS, facts).from_pretrained(str(folder))
+        return _class_in(folder / _FACTS, str(facts.get("class"))).from_pretrained(str(folder))
     blocks = read_blocks(tensors, facts)
     model = build(facts["structure"], tensors)
     vars(model)["_ebdiff_shrinks"] = _shrinks_from(facts)
@@ -70,8 +74,34 @@ def load(folder: str | Path) -> Any:
     return nn.Module.eval(model)
 
 
-def _class_in(path: Path, facts: Mapping[str, Any]) -> Any:
-    name = str(facts.get("class"))
+def _class_of(folder: Path) -> str:
+    """The class of the diffusers model that a folder holds; empty where it holds none."""
+    config = files.read_json(folder / _CONFIG) if (folder / _CONFIG).is_file() else None
+    return str(config.get("_class_name") or "") if isinstance(config, dict) else ""
+
+
+def _from_folder(kind: Any, folder: Path) -> Any:
+    """A diffusers model's from_pretrained, which must find the weights of this very architecture, and no pickle."""
+    try:
+        if kind.__module__ == "ebdiff":
+            return kind.from_pretrained(str(folder))
+        model, about = kind.from_pretrained(str(folder), use_safetensors=True, output_loading_info=True)
+    except EbdiffError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        raise EbdiffError(
+            f"{folder} holds no whole {kind.__name__}", got=" ".join(str(error).split()), remedy="save it again"
+        ) from None
+    for keys in ("missing", "unexpected"):
+        if about[f"{keys}_keys"]:
+            got = f"{keys}: {sorted(about[f'{keys}_keys'])[0]}"
+            raise EbdiffError(
+                f"weights in {folder} do not fit", expected=f"a {kind.__name__}'s", got=got, remedy="save it again"
+            )
+    return model
+
+
+def _class_in(path: Path, name: str) -> Any:
     if name == "TimestepRouter":
         from ..nn.router import TimestepRouter
 
@@ -119,7 +149,7 @@ def _save_pretrained(self: Any, save_directory: str | Path, **_: Any) -> None:
     """Write config.json (the dense config under this class's name), ebdiff.json and ebdiff.safetensors."""
     folder = Path(save_directory)
     _write(self, folder, {"class": type(self).__name__}, {})
-    files.write_bytes(folder / "config.json", self.to_json_string().encode())
+    files.write_bytes(folder / _CONFIG, self.to_json_string().encode())
 
 
 def _from_pretrained(
@@ -134,13 +164,17 @@ def _from_pretrained(
 
     Args:
         subfolder: below the folder.
-        torch_dtype, dtype: convert to this; either name, as in diffusers. "auto" keeps what was saved.
+        torch_dtype, dtype: convert to this; either name, as in diffusers. "auto" keeps what was saved. As there,
+            modules that the class keeps in float32 stay so, and buffers that are in no state dict are not narrowed.
     """
     from accelerate import init_empty_weights
 
     folder = Path(pretrained_model_name_or_path) / (subfolder or "")
     facts, tensors = _read(folder)
-    config = files.read_json(folder / "config.json")
+    if facts.get("class") != cls.__name__:
+        got = str(facts.get("class"))
+        raise EbdiffError(f"the network in {folder}", expected=cls.__name__, got=got, remedy="load it by ebdiff.load")
+    config = files.read_object(folder / _CONFIG)
     with init_empty_weights(include_buffers=False):
         model = cls.__mro__[1].from_config({**config, "_class_name": cls.__mro__[1].__name__})
     for mask in _shrinks_from(facts):
@@ -150,7 +184,22 @@ def _from_pretrained(
     sparsify(model, blocks, ALWAYS)
     model.register_to_config(_name_or_path=str(folder))
     wanted = torch_dtype if dtype is None else dtype
-    return model.to(wanted).eval() if isinstance(wanted, torch.dtype) else model.eval()
+    if isinstance(wanted, torch.dtype):
+        _convert_(model, wanted)
+    return model.eval()
+
+
+def _convert_(model: nn.Module, dtype: torch.dtype) -> None:
+    """What diffusers' loader makes of floating-point tensors: `dtype` but for some, which may be wider."""
+    wide = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    saved = model.state_dict()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not tensor.is_floating_point():
+            continue
+        if wide.intersection(name.split(".")):
+            tensor.data = tensor.data.to(torch.promote_types(torch.float32, dtype))
+        else:
+            tensor.data = tensor.data.to(dtype if name in saved else torch.promote_types(tensor.dtype, dtype))
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
