@@ -79,6 +79,7 @@ def test_a_files_model_replaces_the_presets(tmp_path: Path) -> None:
         ("regions.steps=[]", "at least 1 for each region"),
         ("evaluate.marks=[0.5]", "marks"),
         ("evaluate.score_marks=[0.7, 1.0]", "marks"),
+        ("sample.steps=1001", "sample.steps: at most schedule.timesteps, 1000"),
         ("train.lr", "key=value"),
         ("train.lr.deep=1", "section"),
         ("train.lr=[1", "YAML"),

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from toys import hidden, mlp, rank
@@ -272,6 +273,16 @@ def test_magnitudes_come_from_the_ema_where_there_is_one(wrap):
             EarlyBird(model, plan, ema=foreign)
 
 
+@pytest.mark.parametrize("whole", [int, np.int64, torch.tensor])
+def test_the_region_of_a_timestep_is_its_number_whatever_type_holds_it(whole):
+    model, plan = hidden(*UP)
+    watch = EarlyBird(model, plan, ratios=(0.5,), criteria=("taylor",), regions=HALVES, window=1)
+    assert type(HALVES.index(whole(700))) is int
+    gradients(model)
+    watch.step(whole(1))
+    assert watch.scores("taylor", 1)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -279,6 +290,13 @@ def test_magnitudes_come_from_the_ema_where_there_is_one(wrap):
         {"ratios": (0.5, 0.5)},
         {"ratios": (NAN,)},
         {"ratios": (), "criteria": ()},
+        {"ratios": ()},
+        {"ratios": 0.5},
+        {"ratios": "0.5"},
+        {"ratios": ("a",)},
+        {"regions": (0, 500, 1000)},
+        {"regions": (0, 500, 1000), "criteria": ("taylor",)},
+        {"region_ratios": 0.5, "regions": HALVES},
         {"criteria": ("beauty",)},
         {"window": 0},
         {"every": 0},

@@ -320,6 +320,15 @@ def test_importance_refuses_what_does_not_fit():
             importance(model, plan, method, losses)
     with pytest.raises(EbdiffError, match="another architecture"):
         importance(hidden(1, 2, 3)[0], plan)
+    x, (other, _) = torch.ones(2), two_layers()
+    for method in ("taylor", "diff-pruning"):
+        with pytest.raises(EbdiffError, match="with the model that was passed"):
+            importance(model, plan, method, [other(x).sum()])
+        for loss in (torch.tensor(1.0), model(x).sum().detach(), model(x).expand(3), 1.0):
+            with pytest.raises(EbdiffError, match="scalar losses with a graph"):
+                importance(model, plan, method, [loss])
+    one = importance(model, plan, "taylor", [model(x).sum()])
+    torch.testing.assert_close(importance(model, plan, "taylor", model(x).sum()), one)
 
 
 def test_random_scores_follow_their_generator():

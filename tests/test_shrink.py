@@ -178,6 +178,8 @@ def test_foreign_ticket_optimizer_and_ema_are_refused() -> None:
         ebdiff.shrink_(model, mask, optimizer=trainer, ema=EMAModel(other.parameters()))
     with pytest.raises(ebdiff.EbdiffError, match="pass the EMA that follows this model"):
         ebdiff.shrink_(model, mask, ema=other)
+    with pytest.raises(ebdiff.EbdiffError, match="EMA is the model itself"):
+        ebdiff.shrink_(model, mask, ema=model)
     with pytest.raises(ebdiff.EbdiffError, match="None until it has settled"):
         ebdiff.shrink(model, None)  # type: ignore[type-var]
     with pytest.raises(ebdiff.EbdiffError, match="wrapped in DataParallel"):

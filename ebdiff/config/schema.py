@@ -244,6 +244,8 @@ class Config(Section):
             raise ValueError("train.flip: false with latents, whose mirror is not the latent of the mirrored image")
         if self.data.vae is not None and self.conditional is not None and self.conditional.by == "low_res":
             raise ValueError("conditional.by: low_res is of images, not of latents")
+        if self.sample.steps > self.schedule.timesteps:
+            raise ValueError(f"sample.steps: at most schedule.timesteps, {self.schedule.timesteps}")
         if self.train.compile and self.search.attention is not None:
             raise ValueError("train.compile: false with search.attention, which cannot look into a compiled network")
         return self

@@ -51,7 +51,8 @@ def importance(
         {space name: float32 [size]}, on the CPU.
 
     Raises:
-        EbdiffError: unknown method, missing or superfluous losses, or a model the plan does not fit.
+        EbdiffError: unknown method, missing or superfluous losses, losses that are no scalars or that no weight of this
+            model has a gradient of, or a model the plan does not fit.
     """
     plan.check(model)
     if method not in ("magnitude", "magnitude-l1", "random", *_FROM_LOSSES):
@@ -67,7 +68,7 @@ def importance(
         sums = ChannelSums(plan)
         return sums.split(sums.of("square" if method == "magnitude" else "absolute", dict(model.named_parameters())))
     gradients = Gradients(model, plan, threshold if method == "diff-pruning" else 0.0)
-    for loss in losses:
+    for loss in [losses] if isinstance(losses, Tensor) and not losses.dim() else losses:
         if not gradients.add(loss):
             break
     return gradients.scores(method)
@@ -94,13 +95,34 @@ class Gradients:
         self.largest, self.count = 0.0, 0
 
     def add(self, loss: Tensor) -> bool:
-        """Differentiate a loss, `.grad` is left alone; False where it is the end."""
+        """Differentiate a loss, `.grad` is left alone; False where it is the end.
+
+        Raises:
+            EbdiffError: it is no scalar with a graph that leads to this model.
+        """
+        trained = {name: weight for name, weight in self._weights.items() if weight.requires_grad}
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad or not trained:
+            shown = (
+                f"{list(loss.shape)}, requires_grad: {loss.requires_grad}" if isinstance(loss, Tensor) else repr(loss)
+            )
+            raise EbdiffError(
+                "importance by gradients",
+                expected="scalar losses with a graph, of a model that requires gradients",
+                got=shown,
+                remedy="compute them from model(...), without no_grad",
+            )
         value = float(loss.detach())
         self.largest = max(self.largest, value)
         if self.threshold and value < self.threshold * self.largest:
             return False
-        trained = {name: weight for name, weight in self._weights.items() if weight.requires_grad}
         found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+        if all(gradient is None for gradient in found):
+            raise EbdiffError(
+                "importance by gradients",
+                expected="losses of this model",
+                got="one that none of its weights has a gradient of",
+                remedy="compute them with the model that was passed",
+            )
         for name, gradient in zip(trained, found, strict=True):
             if gradient is not None:
                 self.total[name] += gradient

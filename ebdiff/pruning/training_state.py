@@ -119,6 +119,10 @@ def _average_model(model: nn.Module, ema: nn.Module, plan: ChannelPlan) -> nn.Mo
     """The network of averages: the EMA itself, or what it holds."""
     holder = next((n for n in ("ema_model", "module") if isinstance(getattr(ema, n, None), nn.Module)), "")
     average: nn.Module = getattr(ema, holder) if holder else ema
+    if average is model:
+        raise EbdiffError(
+            "the EMA is the model itself", expected="its averages", got="the model", remedy="pass the EMA"
+        )
     refuse_wrapped(average)
     if _fits(plan, average):
         return average

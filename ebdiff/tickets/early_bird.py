@@ -91,9 +91,13 @@ class EarlyBird:
     ) -> None:
         if ratios is not None and region_ratios is not None:
             raise EbdiffError("ratios", expected="ratios or region_ratios", got="both", remedy="give one")
+        for name, shares in (("ratios", ratios), ("region_ratios", region_ratios)):
+            if not isinstance(shares, Sequence | None) or isinstance(shares, str):
+                got = repr(shares)
+                raise EbdiffError(name, expected="several shares removed", got=got, remedy=f"{name}=(0.3, 0.6)")
         self.settings = Settings(
             **vars(Pace.of(window, every, eta, corrected, fifo, regions)),
-            ratios=tuple(ratios or dict.fromkeys(region_ratios or (0.3, 0.6, 0.8))),
+            ratios=tuple(dict.fromkeys(region_ratios or (0.3, 0.6, 0.8)) if ratios is None else ratios),
             criteria=(criteria,) if isinstance(criteria, str) else tuple(criteria),
             region_ratios=None if region_ratios is None else tuple(region_ratios),
             norm=norm,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from math import ceil
+from operator import index
 from typing import Any, Literal, Self, get_args
 
 from ..errors import EbdiffError
@@ -86,8 +88,10 @@ class Pace:
         regions = list(self.regions or ())
         if isinstance(region, Region) and region in regions:
             return regions.index(region)
-        if isinstance(region, int) and 0 <= region < len(regions):
-            return region
+        with suppress(TypeError):  # numpy's and torch's whole numbers, too
+            number = index(region)  # type: ignore[arg-type]
+            if 0 <= number < len(regions):
+                return number
         known = (
             f"0 to {len(regions) - 1} or one of {self.regions}"
             if regions
@@ -129,6 +133,10 @@ class Settings(Pace):
         self._check_lists()
         super().__post_init__()
         self._check_least(taylor_every=1)
+        if self.regions is not None and not isinstance(self.regions, Partition):
+            raise EbdiffError(
+                "regions", expected="a Partition", got=repr(self.regions), remedy="Partition(0, 240, 440, 1000)"
+            )
         if self.region_ratios is not None and (self.regions is None or len(self.region_ratios) != len(self.regions)):
             raise EbdiffError(
                 "region_ratios",
@@ -143,7 +151,7 @@ class Settings(Pace):
             if criterion not in known:
                 raise EbdiffError("criterion", expected=f"one of {known}", got=repr(criterion), remedy="choose one")
         for ratio in self.ratios:
-            if not 0 <= ratio < 1:
+            if not isinstance(ratio, int | float) or not 0 <= ratio < 1:
                 raise EbdiffError("ratio", expected="a share removed in [0, 1)", got=repr(ratio), remedy="e.g. 0.6")
         for name in ("criteria", "ratios"):
             values = getattr(self, name)

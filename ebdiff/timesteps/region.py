@@ -165,7 +165,7 @@ class Partition:
             raise EbdiffError(
                 "timestep outside the partition", expected=f"0 <= t < {self.T}", got=str(t), remedy="check the schedule"
             )
-        return sum(t >= bound for bound in self.bounds[1:])
+        return sum(bool(t >= bound) for bound in self.bounds[1:])
 
     def of_t(self, t: Tensor) -> Tensor:
         """The number of the region that holds each timestep: any shape and dtype -> int64 of the same shape.
