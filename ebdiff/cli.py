@@ -112,9 +112,10 @@ def main() -> None:
     except (EbdiffError, OSError) as error:
         print(f"ebdiff: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("ebdiff: interrupted; the same command resumes", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as end:  # typer makes one of a KeyboardInterrupt
+        if end.code == 130:
+            print("ebdiff: interrupted; the same command resumes", file=sys.stderr)
+        raise
 
 
 @_command()

@@ -36,6 +36,17 @@ def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert all(command in shown for command in COMMANDS)
 
 
+def test_an_interrupted_command_says_that_it_resumes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted() -> list[str]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ebdiff.info.installation", interrupted)
+    assert ebdiff(monkeypatch, "info") == 130
+    assert capsys.readouterr().err.strip() == "ebdiff: interrupted; the same command resumes"
+
+
 def test_help_loads_neither_torch_nor_diffusers() -> None:
     code = "import sys, ebdiff.cli; print(sorted({'torch', 'diffusers', 'matplotlib'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
