@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from itertools import chain
 from typing import Any
 
@@ -341,3 +342,18 @@ def test_the_default_device_is_for_the_user_s_tensors() -> None:
     for mask, net, budget in zip(drawn, small, budgets, strict=True):
         assert mask == ebdiff.ChannelMask.draw(scores, plan=plan, **budget)
         torch.testing.assert_close(net(*args).sample, ebdiff.shrink(model, mask)(*args).sample, rtol=0, atol=0)
+
+
+def test_arguments_that_do_not_fit_are_one_error_without_a_logged_traceback(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = unet()
+    x = inputs(model)[0][0]
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    logger.addHandler(caplog.handler)
+    try:
+        with pytest.raises(ebdiff.EbdiffError, match="cannot trace UNet2DModel"):
+            ebdiff.trace(model, x, torch.zeros(len(x) + 1, dtype=torch.int64))
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not caplog.records

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-__all__ = ["Fakes"]
+__all__ = ["Fakes", "quiet"]
+
+_LOGGER = logging.getLogger("torch._subclasses.fake_tensor")  # it logs every op that fails, with a traceback
 
 # Ops with these tags give what depends on values, or change the shape of what they take.
 _UNTOLD = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.inplace_view}
@@ -171,3 +175,17 @@ def _is_plain(func: Any) -> bool:
         return False
     implicit = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
     return not (func.is_view and implicit)  # which may be views or not
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Operators on fake tensors fail without torch's logging: who runs them tells what went wrong."""
+    _LOGGER.addFilter(_nothing)
+    try:
+        yield
+    finally:
+        _LOGGER.removeFilter(_nothing)
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False

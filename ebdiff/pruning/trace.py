@@ -19,7 +19,7 @@ from .axes import Atom, Axis, Place, freeze, places, resolve, size
 from .confirm import confirm
 from .cost import cost_of, kept_size, terms_of
 from .diffusers_classes import splits_its_own_axes
-from .fakes import Fakes
+from .fakes import Fakes, quiet
 from .modules import refuse_wrapped, sizes_read_by
 from .norms import Statistics
 from .plan import ChannelPlan, ChannelSpace, Frozen, Member, ModuleSize, Norm, Unit
@@ -69,7 +69,8 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> ChannelPlan:
             return shadow(*fake_args, **fake_kwargs)
 
     try:
-        output = forward(tracer)
+        with quiet():
+            output = forward(tracer)
     except Exception as error:
         where = tracer.where() or "the model"
         raise EbdiffError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor, nn
 
 from .axes import Atom, Axis, Prod, resolve, size
+from .fakes import quiet
 from .integers import read, write
 from .mask import ChannelMask
 from .modules import adapt_modules, adapt_statistics, keeps_sizes
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from .trace import Tracer
 
 __all__ = ["Deviation", "Sizes", "Trials", "state_of"]
-
-_FAKES = logging.getLogger("torch._subclasses.fake_tensor")  # it logs every op that fails, which is what trials are for
 
 # Integers by (name of the module, path below it) that follow an axis.
 Sizes = Mapping[tuple[str, str], Axis]
@@ -75,17 +73,15 @@ class Trials:
         with self._shrunken(mask, cut, widths, sizes):
             for block in self.tracer.blocks.once():
                 vars(block.module)["forward"] = partial(walk.run_block, block, block.module.forward)
-            _FAKES.addFilter(_nothing)
             try:
-                self.forward(walk)
-                walk.ended()
+                with quiet():
+                    self.forward(walk)
+                    walk.ended()
             except _Stop:
                 pass
             except Exception as error:
                 first = str(error).splitlines()[0] if str(error) else ""
                 walk.deviation = walk.deviation or Deviation(walk.at, f"{type(error).__name__}: {first}")
-            finally:
-                _FAKES.removeFilter(_nothing)
         self.ops += walk.ran
         return walk.deviation
 
@@ -129,10 +125,6 @@ class Trials:
         for module, held in self.tracer.state:
             vars(module).clear()
             vars(module).update(_own(held))
-
-
-def _nothing(record: logging.LogRecord) -> bool:
-    return False
 
 
 def state_of(model: nn.Module) -> list[tuple[nn.Module, dict[str, Any]]]:
