@@ -59,7 +59,10 @@ def test_a_shrunken_diffusers_model_comes_back_bit_equal(small: UNet2DModel, tmp
         assert not loaded.training
     assert json.loads((tmp_path / "config.json").read_text())["_class_name"] == "ShrunkUNet2DModel"
     half = ebdiff.ShrunkUNet2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)  # type: ignore[attr-defined]
-    assert half.dtype == torch.bfloat16
+    named = ebdiff.ShrunkUNet2DModel.from_pretrained(tmp_path, torch_dtype="bfloat16")  # type: ignore[attr-defined]
+    assert named.dtype is half.dtype is torch.bfloat16
+    with pytest.raises(ebdiff.EbdiffError, match=r"a torch\.dtype, its name"):
+        ebdiff.ShrunkUNet2DModel.from_pretrained(tmp_path, dtype="bf16")  # type: ignore[attr-defined]
 
 
 def test_a_network_shrunken_twice_comes_back(small: UNet2DModel, tmp_path: Path) -> None:

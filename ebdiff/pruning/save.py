@@ -164,11 +164,13 @@ def _from_pretrained(
 
     Args:
         subfolder: below the folder.
-        torch_dtype, dtype: convert to this; either name, as in diffusers. "auto" keeps what was saved. As there,
-            modules that the class keeps in float32 stay so, and buffers that are in no state dict are not narrowed.
+        torch_dtype, dtype: convert to this, or what is named so; under either name as in diffusers. "auto" keeps what
+            was saved. As there, modules that the class keeps in float32 stay so, and buffers in no state dict are
+            not narrowed.
     """
     from accelerate import init_empty_weights
 
+    wanted = _dtype_named(torch_dtype if dtype is None else dtype)
     folder = Path(pretrained_model_name_or_path) / (subfolder or "")
     facts, tensors = _read(folder)
     if facts.get("class") != cls.__name__:
@@ -183,10 +185,19 @@ def _from_pretrained(
     _assign(model, tensors, folder)
     sparsify(model, blocks, ALWAYS)
     model.register_to_config(_name_or_path=str(folder))
-    wanted = torch_dtype if dtype is None else dtype
-    if isinstance(wanted, torch.dtype):
+    if wanted is not None:
         _convert_(model, wanted)
     return model.eval()
+
+
+def _dtype_named(wanted: torch.dtype | str | None) -> torch.dtype | None:
+    """By its name, too; None for "auto"."""
+    found = getattr(torch, wanted, None) if isinstance(wanted, str) else wanted
+    if isinstance(found, torch.dtype):
+        return found
+    if wanted in (None, "auto"):
+        return None
+    raise EbdiffError("torch_dtype", expected='a torch.dtype, its name, or "auto"', got=repr(wanted), remedy="name one")
 
 
 def _convert_(model: nn.Module, dtype: torch.dtype) -> None:
