@@ -5,8 +5,7 @@ import ebdiff
 from ebdiff.data import load_images, to_model
 
 images, noise, steps = to_model(load_images("fashion16").train), DDPMScheduler(), 200
-shape = {"sample_size": 16, "in_channels": 1, "out_channels": 1, "norm_num_groups": 8}
-model = UNet2DModel(**shape, block_out_channels=(32, 32, 64, 64), layers_per_block=1)
+model = UNet2DModel(16, 1, 1, block_out_channels=(32, 32, 64, 64), layers_per_block=1, norm_num_groups=8)
 
 
 def train(net, sampler):  # your own loop; ebdiff.train is one with checkpoints, EMA and mixed precision

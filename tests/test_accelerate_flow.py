@@ -196,8 +196,28 @@ def test_what_goes_to_a_convolution_alone_may_be_channels_last(kind: type[Toy], 
         y = model(x)
     assert seen.count == copies
     torch.testing.assert_close(y, expected)
-    assert torch.equal(dense(x), x)
-    assert dense(x.transpose(2, 3)).is_contiguous()
+    ebdiff.restore(model)
+    ebdiff.accelerate(model, channels_last=False, verbose=False)
+    with Calls(torch.ops.aten.clone) as seen:
+        y = model(x)
+    assert seen.count == 1  # its convolution is in the usual order, and so is what it returns
+    assert y.stride() == expected.stride()
+
+
+def test_only_a_convolution_in_channels_last_order_takes_it_as_it_is() -> None:
+    class Viewing(nn.Conv2d):
+        pass
+
+    x = image().to(memory_format=torch.channels_last)
+    for kind, order, taken in (
+        (nn.Conv2d, torch.channels_last, True),
+        (nn.Conv2d, torch.contiguous_format, False),
+        (Viewing, torch.channels_last, False),
+    ):
+        conv = kind(6, 6, 3).to(memory_format=order)
+        assert (dense(conv, x) is x) is taken
+        assert torch.equal(dense(conv, x), x)
+        assert dense(conv, x.transpose(2, 3)).is_contiguous()
 
 
 def test_a_sum_of_integers_becomes_a_fraction_when_divided() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -82,6 +83,7 @@ def test_a_run_prints_its_ratios_and_writes_them_with_its_command(options: list[
     ran = subprocess.run(
         [*command, "--results", str(tmp_path), "--device", "cpu", *options],
         cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")},
         capture_output=True,
         text=True,
         check=False,

@@ -176,6 +176,8 @@ def test_a_cell_from_a_kill_to_its_page(made: Any, tmp_path: Path, monkeypatch: 
     assert set(seconds) == {cell.arm.name, "prune-random-50"}  # how wide a joint network will be is not known
     assert set(seconds[cell.arm.name]) == set(stages)
     assert set(seconds["prune-random-50"]) == {"before", "search", "region 0"}
+    with pytest.raises(EbdiffError, match="widths are known"):
+        pace.clock(others[:1])
     assert seconds["prune-random-50"]["region 0"] == seconds[cell.arm.name]["region 0"] > 0  # timed once
     text = page.write(cell.suite, [cell, made("scratch-50")]).read_text()
     assert "No dense arm is finished" in text

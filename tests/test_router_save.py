@@ -72,7 +72,8 @@ def test_a_pipeline_loads_in_a_process_that_has_merely_imported_ebdiff(tmp_path)
         [sys.executable, "-c", code, str(tmp_path / "pipeline"), str(out)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert (numpy.load(out) == expected).all()
+    # Where weights lie in memory may change the last bit of a product, on Intel's CPUs: they come from a file here.
+    numpy.testing.assert_allclose(numpy.load(out), expected, rtol=0, atol=1e-5)
 
 
 def test_diffusers_does_not_take_the_router_for_a_part_of_itself():

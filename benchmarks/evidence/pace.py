@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import torch
 
+from ebdiff.errors import EbdiffError
 from ebdiff.pruning.mask import ChannelMask
 from ebdiff.pruning.shrink import shrink
 from ebdiff.training.loop import TrainState
@@ -56,6 +57,9 @@ def clock(cells: Sequence[Cell], rounds: int = ROUNDS) -> dict[str, dict[str, fl
 
     Of an arm without a result the widths are those that its ratios lead to; one that branches needs a result, since how
     wide its joint network is the search decides. Stages of equal networks that do the same are timed once.
+
+    Raises:
+        EbdiffError: nothing is known of any.
     """
     arms: dict[str, dict[str, str]] = {}
     stretches: dict[str, tuple[World, Stretch]] = {}
@@ -68,6 +72,8 @@ def clock(cells: Sequence[Cell], rounds: int = ROUNDS) -> dict[str, dict[str, fl
         for name, stretch in stages(world, found, cell.before is not None).items():
             keys[name] = key = f"{stretch.macs:.0f} {searched(world) if name == 'search' else ''}"
             stretches.setdefault(key, (world, stretch))
+    if not arms:
+        raise EbdiffError("--clock", expected="arms whose widths are known", got="none", remedy="run their cells first")
     each = interleaved(stretches, rounds, cells[0].suite.threads)
     seconds = {key: statistics.median(values) for key, values in each.items()}
     return {arm: {name: seconds[key] for name, key in keys.items()} for arm, keys in arms.items()}
@@ -143,7 +149,11 @@ def endless(world: World, stretch: Stretch, folder: Path) -> Generator[Tick, Non
 
 
 def seconds_of(ticks: Iterator[Tick], on_cpu: bool) -> float:
-    """Device-seconds of a few steps; each reads its loss, so that nothing is left at work on a GPU."""
+    """Device-seconds of a few steps; each reads its loss, so that nothing is left at work on a GPU.
+
+    One more goes before: it finds the caches full of another network, as no step of a run does.
+    """
+    next(ticks)
     read = time.process_time if on_cpu else time.perf_counter
     began = read()
     for _ in range(STEPS):

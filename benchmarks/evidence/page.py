@@ -16,7 +16,7 @@ from ebdiff.report_tables import table
 from . import pace, plots
 from .arms import ARMS
 from .cells import Cell
-from .counting import Clock, measure_of
+from .counting import measure_of
 from .suite import Suite
 from .table import markdown
 
@@ -35,7 +35,8 @@ def write(suite: Suite, cells: Sequence[Cell]) -> Path:
         else:
             results.setdefault(cell.arm.name, []).append(facts)
     home = cells[0].results
-    clock, pictures = clock_of(suite, home), {}
+    timed, pictures = clock_of(suite, home), {}
+    clock = timed["seconds_per_step"] if timed else None
     if "dense" in results:
         measure = measure_of(results)
         pictures = {
@@ -46,16 +47,15 @@ def write(suite: Suite, cells: Sequence[Cell]) -> Path:
             draw(results, measure, clock, home / name)
     path = home / f"{suite.name}.md"
     rest = [f"{arm}, seed {', '.join(seeds)}: {state}" for (arm, state), seeds in unfinished.items()]
-    tried = tuned(suite, cells[0].out, home)
-    write_bytes(path, markdown(suite, results, rest, clock, pictures, tried).encode())
+    tried, place = tuned(suite, cells[0].out, home), timed["machine"]["cpu"] if timed else ""
+    write_bytes(path, markdown(suite, results, rest, clock, pictures, tried, place).encode())
     return path
 
 
-def clock_of(suite: Suite, home: Path) -> Clock | None:
-    """The seconds of steps on one clock, where they were measured."""
+def clock_of(suite: Suite, home: Path) -> dict[str, Any] | None:
+    """What `write_clock` left."""
     path = home / suite.name / "clock.json"
-    found: Clock | None = read_json(path)["seconds_per_step"] if path.exists() else None
-    return found
+    return read_json(path) if path.exists() else None
 
 
 def write_clock(suite: Suite, cells: Sequence[Cell]) -> Path:

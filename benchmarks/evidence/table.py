@@ -37,7 +37,9 @@ RULE = (
     "means. A star marks fewer than {seeds} seeds."
 )
 OWN = "A step counts the seconds that it took in its own cell; cells ran beside other work."
-CLOCKED = "Steps count the seconds of one clock, on which all networks were timed in turn (`--clock`){missing}."
+CLOCKED = (
+    "Steps count the seconds of one clock, on which all networks were timed in turn (`--clock`, {place}){missing}."
+)
 
 
 def markdown(
@@ -47,6 +49,7 @@ def markdown(
     clock: Clock | None,
     pictures: Mapping[str, str],
     tuned: bool = False,
+    place: str = "",
 ) -> str:
     """The page of a suite.
 
@@ -56,13 +59,14 @@ def markdown(
         clock: see `counting`.
         pictures: {what: file name} beside the page.
         tuned: were the suite's learning rates tried?
+        place: where the clock's seconds were measured.
     """
     parts = [f"# {suite.name}: {suite.about}"]
     if "dense" not in results:
         return "\n\n".join([*parts, "No dense arm is finished, so nothing can be compared.", *_rest(unfinished)]) + "\n"
     measure = measure_of(results)
     parts += [
-        _setting(suite, results, measure, clock, tuned),
+        _setting(suite, results, measure, clock, tuned, place),
         "## When an arm is as good as the dense one",
         table(
             [title.format(named(measure)) for title in _HEADLINES],
@@ -180,9 +184,10 @@ def settled(found: Sequence[Facts]) -> str:
     return ", ".join(seeds)
 
 
-def _setting(suite: Suite, results: Results, measure: str, clock: Clock | None, tuned: bool) -> str:
-    dense = results["dense"][0]
-    train, config, place = dense["config"]["train"], dense["config"], dense["machine"]
+def _setting(suite: Suite, results: Results, measure: str, clock: Clock | None, tuned: bool, place: str) -> str:
+    config = results["dense"][0]["config"]
+    train, machines = config["train"], [facts["machine"] for found in results.values() for facts in found]
+    places = dict.fromkeys(f"{machine['threads']}, {machine['cpu']}" for machine in machines)
     tried = "not tuned yet"
     if tuned:
         rates = ", ".join(f"{lr:g}" for lr in suite.lrs)
@@ -191,14 +196,14 @@ def _setting(suite: Suite, results: Results, measure: str, clock: Clock | None, 
     note = f", but for {', '.join(missing)}, whose own seconds count" if missing else ""
     rule = RULE.format(
         device="wall-clock times GPUs" if config["device"] == "cuda" else "CPU seconds of the process",
-        clock=OWN if clock is None else CLOCKED.format(missing=note),
+        clock=OWN if clock is None else CLOCKED.format(place=place, missing=note),
         measure=named(measure),
         seeds=SEEDS,
         late=LATE,
     )
     return (
-        f"Every arm: {place['threads']}, {place['cpu']}; batch {train['batch_size']} x {train['accumulate']}, AdamW "
-        f"{train['lr']:g} ({tried}), EMA up to {train['ema_decay']:g}, {config['evaluate']['samples']} images in "
+        f"Every arm: {' or '.join(places)}; batch {train['batch_size']} x {train['accumulate']}, AdamW {train['lr']:g} "
+        f"({tried}), EMA up to {train['ema_decay']:g}, {config['evaluate']['samples']} images in "
         f"{config['sample']['steps']} DDIM steps, judged with EMA weights.\n\n{rule}"
     )
 

@@ -204,6 +204,10 @@ class TimestepRouter(UNet2DModel):  # type: ignore[misc]
             except OSError as error:
                 reason = " ".join(str(error).split())
                 raise EbdiffError(f"{home} holds no whole network", got=reason, remedy="save it again") from None
+            if any(parameter.is_meta for parameter in network.parameters()):  # diffusers only logs it
+                raise EbdiffError(
+                    f"{home} holds no whole network", expected="all weights", got="some", remedy="save it again"
+                )
             networks.append(_aligned(network))
         router = cls(partition, networks, timestep_scale=config.get("timestep_scale", 1))
         router.register_to_config(_name_or_path=str(pretrained_model_name_or_path))

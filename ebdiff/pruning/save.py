@@ -208,7 +208,7 @@ def _convert_(model: nn.Module, dtype: torch.dtype) -> None:
         if not tensor.is_floating_point():
             continue
         if wide.intersection(name.split(".")):
-            tensor.data = tensor.data.to(torch.promote_types(torch.float32, dtype))
+            tensor.data = tensor.data.to(torch.float32)
         else:
             tensor.data = tensor.data.to(dtype if name in saved else torch.promote_types(tensor.dtype, dtype))
 

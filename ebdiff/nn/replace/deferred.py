@@ -20,6 +20,7 @@ from ...ops import native
 from ...ops.group_norm import group_norm_silu
 from ..group_norm import Settings
 from .known import is_bare, is_silu, is_widened, norm_settings
+from .layout import is_last
 
 __all__ = [
     "ACCELERATED",
@@ -242,10 +243,10 @@ def divided(x: Any, by: Any) -> Any:
     return x if one and type(x) in _TENSORS and x.is_floating_point() else x / by
 
 
-def dense(x: Any) -> Any:
-    """x.contiguous(), where nothing but a convolution follows, which takes channels_last as it is."""
-    last = type(x) in _TENSORS and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    return x if last else x.contiguous()
+def dense(conv: Any, x: Any) -> Any:
+    """x.contiguous(), where conv alone follows: one in channels_last order takes such an x as it is."""
+    taken = type(conv) is nn.Conv2d and is_bare(conv) and is_last(conv.weight) and type(x) in _TENSORS
+    return x if taken and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
 
 
 def activated(act: Any, x: Any) -> Any:

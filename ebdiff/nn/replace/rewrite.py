@@ -154,7 +154,7 @@ class _Reading:
         scope: what the function's expressions mean.
         fused: {the norm that can become one with SiLU: the activations it goes to}.
         modulated: those of them with scale or shift in between.
-        edits: {node of the function's syntax tree: the helper that takes its place}.
+        edits: {node of the function's syntax tree: the helper that takes its place, and its first argument, if any}.
 
     Raises:
         NotRewritable: its source cannot be read.
@@ -179,7 +179,8 @@ class _Reading:
         self.edits |= {node: _helper_for(node) for node in passed}
         if self.edits:
             self.edits |= dict.fromkeys(sums_divided(self.scope.tree), "divided")
-            self.edits |= dict.fromkeys(made_contiguous(self.scope.tree, self._is_convolution), "dense")
+            meant = made_contiguous(self.scope.tree, self._is_convolution)
+            self.edits |= {call: f"dense {ast.unparse(conv)}" for call, conv in meant}
 
     def left(self) -> dict[str, str]:
         """The norms that stay, and why."""
@@ -259,11 +260,12 @@ class _Rewriter(ast.NodeTransformer):
 
 def _call(helper: str, node: ast.AST, owner: str) -> ast.Call:
     """helper(operands), in the order in which the original evaluates them."""
+    helper, _, given = helper.partition(" ")
     name = ast.Name(f"_ebdiff_{helper}", ast.Load())
     if isinstance(node, ast.Call):
         if helper == "dense":
             assert isinstance(node.func, ast.Attribute)
-            return ast.Call(name, [node.func.value], [])
+            return ast.Call(name, [ast.parse(given, mode="eval").body, node.func.value], [])
         first = [ast.Name(owner, ast.Load())] if helper == "normalised" else []
         return ast.Call(name, [*first, node.func, *node.args], [])
     assert isinstance(node, ast.BinOp)

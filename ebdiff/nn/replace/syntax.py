@@ -38,8 +38,10 @@ def sums_divided(function: ast.FunctionDef) -> Iterator[ast.BinOp]:
                 yield node
 
 
-def made_contiguous(function: ast.FunctionDef, is_meant: Callable[[ast.expr], bool]) -> Iterator[ast.Call]:
-    """Every x.contiguous() that only a meant call sees: ``x = x.contiguous()``, maybe, then ``x = self.conv(x)``."""
+def made_contiguous(
+    function: ast.FunctionDef, is_meant: Callable[[ast.expr], bool]
+) -> Iterator[tuple[ast.Call, ast.expr]]:
+    """Every (x.contiguous(), self.conv) of ``x = x.contiguous()``, in an if or not, and then ``x = self.conv(x)``."""
     for node in ast.walk(function):
         for field in ("body", "orelse", "finalbody"):
             body = getattr(node, field, None)
@@ -52,7 +54,7 @@ def made_contiguous(function: ast.FunctionDef, is_meant: Callable[[ast.expr], bo
                     continue
                 passes = len(use.args) == 1 and isinstance(use.args[0], ast.Name) and use.args[0].id == name
                 if ast.unparse(call) == f"{name}.contiguous()" and passes and not use.keywords and is_meant(use.func):
-                    yield call
+                    yield call, use.func
 
 
 def _own_call(node: ast.stmt) -> tuple[str, ast.Call | None]:
