@@ -64,9 +64,11 @@ def clock(cells: Sequence[Cell], rounds: int = ROUNDS) -> dict[str, dict[str, fl
     arms: dict[str, dict[str, str]] = {}
     stretches: dict[str, tuple[World, Stretch]] = {}
     for cell in sorted(cells, key=lambda cell: cell.facts() is None):
+        if cell.arm.name in arms:
+            continue
         world = World(cell.config.model_copy(update={"pretrained": None}), Path("nowhere"))
         found = widths_found(cell, world)
-        if found is None or cell.arm.name in arms:
+        if found is None:
             continue
         arms[cell.arm.name] = keys = {}
         for name, stretch in stages(world, found, cell.before is not None).items():
