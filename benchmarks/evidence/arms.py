@@ -24,6 +24,7 @@ WHOLE: Overrides = {"regions.bounds": [0, 1000], "regions.overlap": 0}
 THREE: Overrides = {"regions.bounds": [0, 240, 440, 1000], "regions.overlap": 20}
 NO_SEARCH: Overrides = {"search.steps": 0, "search.window": 1, "search.criterion": "magnitude"}
 SPEED: Overrides = {"train.sampler": "speed"}
+ACCELERATED: Overrides = {"train.accelerate": True, "train.channels_last": True}
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,7 @@ def _dense() -> Iterator[Arm]:
         ("min-snr", "Min-SNR weights"),
     ):
         yield Arm(f"dense-{sampler}", f"the whole network, {words}", "dense", dense, {"train.sampler": sampler})
+    yield Arm("dense-accelerated", "the whole network, ebdiff's layers, channels_last", "dense", dense, ACCELERATED)
 
 
 def _pruned() -> Iterator[Arm]:
@@ -159,6 +161,9 @@ def _early_bird() -> Iterator[Arm]:
     for ratio in (0.3, 0.5, 0.7):
         about = f"one ticket, {ratio:.0%} removed by taylor after a search of fixed length, SpeeD"
         yield Arm(f"eb-speed-{ratio * 100:.0f}", about, "early-bird", partial(early_bird, ratio=ratio), SPEED)
+    about = "eb-speed-50 step by step, ebdiff's layers, channels_last"
+    half = partial(early_bird, ratio=0.5)
+    yield Arm("eb-speed-50-accelerated", about, "early-bird", half, {**SPEED, **ACCELERATED})
 
 
 def _regions() -> Iterator[Arm]:

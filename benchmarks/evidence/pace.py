@@ -72,7 +72,7 @@ def clock(cells: Sequence[Cell], rounds: int = ROUNDS) -> dict[str, dict[str, fl
             continue
         arms[cell.arm.name] = keys = {}
         for name, stretch in stages(world, found, cell.before is not None).items():
-            keys[name] = key = f"{stretch.macs:.0f} {searched(world) if name == 'search' else ''}"
+            keys[name] = key = f"{stretch.macs:.0f} {searched(world) if name == 'search' else ''} {laid_out(world)}"
             stretches.setdefault(key, (world, stretch))
     if not arms:
         raise EbdiffError("--clock", expected="arms whose widths are known", got="none", remedy="run their cells first")
@@ -118,6 +118,12 @@ def searched(world: World) -> str:
     """What distinguishes one search's step from another's."""
     s = world.config.search
     return f"{s.criterion} {s.ratios} {s.window} {s.every}" if s.steps else ""
+
+
+def laid_out(world: World) -> str:
+    """What makes the same step of equal networks faster or slower."""
+    t = world.config.train
+    return f"{t.channels_last} {t.accelerate} {t.compile}"
 
 
 def shrunken(world: World, mask: ChannelMask) -> TrainState:
