@@ -91,13 +91,15 @@ def test_the_front_door_shows_the_loader_what_it_looks_for_and_no_more():
 
 def test_a_network_is_restored_as_the_class_its_own_config_names(tmp_path, monkeypatch):
     class ShrunkUNet2DModel(UNet2DModel):
-        """Stands in for a shrunken class: its own file, and no options."""
+        """Stands in for a shrunken class: its own file, and no options that matter."""
+
+        __module__ = "ebdiff"
 
         def save_pretrained(self, save_directory):
             super().save_pretrained(save_directory)
 
         @classmethod
-        def from_pretrained(cls, path):
+        def from_pretrained(cls, path, **_):
             return super().from_pretrained(path)
 
     monkeypatch.setitem(vars(ebdiff), "ShrunkUNet2DModel", ShrunkUNet2DModel)
@@ -172,7 +174,7 @@ def test_a_folder_that_is_no_whole_router_is_refused(tmp_path):
         TimestepRouter.from_pretrained(tmp_path / "router")
     weights = tmp_path / "router/net0/diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(EbdiffError, match="net0 holds no whole network"):
+    with pytest.raises(EbdiffError, match="net0 holds no whole UNet2DModel"):
         TimestepRouter.from_pretrained(tmp_path / "router")
 
 

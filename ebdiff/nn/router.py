@@ -21,6 +21,7 @@ import ebdiff
 
 from ..errors import EbdiffError
 from ..files import read_object, write_bytes
+from ..pruning.save import from_folder
 
 __all__ = ["TimestepRouter"]
 
@@ -198,17 +199,8 @@ class TimestepRouter(UNet2DModel):  # type: ignore[misc]
         partition, networks = ebdiff.Partition.from_json(config["partition"]), []
         for number in range(len(partition)):
             home = folder / f"net{number}"
-            load = _class_named(read_object(home / cls.config_name).get("_class_name")).from_pretrained
-            try:
-                network = load(str(home), **_accepted(load, {**options, "use_safetensors": True}))
-            except OSError as error:
-                reason = " ".join(str(error).split())
-                raise EbdiffError(f"{home} holds no whole network", got=reason, remedy="save it again") from None
-            if any(parameter.is_meta for parameter in network.parameters()):  # diffusers only logs it
-                raise EbdiffError(
-                    f"{home} holds no whole network", expected="all weights", got="some", remedy="save it again"
-                )
-            networks.append(_aligned(network))
+            kind = _class_named(read_object(home / cls.config_name).get("_class_name"))
+            networks.append(_aligned(from_folder(kind, home, **options)))
         router = cls(partition, networks, timestep_scale=config.get("timestep_scale", 1))
         router.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         return router.eval()  # type: ignore[no-any-return]

@@ -23,7 +23,7 @@ from .plan import ChannelPlan
 from .shrink import shrink_, shrinks_of
 from .structure import build, describe
 
-__all__ = ["load", "save", "shrunk_class", "shrunk_class_named"]
+__all__ = ["from_folder", "load", "save", "shrunk_class", "shrunk_class_named"]
 
 _CONFIG, _FACTS, _TENSORS, _PREFIX = "config.json", "ebdiff.json", "ebdiff.safetensors", "Shrunk"
 
@@ -63,7 +63,7 @@ def load(folder: str | Path) -> Any:
     folder = Path(folder)
     name = _class_of(folder)
     if name:  # a diffusers model, whatever an earlier save left beside it
-        return _from_folder(_class_in(folder / _CONFIG, name), folder)
+        return from_folder(_class_in(folder / _CONFIG, name), folder)
     facts, tensors = _read(folder)
     if "structure" not in facts:
         return _class_in(folder / _FACTS, str(facts.get("class"))).from_pretrained(str(folder))
@@ -80,12 +80,22 @@ def _class_of(folder: Path) -> str:
     return str(config.get("_class_name") or "") if isinstance(config, dict) else ""
 
 
-def _from_folder(kind: Any, folder: Path) -> Any:
-    """A diffusers model's from_pretrained, which must find the weights of this very architecture, and no pickle."""
+def from_folder(kind: Any, folder: Path, **options: Any) -> Any:
+    """A diffusers model's from_pretrained, which must find the weights of this very architecture, and no pickle.
+
+    Args:
+        kind: the class.
+        folder: local.
+        options: torch_dtype, device_map, variant, ...: for from_pretrained.
+
+    Raises:
+        EbdiffError: weights that are missing, damaged, or another architecture's.
+    """
     try:
         if kind.__module__ == "ebdiff":
-            return kind.from_pretrained(str(folder))
-        model, about = kind.from_pretrained(str(folder), use_safetensors=True, output_loading_info=True)
+            return kind.from_pretrained(str(folder), **options)
+        options |= {"use_safetensors": True, "output_loading_info": True}
+        model, about = kind.from_pretrained(str(folder), **options)
     except EbdiffError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
