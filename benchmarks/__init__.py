@@ -10,11 +10,14 @@ import subprocess
 import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from ebdiff.files import write_bytes
 
 Item = TypeVar("Item")
 
@@ -258,10 +261,10 @@ def machine(device: torch.device | str) -> dict[str, Any]:
         "commit": _commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "diffusers": version("diffusers"),
     }
 
 
 def write_results(folder: Path, name: str, facts: Mapping[str, Any]) -> None:
-    """Write `folder`/`name`.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    """Write `folder`/`name`.json, atomically."""
+    write_bytes(folder / f"{name}.json", (json.dumps(facts, indent=1) + "\n").encode())

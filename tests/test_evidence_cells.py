@@ -12,14 +12,14 @@ import pytest
 
 from benchmarks.evidence import pace, page
 from benchmarks.evidence import suite as suites
-from benchmarks.evidence.__main__ import cells_of, lines, options
+from benchmarks.evidence.__main__ import cells_of, jobs_of, lines, options, with_results
 from benchmarks.evidence.arms import ARMS
-from benchmarks.evidence.cells import Cell, run, wanted
-from benchmarks.evidence.result import widths
+from benchmarks.evidence.cells import Cell, Failed, run, wanted
+from benchmarks.evidence.result import portable, widths
 from benchmarks.evidence.suite import NAMES, SearchPace, Suite
 from ebdiff.config import resolve
 from ebdiff.errors import EbdiffError
-from ebdiff.files import write_json
+from ebdiff.files import read_json, write_bytes, write_json
 from ebdiff.training import job
 from ebdiff.training.accounting import FORWARD_AND_BACKWARD
 from ebdiff.training.regions import joint_mask, steps_of, ticket_of
@@ -46,7 +46,7 @@ def mini() -> Suite:
     }
     search = SearchPace(steps=4, most=9, window=3, every=1, epoch=2)
     few = {"marks": (0.25, 0.5, 1.0), "score_marks": (0.5, 1.0), "dense_score_marks": (1.0,)}
-    return replace(suite, name="mini", steps=12, search=search, base=base, **few)
+    return replace(suite, name="mini", told="--suite mini", steps=12, search=search, base=base, **few)
 
 
 @pytest.fixture
@@ -179,7 +179,8 @@ def test_a_cell_from_a_kill_to_its_page(made: Any, tmp_path: Path, monkeypatch: 
     assert set(seconds["prune-random-50"]) == {"before", "search", "region 0"}
     with pytest.raises(EbdiffError, match="widths are known"):
         pace.clock(others[:1])
-    assert seconds["prune-random-50"]["region 0"] == seconds[cell.arm.name]["region 0"] > 0  # timed once
+    assert seconds["prune-random-50"]["region 0"] == seconds[cell.arm.name]["region 0"]  # timed once
+    assert all(second > 0 for of in seconds.values() for (second,) in of.values())
     assert seconds["eb-speed-50-accelerated"]["region 0"] != seconds[cell.arm.name]["region 0"]  # timed on its own
     text = page.write(cell.suite, [cell, made("scratch-50")]).read_text()
     assert "No dense arm is finished" in text
@@ -195,6 +196,9 @@ def test_a_result_of_another_configuration_is_none(made: Any) -> None:
     del config["train"]["weight_decay"]  # as if the key were newer than the result
     write_json(cell.place, {"config": config})
     assert cell.facts() is not None
+    for damaged in ("{", "{}", "[]"):
+        cell.place.write_text(damaged)
+        assert cell.facts() is None
     config["train"]["lr"] = 0.5
     write_json(cell.place, {"config": config})
     assert cell.facts() is None
@@ -226,10 +230,66 @@ def test_what_a_step_costs_is_measured_at_every_ratio() -> None:
     assert all(each > 0 for (each,) in seconds.values())
 
 
+def test_a_run_of_another_configuration_is_in_the_way(made: Any) -> None:
+    cell = made("dense")
+    write_bytes(cell.folder / "config.yaml", made("dense-speed").config.to_yaml().encode())
+    (line,) = run([cell], jobs=1)
+    assert isinstance(line, Failed)
+    assert "train.sampler" in line
+    assert f"remove {cell.folder}" in line
+    assert not cell.log.exists()
+
+
+def test_a_result_stays_when_its_network_is_trained_again(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pruned, dense = made("prune-random-50"), made("dense")
+    write_json(dense.place, {"config": portable(dense.config), "curve": "as it was"})
+    assert wanted([pruned]) == [dense, pruned]
+    monkeypatch.setattr("benchmarks.evidence.cells.keep_dense", lambda world, folder: None)
+    assert "stays" in dense.finish()
+    assert read_json(dense.place)["curve"] == "as it was"
+
+
+def test_a_page_forgets_no_result(made: Any) -> None:
+    cell = made("dense")
+    other = replace(cell, seed=7)
+    write_json(other.place, {"config": portable(other.config)})
+    assert with_results([cell]) == [cell, other]
+    args = options().parse_args(["--suite", "fashion16", "--table", "--cells", "eb-*"])
+    with pytest.raises(EbdiffError, match="leave --cells out"):
+        list(lines(args))
+
+
+def test_cells_of_different_images_share_no_page(made: Any) -> None:
+    cells = [made("dense"), made("eb-speed-50")]
+    for number, cell in enumerate(cells):
+        data = {"name": "images", "fingerprint": str(number)}
+        write_json(cell.place, {"config": portable(cell.config), "data": data})
+    with pytest.raises(EbdiffError, match=r"different images.* dense-0, eb-speed-50-0"):
+        page.write(mini(), cells)
+
+
+def test_on_a_gpu_cells_run_one_by_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert jobs_of(Suite.load("gpu-cifar32"), None) == 1
+    assert jobs_of(Suite.load("fashion16"), 3) == 3
+    with pytest.raises(EbdiffError, match="CUDA_VISIBLE_DEVICES"):
+        jobs_of(Suite.load("gpu-cifar32"), 2)
+    for jobs in ("0", "-1", "two"):
+        with pytest.raises(SystemExit):
+            options().parse_args(["--suite", "fashion16", "--jobs", jobs])
+    assert "at least 1" in capsys.readouterr().err
+
+
+def test_a_command_names_its_images(tmp_path: Path) -> None:
+    suite = Suite.load("cifar32").on("somewhere/images.npz")
+    command = "python -m benchmarks.evidence --suite cifar32 --data images.npz --cells dense --seeds 0"
+    assert Cell(suite, ARMS["dense"], 0, tmp_path).command == command
+
+
 def test_a_failed_cell_names_its_log(made: Any) -> None:
     suite = replace(mini(), base={**mini().base, "data": {"source": "nothing.npz"}})
     cell = made("dense", suite=suite)
     (line,) = run([cell], jobs=1)
+    assert isinstance(line, Failed)
     assert "FAILED: ebdiff: no images there" in line
     assert str(cell.log) in line
 

@@ -15,6 +15,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -23,18 +24,21 @@ from ebdiff.errors import EbdiffError
 
 from . import page
 from .arms import ARMS
-from .cells import RESULTS, Cell, run, wanted
+from .cells import RESULTS, Cell, Failed, run, wanted
 from .suite import NAMES, Suite
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """What the options ask for; what the user can put right is one line."""
-    args = options().parse_args(arguments)
+    args, failed = options().parse_args(arguments), False
     try:
         for line in lines(args):
+            failed |= isinstance(line, Failed)
             print(line, flush=True)
     except EbdiffError as error:
         sys.exit(f"benchmarks.evidence: {error}")
+    if failed:
+        sys.exit(1)
 
 
 def options() -> argparse.ArgumentParser:
@@ -48,7 +52,7 @@ def options() -> argparse.ArgumentParser:
     add("--suite", required=True, help=f"{', '.join(NAMES)}, or a .yaml file like theirs")
     add("--cells", nargs="+", default=["*"], metavar="PATTERN", help="arms by name; all by default")
     add("--seeds", default="0,1,2", help="0,1,2 by default; all arms of the first come first")
-    add("--jobs", type=int, default=os.cpu_count() or 1, help="so many cells side by side, a core each")
+    add("--jobs", type=at_least_one, help="so many cells side by side: a core each, or one on a GPU")
     add("--minutes", type=float, help="stop after so long; the same command goes on")
     add("--data", metavar="FILE", help="images, as data.source of a configuration")
     add("--out", type=Path, default=Path("runs/evidence"), help="where runs are kept")
@@ -68,21 +72,57 @@ def options() -> argparse.ArgumentParser:
 def lines(args: argparse.Namespace) -> Iterator[str]:
     """What is printed while it is done."""
     suite = Suite.load(args.suite).on(args.data)
+    if (args.table or args.clock) and args.cells != ["*"]:
+        raise EbdiffError("--table and --clock", expected="all arms", got="--cells", remedy="leave --cells out")
     cells = cells_of(suite, args.cells, args.seeds, args.out, args.results)
     if args.list:
         yield from listed(cells)
     elif args.table:
-        yield str(page.write(suite, cells))
+        yield str(page.write(suite, with_results(cells)))
     elif args.pace:
         yield str(page.write_pace(suite, args.results))
     elif args.clock:
         yield str(page.write_clock(suite, cells))
     elif args.tune:
         tuned = page.tuning(suite, args.out, args.results)
-        yield from run(wanted(tuned), args.jobs, args.minutes)
+        yield from run(wanted(tuned), jobs_of(suite, args.jobs), args.minutes)
         yield str(page.write_tuning(suite, tuned))
     else:
-        yield from run(wanted(cells), args.jobs, args.minutes)
+        yield from run(wanted(cells), jobs_of(suite, args.jobs), args.minutes)
+
+
+def at_least_one(text: str) -> int:
+    """A number of --jobs."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"a whole number of at least 1, got {text}")
+    return int(text)
+
+
+def jobs_of(suite: Suite, asked: int | None) -> int:
+    """Cells side by side: a core each, but one on a GPU, where device-seconds are wall-clock.
+
+    Raises:
+        EbdiffError: more were asked for a GPU.
+    """
+    if suite.base.get("device") != "cuda":
+        return asked or max(1, (os.cpu_count() or 1) // suite.threads)
+    if asked and asked > 1:
+        remedy = "on several, run the command once for each, by CUDA_VISIBLE_DEVICES and --seeds"
+        raise EbdiffError(
+            "--jobs", expected="1, since cells that share a GPU slow each other", got=str(asked), remedy=remedy
+        )
+    return 1
+
+
+def with_results(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells, and every other seed of their arms that has a result: a page never forgets one."""
+    found = {cell.place: cell for cell in cells}
+    for cell in cells:
+        for path in sorted(cell.place.parent.glob(f"{cell.arm.name}-*.json")):
+            seed = path.stem.removeprefix(f"{cell.arm.name}-")
+            if seed.isdecimal():
+                found.setdefault(path, replace(cell, seed=int(seed)))
+    return list(found.values())
 
 
 def cells_of(suite: Suite, patterns: Sequence[str], seeds: str, out: Path, results: Path) -> list[Cell]:
@@ -97,7 +137,8 @@ def cells_of(suite: Suite, patterns: Sequence[str], seeds: str, out: Path, resul
     if not all(seed.strip().isdecimal() for seed in seeds.split(",")):
         raise EbdiffError("--seeds", expected="numbers, as 0,1,2", got=seeds)
     chosen = [arm for arm in ARMS.values() if any(fnmatchcase(arm.name, pattern) for pattern in patterns)]
-    return [Cell(suite, arm, int(seed), out, results) for seed in seeds.split(",") for arm in chosen]
+    each = dict.fromkeys(int(seed) for seed in seeds.split(","))
+    return [Cell(suite, arm, seed, out, results) for seed in each for arm in chosen]
 
 
 def listed(cells: Sequence[Cell]) -> Iterator[str]:

@@ -17,7 +17,9 @@ import torch
 
 from benchmarks import machine, pool
 from ebdiff.config import Config, completed
-from ebdiff.files import read_json, write_bytes, write_json
+from ebdiff.config.resolve import refuse_other
+from ebdiff.errors import EbdiffError
+from ebdiff.files import read_json, read_object, write_bytes, write_json
 from ebdiff.pruning.save import load
 from ebdiff.training.costs import cost_at
 from ebdiff.training.regions import region_folder
@@ -30,6 +32,10 @@ from .result import gathered, portable
 from .suite import Suite
 
 RESULTS = Path(__file__).parent.parent / "results" / "evidence"
+
+
+class Failed(str):
+    """A line about a cell that cannot be finished."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,7 @@ class Cell:
     def command(self) -> str:
         """What runs it."""
         which = "--tune" if self.suite.tuning else f"--cells {self.arm.name} --seeds {self.seed}"
-        return f"python -m benchmarks.evidence --suite {self.suite.name.partition('/')[0]} {which}"
+        return f"python -m benchmarks.evidence {self.suite.told} {which}"
 
     @cached_property
     def before(self) -> Cell | None:
@@ -99,11 +105,22 @@ class Cell:
         return self.before is None or self.before.network.exists()
 
     def facts(self) -> dict[str, Any] | None:
-        """Its result, None where there is none or one of another configuration."""
-        if not self.place.exists():
+        """Its result, None where there is none, a damaged one or one of another configuration."""
+        try:
+            found = read_object(self.place)
+        except EbdiffError:
             return None
-        found: dict[str, Any] = read_json(self.place)
-        return found if completed(found["config"]) == portable(self.config) else None
+        return found if completed(found.get("config", {})) == portable(self.config) else None
+
+    def obstacle(self) -> str:
+        """Why its run cannot go on: its folder holds one of another configuration. Empty where it can."""
+        kept = self.folder / "config.yaml"
+        try:
+            if kept.exists():
+                refuse_other(self.config, kept)
+        except EbdiffError as error:
+            return f"{str(error).rpartition('; ')[0]}; remove {self.folder} to train it anew"
+        return ""
 
     def start(self, minutes: float | None = None) -> subprocess.Popen[bytes]:
         """Begin its run, or go on with it; for so many minutes."""
@@ -135,13 +152,18 @@ class Cell:
         """What came of its process, which ended with this exit code; the result is written if it was finished."""
         if code:
             lines = self.log.read_text("utf-8", "replace").strip().splitlines() or ["no output"]
-            return f"{self} FAILED: {lines[-1]} (see {self.log})"
+            return Failed(f"{self} FAILED: {lines[-1]} (see {self.log})")
         return self.finish() if (self.folder / "report.md").exists() else f"{self}: stopped; the same command goes on"
 
     def finish(self) -> str:
-        """Write the result of its finished run; a line about it."""
+        """Write the result of its finished run; a line about it.
+
+        A result that is there stays: then it ran again only for the network that others start from.
+        """
         if self.arm.name in {arm.after for arm in ARMS.values()}:
             keep_dense(World(self.config, self.folder), self.network)
+        if self.facts() is not None:
+            return f"{self}: trained again for its network; its result stays"
         start = self.before
         cost = cost_at(World(start.config, start.folder), 1.0) if start is not None else None
         facts = {
@@ -188,6 +210,10 @@ def run(cells: Sequence[Cell], jobs: int, minutes: float | None = None) -> Itera
     def start(cell: Cell) -> subprocess.Popen[bytes]:
         return cell.start(None if minutes is None else max(0.0, until - time.monotonic()) / 60)
 
+    for cell in cells:
+        if why := cell.obstacle():
+            waiting.remove(cell)
+            yield Failed(f"{cell} FAILED: {why}")
     for cell, code in pool(waiting, start, jobs, lambda cell: cell.ready and time.monotonic() < until):
         yield cell.ended(code)
     yield from (f"{cell}: not begun" for cell in waiting)

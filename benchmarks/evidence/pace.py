@@ -6,7 +6,6 @@ beside other work or elsewhere differ in what the same step took, and steps time
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -52,8 +51,8 @@ def alone(world: World, mask: ChannelMask) -> Stretch:
     return Stretch("alone", Path("nowhere"), macs, 1, world.sampler, seed, lambda: shrunken(world, mask), {})
 
 
-def clock(cells: Sequence[Cell], rounds: int = ROUNDS) -> dict[str, dict[str, float]]:
-    """{arm: {stage: device-seconds of a step}} of the cells' arms, from results alone.
+def clock(cells: Sequence[Cell], rounds: int = ROUNDS) -> dict[str, dict[str, list[float]]]:
+    """{arm: {stage: device-seconds of a step in each round}} of the cells' arms, from results alone.
 
     Of an arm without a result the widths are those that its ratios lead to; one that branches needs a result, since how
     wide its joint network is the search decides. Stages of equal networks that do the same are timed once.
@@ -77,8 +76,7 @@ def clock(cells: Sequence[Cell], rounds: int = ROUNDS) -> dict[str, dict[str, fl
     if not arms:
         raise EbdiffError("--clock", expected="arms whose widths are known", got="none", remedy="run their cells first")
     each = interleaved(stretches, rounds, cells[0].suite.threads)
-    seconds = {key: statistics.median(values) for key, values in each.items()}
-    return {arm: {name: seconds[key] for name, key in keys.items()} for arm, keys in arms.items()}
+    return {arm: {name: each[key] for name, key in keys.items()} for arm, keys in arms.items()}
 
 
 def widths_found(cell: Cell, world: World) -> dict[str, dict[str, int]] | None:

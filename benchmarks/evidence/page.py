@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from benchmarks import machine, write_results
+from ebdiff.errors import EbdiffError
 from ebdiff.files import read_json, write_bytes
 from ebdiff.report_tables import table
 
@@ -24,16 +25,26 @@ TUNED = ("dense", "eb-speed-50")
 
 
 def write(suite: Suite, cells: Sequence[Cell]) -> Path:
-    """The page and its pictures, of the cells that are finished."""
+    """The page and its pictures, of the cells that are finished.
+
+    Raises:
+        EbdiffError: they saw different images.
+    """
     results: dict[str, list[dict[str, Any]]] = {}
+    seen: dict[str, str] = {}
     unfinished: dict[tuple[str, str], list[str]] = {}
     for cell in cells:
         facts = cell.facts()
         if facts is None:
-            state = "a result of another configuration" if cell.place.exists() else "no result"
+            state = "a damaged result, or one of another configuration" if cell.place.exists() else "no result"
             unfinished.setdefault((cell.arm.name, state), []).append(str(cell.seed))
         else:
             results.setdefault(cell.arm.name, []).append(facts)
+            if "data" in facts:  # not in older results
+                seen.setdefault(facts["data"]["fingerprint"], f"{cell.arm.name}-{cell.seed}")
+    if len(seen) > 1:
+        remedy = "remove the results of one data set, or give another --results"
+        raise EbdiffError(f"{suite.name}: cells saw different images", got=", ".join(seen.values()), remedy=remedy)
     home = cells[0].results
     timed, pictures = clock_of(suite, home), {}
     clock = timed["seconds_per_step"] if timed else None
@@ -59,9 +70,12 @@ def clock_of(suite: Suite, home: Path) -> dict[str, Any] | None:
 
 
 def write_clock(suite: Suite, cells: Sequence[Cell]) -> Path:
-    """Time every stage of the cells' arms on one clock."""
-    seconds = pace.clock(cells)
-    return _written(suite, cells[0].results, "clock", {"rounds": pace.ROUNDS, "seconds_per_step": seconds})
+    """Time every stage of the cells' arms on one clock: medians over rounds, and quartiles."""
+    each = pace.clock(cells)
+    seconds = {arm: {name: statistics.median(values) for name, values in of.items()} for arm, of in each.items()}
+    spread = {arm: {name: statistics.quantiles(values) for name, values in of.items()} for arm, of in each.items()}
+    facts = {"rounds": pace.ROUNDS, "seconds_per_step": seconds, "quartiles": spread}
+    return _written(suite, cells[0].results, "clock", facts)
 
 
 def write_pace(suite: Suite, home: Path) -> Path:
@@ -78,7 +92,7 @@ def write_pace(suite: Suite, home: Path) -> Path:
 
 def _written(suite: Suite, home: Path, what: str, facts: dict[str, Any]) -> Path:
     place = machine(suite.base["device"])
-    command = f"python -m benchmarks.evidence --suite {suite.name} --{what}"
+    command = f"python -m benchmarks.evidence {suite.told} --{what}"
     folder = home / suite.name
     write_results(folder, what, {"command": command, "machine": {**place, "threads": suite.threads}, **facts})
     return folder / f"{what}.json"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ebdiff.config import Config
-from ebdiff.files import read_json
+from ebdiff.files import read_json, read_object
 from ebdiff.pruning.mask import ChannelMask
 from ebdiff.report_tables import parameters
 from ebdiff.training.accounting import Cost
@@ -34,6 +34,7 @@ def gathered(config: Config, folder: Path, before: Cost | None, place: Mapping[s
     return {
         "machine": {**place, "threads": report["machine"]},
         "config": portable(config),
+        "data": read_object(folder / "data.json"),
         "curve": [point(mark, bought | stages_at(world, mark["mark"])) for mark in marks],
         "judging_device_seconds": sum(mark["judging"]["device_seconds"] for mark in report["marks"]["tickets"]),
         "parameters": parameters(report),
