@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks.evidence import plots
+from benchmarks.evidence.arms import ARMS
 from benchmarks.evidence.counting import (
     Spread,
     curve,
@@ -219,6 +220,40 @@ def test_a_page_by_the_held_out_loss(results: dict[str, list[dict[str, Any]]]) -
 def test_without_a_dense_cell_nothing_is_compared(results: dict[str, list[dict[str, Any]]]) -> None:
     del results["dense"]
     assert "No dense arm is finished" in markdown(Suite.load("fashion16"), results, [], None, {})
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Figures instead of files."""
+    figures: list[Any] = []
+    monkeypatch.setattr(plots, "write", lambda figure, path: figures.append(figure))
+    return figures
+
+
+def arm_of(name: str) -> list[dict[str, Any]]:
+    """A seed of any arm; what it starts from took 100 s."""
+    return [cell(name, [(25.0, 40.0), (100.0, 20.0)], before=100.0 if ARMS[name].after else None)]
+
+
+def test_no_two_arms_of_a_panel_share_a_colour(drawn: list[Any]) -> None:
+    plots.curves({name: arm_of(name) for name in ARMS}, "fid", None, Path("unused"))
+    panels = {axes.get_title(): axes for axes in drawn[0].axes if axes.get_visible()}
+    assert set(panels) == {arm.family for arm in ARMS.values()}
+    for axes in panels.values():
+        handles = axes.get_legend_handles_labels()[0]
+        assert len({handle.get_color() for handle in handles}) == len(handles)
+        assert axes.get_legend().handlelength == 3
+
+
+def test_what_starts_from_scratch_has_a_panel_apart_and_pruned_curves_one_of_their_finetuning(drawn: list[Any]) -> None:
+    names = ("dense", "prune-taylor-50", "prune-random-30", "scratch-50")
+    plots.curves({name: arm_of(name) for name in names}, "fid", None, Path("unused"))
+    pruned, scratch = drawn[0].axes
+    assert (pruned.get_title(), scratch.get_title()) == ("pruned", "from scratch")
+    assert (pruned.get_xscale(), scratch.get_xscale()) == ("linear", "log")
+    left, right = pruned.get_xlim()
+    assert 90 < left < 100  # the dense arm ends there, and finetuning at 200
+    assert 200 < right < 210
 
 
 def test_pictures(results: dict[str, list[dict[str, Any]]], tmp_path: Path) -> None:
