@@ -256,6 +256,23 @@ def test_what_starts_from_scratch_has_a_panel_apart_and_pruned_curves_one_of_the
     assert 200 < right < 210
 
 
+def test_a_bar_that_is_missing_says_how_many_seeds_got_there(drawn: list[Any]) -> None:
+    goals = [cell("dense", [(25.0, 40.0), (100.0, 20.0)], seed) for seed in range(3)]
+    some = [cell("eb-speed-50", [(25.0, 40.0), (50.0, fid)], seed) for seed, fid in enumerate((10.0, 10.0, 30.0))]
+    none = [cell("prune-taylor-50", [(5.0, 30.0)], before=100.0)]
+    elsewhere = [cell("control-fresh", [(5.0, 30.0)], seed=7)]
+    results = {"dense": goals, "eb-speed-50": some, "prune-taylor-50": none, "control-fresh": elsewhere}
+    plots.bars(results, "fid", None, Path("unused"))
+    (axes,) = drawn[0].axes
+    assert [text.get_text() for text in axes.texts if text.get_position()[0] < 0.1] == [
+        "2 of 3 seeds",
+        "not reached",
+        "-",
+    ]
+    assert {text.get_text() for text in axes.texts} >= {"1/3: the aim", "1: the dense arm"}
+    assert "a dot is a seed" in axes.get_xlabel()
+
+
 def test_pictures(results: dict[str, list[dict[str, Any]]], tmp_path: Path) -> None:
     plots.curves(results, "fid", None, tmp_path / "curves.png")
     results["control-fresh"] = [cell("control-fresh", [(90.0, 15.0)], seed=4)]

@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter
 from ebdiff.plots import write
 
 from .arms import ARMS
-from .counting import SEEDS, Clock, Results, curve, headline, named
+from .counting import SEEDS, Clock, Headline, Results, curve, headline, named
 
 _GREY = "#666666"
 _COLOURS = (
@@ -108,22 +108,26 @@ def bars(results: Results, measure: str, clock: Clock | None, path: Path) -> Non
         if whole:
             axes.barh(row, head.reached.mean, color=_GREY if arm == "dense" else _COLOURS[0], height=0.7, alpha=0.7)
         else:
-            axes.text(
-                0.01,
-                row,
-                f"not reached by {head.seeds - len(head.reached.values)} of {head.seeds}" if head.seeds else "-",
-                va="center",
-                fontsize=7,
-            )
+            axes.text(0.01, row, _missing(head), va="center", fontsize=7)
         axes.plot(head.reached.values, [row] * len(head.reached.values), "k.", markersize=4)
     names = [arm if heads[arm].seeds >= SEEDS else f"{arm} *" for arm in heads]
     axes.set_yticks(range(len(heads)), names, fontsize=7)
     axes.set_ylim(len(heads) - 0.4, -0.6)
     axes.set_xlim(left=0)
-    for share in (1 / 3, 1):
+    for share, words in ((1 / 3, "1/3: the aim"), (1, "1: the dense arm")):
         axes.axvline(share, color=_GREY, linewidth=0.8, linestyle=":")
+        axes.text(share, -0.7, words, ha="center", va="bottom", fontsize=7, color=_GREY)
     axes.set(
-        xlabel=f"device-seconds to the dense arm's final {named(measure)},\nover its own (*: fewer than {SEEDS} seeds)"
+        xlabel=f"device-seconds to the dense arm's final {named(measure)}, over its own\n"
+        f"(a dot is a seed; *: fewer than {SEEDS} seeds)"
     )
     axes.spines[["top", "right"]].set_visible(False)
     write(figure, path)
+
+
+def _missing(head: Headline) -> str:
+    """What stands in place of a bar where not all seeds got there."""
+    count = len(head.reached.values)
+    if not count:
+        return "not reached" if head.seeds else "-"
+    return f"{count} of {head.seeds} seeds"
