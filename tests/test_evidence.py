@@ -21,7 +21,7 @@ from benchmarks.evidence.counting import (
     wall_seconds,
 )
 from benchmarks.evidence.suite import Suite
-from benchmarks.evidence.table import costs, headlines, markdown
+from benchmarks.evidence.table import costs, headlines, markdown, settled
 
 
 def stage(steps: int, seconds: float, macs: float) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def cell(
             "evaluate": {"samples": 10},
             "sample": {"steps": 5},
         },
-        "machine": {"threads": "1 thread", "cpu": "one"},
+        "machine": {"threads": "1 thread", "cpu": "one", "torch": "2.13.0", "commit": "aaa"},
         "curve": points,
         "parameters": {"dense": 2e6, "stored": 1e6, "active": 5e5},
         "macs_per_image": {"uniform": 50.0, "sampler": 25.0, "dense": 100.0},
@@ -185,7 +185,7 @@ def test_the_page_of_a_suite(results: dict[str, list[dict[str, Any]]]) -> None:
     page = markdown(Suite.load("fashion16"), results, ["dense, seed 9: no result"], None, {"curves": "curves.png"})
     assert "| eb-speed-50 | 3 | 0.50 ± 0.00 |" in page
     assert "| regions-30-60-80 | 1 * | not reached |" in page
-    assert "| prune-taylor-50 | 2 * | not reached | - | - |" in page
+    assert "| prune-taylor-50 | 2 * | not reached | - | - | - | 23.10 ± 1.56 |" in page
     assert "| prune-taylor-50 | 114 ± 0 | 104 ± 0 | 228 ± 0 |" in page
     assert "7/no/no" in page
     assert "- dense, seed 9: no result" in page
@@ -206,6 +206,27 @@ def test_costs_are_means_over_seeds(results: dict[str, list[dict[str, Any]]]) ->
     long["parameters"] = {"dense": 2e6, "stored": 1.2e6, "active": 5e5}
     (row,) = costs({"eb-speed-50": [short, long]}, None)
     assert row[4:7] == ["4 + 90", "4.500 / 1.000", "1.10M (55%)"]
+
+
+def test_macs_are_named_as_in_the_report(results: dict[str, list[dict[str, Any]]]) -> None:
+    page = markdown(Suite.load("fashion16"), results, [], None, {})
+    assert "| MACs of an image per sampler step | per training step, timesteps uniform |" in page
+
+
+def test_what_starts_from_another_network_has_no_score_at_a_share_of_its_device_seconds() -> None:
+    dense = [cell("dense", [(25.0, 40.0), (100.0, 20.0)])]
+    cheap = [cell("prune-taylor-50", [(5.0, 30.0), (10.0, 22.0)], before=50.0)]
+    rows = headlines({"dense": dense, "prune-taylor-50": cheap}, "fid", None)
+    assert rows[0][5] == "20.00"
+    assert rows[1][3:7] == ["-", "-", "-", "22.00"]
+
+
+def test_a_ticket_is_drawn_once_where_a_trained_network_is_pruned(results: dict[str, list[dict[str, Any]]]) -> None:
+    assert settled([cell("prune-diff-pruning-30", [(5.0, 30.0)], before=100.0)]) == "drawn once"
+    assert settled(results["prune-taylor-50"]) == "drawn once"  # its search takes gradients only
+    assert settled(results["dense"]) == "no search"
+    assert settled(results["regions-30-60-80"]) == "7/no/no"
+    assert settled(results["eb-speed-50"]) == "7, 7, 7"
 
 
 def test_a_page_by_the_held_out_loss(results: dict[str, list[dict[str, Any]]]) -> None:

@@ -33,8 +33,8 @@ RULE = (
     "{measure} of the dense arm of the same seed, over all device-seconds of that dense arm. *At 25, 50 and 100%*: the "
     "{measure} of the network that the device-seconds give which the dense arm had taken at this share of its steps; "
     "where an arm's first scored network is up to {late:.0%} later, that one's; an arm that ended before keeps its "
-    "last. Mean ± standard deviation over seeds, of scores over those that the dense arm has, too; numbers alone are "
-    "means. A star marks fewer than {seeds} seeds."
+    "last, and one that starts from the dense arm's network has none. Mean ± standard deviation over seeds, of scores "
+    "over those that the dense arm has, too; numbers alone are means. A star marks fewer than {seeds} seeds."
 )
 OWN = "A step counts the seconds that it took in its own cell; cells ran beside other work."
 CLOCKED = (
@@ -107,7 +107,7 @@ def headlines(results: Results, measure: str, clock: Clock | None) -> list[list[
                 arm,
                 f"{head.seeds}{'' if head.seeds >= SEEDS else ' *'}",
                 to_dense(head),
-                *(head.at[share].text(form) for share in SHARES),
+                *("-" if ARMS[arm].after else head.at[share].text(form) for share in SHARES),
                 head.final.text(form),
                 Spread(tuple(end["loss"] for end in ends)).text(".4f"),
                 ", ".join(_mean(ends, key, ".2f") for key in ("precision", "recall")),
@@ -133,8 +133,8 @@ _COSTS = [
     "a step, s",
     "parameters stored",
     "at work",
-    "MACs of an image, by the sampler's steps",
-    "by all timesteps",
+    "MACs of an image per sampler step",
+    "per training step, timesteps uniform",
     "ticket settled",
 ]
 
@@ -175,7 +175,12 @@ def mean_of(found: Sequence[Facts], what: str) -> dict[str, float]:
 
 
 def settled(found: Sequence[Facts]) -> str:
-    """At which step of the search, seed by seed; regions beside each other."""
+    """At which step of the search, seed by seed; regions beside each other.
+
+    A trained network is pruned at once, whatever passes its criterion takes before.
+    """
+    if ARMS[found[0]["arm"]].after:
+        return "drawn once"
     if not found[0]["curve"][-1]["stages"]["search"]["steps"]:
         return "no search"
     seeds = []
