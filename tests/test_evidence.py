@@ -21,7 +21,7 @@ from benchmarks.evidence.counting import (
     wall_seconds,
 )
 from benchmarks.evidence.suite import Suite
-from benchmarks.evidence.table import costs, headlines, markdown, settled
+from benchmarks.evidence.table import costs, headlines, markdown, settled, strayed
 
 
 def stage(steps: int, seconds: float, macs: float) -> dict[str, Any]:
@@ -227,6 +227,45 @@ def test_a_ticket_is_drawn_once_where_a_trained_network_is_pruned(results: dict[
     assert settled(results["dense"]) == "no search"
     assert settled(results["regions-30-60-80"]) == "7/no/no"
     assert settled(results["eb-speed-50"]) == "7, 7, 7"
+
+
+def test_on_a_clock_what_cells_took_has_a_column_of_its_own() -> None:
+    seeds = [cell("eb-speed-50", [(seconds, 15.0)], seed, search=8.0) for seed, seconds in enumerate((90.0, 90.0))]
+    for facts, took in zip(seeds, (80.0, 100.0), strict=True):
+        facts["curve"][-1]["stages"]["region 0"]["device_seconds"] = took
+    clock = {"eb-speed-50": {"search": 5.0, "region 0": 2.0}}
+    (own,), (timed,) = costs({"eb-speed-50": seeds}, None), costs({"eb-speed-50": seeds}, clock)
+    assert own[1:3] == ["98 ± 14", "8 ± 0"]
+    assert timed[1:5] == ["200", "98 ± 14", "20", "200"]
+    (other,) = costs({"eb-speed-50": seeds}, {"dense": {"search": 1.0, "region 0": 1.0}})
+    assert other[1:3] == ["98 ± 14", "98 ± 14"]  # on the clock, yet not this arm
+
+
+def test_searches_that_end_apart_are_apart_on_the_clock() -> None:
+    seeds = [cell("eb-speed-50", [(90.0, 15.0)], seed, search=search) for seed, search in enumerate((4.0, 24.0))]
+    (row,) = costs({"eb-speed-50": seeds}, {"eb-speed-50": {"search": 5.0, "region 0": 2.0}})
+    assert row[1] == "215 ± 35"
+
+
+def test_rows_have_as_many_cells_as_titles(results: dict[str, list[dict[str, Any]]]) -> None:
+    clock = {"dense": {"search": 1.0, "region 0": 1.0}}
+    for given in (None, clock):
+        lines = markdown(Suite.load("fashion16"), results, [], given, {}).splitlines()
+        first = next(i for i, line in enumerate(lines) if line.startswith("| arm | device-seconds |"))
+        assert len({line.count("|") for line in lines[first : first + 6]}) == 1
+        assert ("measured in its own cell" in lines[first]) == (given is not None)
+
+
+def test_the_page_says_how_far_spending_strayed(results: dict[str, list[dict[str, Any]]]) -> None:
+    assert strayed(results, None) == (
+        "By the seconds of their own cells arms spent 1.00 of the dense arm's device-seconds; the columns at 25, 50 "
+        "and 100% compare at equal ones."
+    )
+    results["eb-speed-30"] = [cell("eb-speed-30", [(137.0, 15.0)])]
+    clock = {arm: {"before": 9.0, "search": 5.0, "region 0": 1.0} for arm in results if "regions" not in arm}
+    assert strayed(results, clock).startswith("By this clock arms spent 1.00 to 1.37 of the dense")
+    assert strayed({"dense": results["dense"], "prune-taylor-50": results["prune-taylor-50"]}, None) == ""
+    assert strayed(results, clock) in markdown(Suite.load("fashion16"), results, [], clock, {})
 
 
 def test_a_page_by_the_held_out_loss(results: dict[str, list[dict[str, Any]]]) -> None:

@@ -74,7 +74,10 @@ def markdown(
         ),
         *(f"![{what}]({name})" for what, name in pictures.items()),
         "## What arms cost",
-        table(_COSTS, costs(results, clock)),
+        table(
+            _COSTS if clock is None else [*_COSTS[:2], "measured in its own cell", *_COSTS[2:]], costs(results, clock)
+        ),
+        *_given(strayed(results, clock)),
         "## Arms",
         table(["arm", "what it is"], [[name, ARMS[name].about] for name in results]),
         *_rest(unfinished),
@@ -140,9 +143,10 @@ _COSTS = [
 
 
 def costs(results: Results, clock: Clock | None) -> list[list[str]]:
-    """A row per arm; means over seeds."""
+    """A row per arm; means over seeds. With a clock, there is a column more: what the cells themselves took."""
     rows = []
     for arm, found in results.items():
+        seconds = _seconds if clock is None or arm not in clock else _clocked
         spent = [seconds_at(facts, facts["curve"][-1], clock) for facts in found]
         before = [sum(s for name, s in each.items() if not name.startswith("region")) for each in spent]
         ends = [facts["curve"][-1]["stages"] for facts in found]
@@ -153,9 +157,10 @@ def costs(results: Results, clock: Clock | None) -> list[list[str]]:
         rows.append(
             [
                 arm,
-                Spread(tuple(sum(each.values()) for each in spent)).text(".0f"),
-                Spread(tuple(before)).text(".0f"),
-                Spread(tuple(wall_seconds(facts, clock) for facts in found)).text(".0f"),
+                seconds([sum(each.values()) for each in spent]),
+                *([] if clock is None else [_seconds([_total(facts) for facts in found])]),
+                seconds(before),
+                seconds([wall_seconds(facts, clock) for facts in found]),
                 " + ".join(f"{mean(steps[name]):.0f}" for name in stages),
                 " / ".join(f"{mean(per_step[name]):.3f}" for name in stages),
                 *(
@@ -167,6 +172,20 @@ def costs(results: Results, clock: Clock | None) -> list[list[str]]:
             ]
         )
     return rows
+
+
+def strayed(results: Results, clock: Clock | None) -> str:
+    """How far the other arms' device-seconds lie from the dense arm's; empty where there is none to compare."""
+    means = {arm: mean(_total(facts, clock) for facts in found) for arm, found in results.items()}
+    shares = [means[arm] / means["dense"] for arm in means if arm != "dense" and not ARMS[arm].after]
+    if not shares:
+        return ""
+    by = "this clock" if clock is not None else "the seconds of their own cells"
+    span = " to ".join(dict.fromkeys(f"{share:.2f}" for share in (min(shares), max(shares))))
+    return (
+        f"By {by} arms spent {span} of the dense arm's device-seconds; the columns at 25, 50 and 100% compare at equal "
+        "ones."
+    )
 
 
 def mean_of(found: Sequence[Facts], what: str) -> dict[str, float]:
@@ -213,9 +232,27 @@ def _setting(suite: Suite, results: Results, measure: str, clock: Clock | None, 
     )
 
 
+def _total(facts: Facts, clock: Clock | None = None) -> float:
+    """Device-seconds of all stages."""
+    return sum(seconds_at(facts, facts["curve"][-1], clock).values())
+
+
+def _seconds(values: Sequence[float]) -> str:
+    return Spread(tuple(values)).text(".0f")
+
+
+def _clocked(values: Sequence[float]) -> str:
+    """Steps of equal networks count alike: seeds differ only where their searches ended apart."""
+    return _seconds(values).removesuffix(" ± 0")
+
+
 def _mean(ends: Sequence[Facts], key: str, form: str) -> str:
     values = [end[key] for end in ends if end[key] is not None]
     return f"{sum(values) / len(values):{form}}" if values else "-"
+
+
+def _given(text: str) -> list[str]:
+    return [text] if text else []
 
 
 def _rest(unfinished: Sequence[str]) -> list[str]:
