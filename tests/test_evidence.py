@@ -268,6 +268,47 @@ def test_the_page_says_how_far_spending_strayed(results: dict[str, list[dict[str
     assert strayed(results, clock) in markdown(Suite.load("fashion16"), results, [], clock, {})
 
 
+TUNING = """Learning rates of fashion16: 350 dense steps or what costs as much, one seed.
+
+| lr | arm | held-out loss | FID |
+| --- | --- | --- | --- |
+| 0.0005 | dense | 0.0585 | 18.26 |
+| 0.0005 | eb-speed-50 | 0.0532 | - |
+| 0.001 | dense | 0.0580 | 18.59 |
+| 0.001 | eb-speed-50 | 0.0519 | - |
+"""
+
+
+def test_the_page_says_how_the_learning_rate_was_chosen(results: dict[str, list[dict[str, Any]]]) -> None:
+    page = markdown(Suite.load("fashion16"), results, [], None, {}, TUNING)
+    assert "tried for the dense arm and for a ticket of half the channels alike" in page
+    section = page.partition("## Learning rate\n\n")[2]
+    assert TUNING.strip() in section
+    assert "with the best score of the ticket and the best held-out loss of the dense arm" in section
+    assert "dense: held-out loss 0.0580 at 0.001, FID 18.26 at 0.0005; eb-speed-50: held-out loss 0.0519 at 0.001." in (
+        section
+    )
+    untuned = markdown(Suite.load("fashion16"), results, [], None, {})
+    assert "not tuned yet" in untuned
+    assert "## Learning rate" not in untuned
+
+
+def test_the_page_names_commits_and_what_ran_from_uncommitted_code(results: dict[str, list[dict[str, Any]]]) -> None:
+    results["dense"][1]["machine"] |= {"commit": "aaa+", "torch": "2.14.0"}
+    results["eb-speed-50"][0]["machine"]["commit"] = "aaa, bbb+"
+    page = markdown(Suite.load("fashion16"), results, [], None, {})
+    head, _, section = page.partition("## Provenance\n\n")
+    assert "9 cells of 2 commits, 2 of them from uncommitted library code in part" in head
+    assert "9 cells of 2 commits (aaa, bbb), torch 2.13.0, 2.14.0." in section
+    assert "dense-1 (aaa+), eb-speed-50-0 (aaa, bbb+)" in section
+    for found in results.values():
+        for facts in found:
+            facts["machine"]["commit"] = "aaa"
+    page = markdown(Suite.load("fashion16"), results, [], None, {})
+    assert "9 cells of 1 commit (aaa)" in page
+    assert "uncommitted" not in page
+
+
 def test_a_page_by_the_held_out_loss(results: dict[str, list[dict[str, Any]]]) -> None:
     for facts in (facts for found in results.values() for facts in found):
         for point in facts["curve"]:

@@ -41,6 +41,11 @@ CLOCKED = (
     "Steps count the seconds of one clock, on which all networks were timed in turn (`--clock`, {place}){missing}."
 )
 
+RATE = (
+    "All arms train at {lr:g}. The rule: the rate with the best score of the ticket and the best held-out loss of the "
+    "dense arm. Lowest of those tried, for {best}."
+)
+
 
 def markdown(
     suite: Suite,
@@ -48,7 +53,7 @@ def markdown(
     unfinished: Sequence[str],
     clock: Clock | None,
     pictures: Mapping[str, str],
-    tuned: bool = False,
+    tuning: str = "",
     place: str = "",
 ) -> str:
     """The page of a suite.
@@ -58,7 +63,7 @@ def markdown(
         unfinished: a line for each of the others.
         clock: see `counting`.
         pictures: {what: file name} beside the page.
-        tuned: were the suite's learning rates tried?
+        tuning: what was found at the suite's learning rates, a text with one table; empty where they were not tried.
         place: where the clock's seconds were measured.
     """
     parts = [f"# {suite.name}: {suite.about}"]
@@ -66,7 +71,8 @@ def markdown(
         return "\n\n".join([*parts, "No dense arm is finished, so nothing can be compared.", *_rest(unfinished)]) + "\n"
     measure = measure_of(results)
     parts += [
-        _setting(suite, results, measure, clock, tuned, place),
+        _setting(suite, results, measure, clock, bool(tuning), place),
+        provenance(results),
         "## When an arm is as good as the dense one",
         table(
             [title.format(named(measure)) for title in _HEADLINES],
@@ -80,6 +86,9 @@ def markdown(
         *_given(strayed(results, clock)),
         "## Arms",
         table(["arm", "what it is"], [[name, ARMS[name].about] for name in results]),
+        *_rate(tuning, results),
+        "## Provenance",
+        provenance(results, in_full=True),
         *_rest(unfinished),
     ]
     return "\n\n".join(parts) + "\n"
@@ -208,6 +217,55 @@ def settled(found: Sequence[Facts]) -> str:
     return ", ".join(seeds)
 
 
+def provenance(results: Results, in_full: bool = False) -> str:
+    """How many cells of how many commits, and how many of them ran from library code that differs from its commit.
+
+    Args:
+        in_full: with their names, and torch's versions.
+    """
+    commits = {
+        f"{arm}-{facts['seed']}": facts["machine"]["commit"] for arm, found in results.items() for facts in found
+    }
+    names = list(dict.fromkeys(name.rstrip("+") for commit in commits.values() for name in commit.split(", ")))
+    loose = [f"{cell} ({commit})" for cell, commit in commits.items() if "+" in commit]
+    start = f"{_plural(len(commits), 'cell')} of {_plural(len(names), 'commit')}"
+    if not in_full:
+        among = f", {len(loose)} of them from uncommitted library code in part" if loose else ""
+        return f"{start}{among} (see Provenance)."
+    versions = dict.fromkeys(facts["machine"]["torch"] for found in results.values() for facts in found)
+    text = f"{start} ({', '.join(names)}), torch {', '.join(versions)}."
+    if loose:
+        text += (
+            "\n\nCells that ran, at one start at least, from library code that differs from the commit, "
+            f"marked by a plus: {', '.join(loose)}."
+        )
+    return text
+
+
+def _rate(tuning: str, results: Results) -> list[str]:
+    """How the learning rate was chosen, where it was."""
+    if not tuning:
+        return []
+    lr = results["dense"][0]["config"]["train"]["lr"]
+    return ["## Learning rate", RATE.format(lr=lr, best=lowest(tuning)), tuning.strip()]
+
+
+def lowest(tuning: str) -> str:
+    """For each arm of the table in `tuning` its lowest scores, and at which learning rates."""
+    lines = [line.strip("| ").split(" | ") for line in tuning.splitlines() if line.startswith("|")]
+    (_, _, *measures), rows = lines[0], lines[2:]
+    found = []
+    for arm in dict.fromkeys(row[1] for row in rows):
+        words = []
+        for column, measure in enumerate(measures, 2):
+            tried = [(float(row[column]), row) for row in rows if row[1] == arm and row[column] != "-"]
+            if tried:
+                _, best = min(tried)
+                words.append(f"{measure} {best[column]} at {best[0]}")
+        found.append(f"{arm}: {', '.join(words)}")
+    return "; ".join(found)
+
+
 def _setting(suite: Suite, results: Results, measure: str, clock: Clock | None, tuned: bool, place: str) -> str:
     config = results["dense"][0]["config"]
     train, machines = config["train"], [facts["machine"] for found in results.values() for facts in found]
@@ -249,6 +307,10 @@ def _clocked(values: Sequence[float]) -> str:
 def _mean(ends: Sequence[Facts], key: str, form: str) -> str:
     values = [end[key] for end in ends if end[key] is not None]
     return f"{sum(values) / len(values):{form}}" if values else "-"
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def _given(text: str) -> list[str]:
