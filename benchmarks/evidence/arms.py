@@ -150,7 +150,7 @@ def _pruned() -> Iterator[Arm]:
         yield Arm(f"prune-{criterion}-{ratio * 100:.0f}", about, "pruned", make, after="dense")
     for ratio in (0.3, 0.5):
         about = f"the network {ratio:.0%} narrower, from random weights"
-        yield Arm(f"scratch-{ratio * 100:.0f}", about, "pruned", partial(scratch, ratio=ratio))
+        yield Arm(f"scratch-{ratio * 100:.0f}", about, "from scratch", partial(scratch, ratio=ratio))
 
 
 def _early_bird() -> Iterator[Arm]:

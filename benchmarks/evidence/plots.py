@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,21 @@ from matplotlib.ticker import FuncFormatter
 from ebdiff.plots import write
 
 from .arms import ARMS
-from .counting import SEEDS, Clock, Results, curve, headline, named
+from .counting import SEEDS, Clock, Headline, Results, curve, headline, named
 
 _GREY = "#666666"
-_COLOURS = ("#4477aa", "#cc3311", "#228833", "#ccbb44", "#aa3377", "#66ccee", "#ee7733", "#000000")
-_DASHES = ("-", "--", ":")
+_COLOURS = (
+    *("#4477aa", "#cc3311", "#228833", "#ccbb44", "#aa3377", "#66ccee", "#ee7733", "#000000"),
+    *("#8c564b", "#f781bf", "#332288", "#88cc22"),
+)  # as many as the largest family has arms
+_SOLID = 8  # so many of a panel's lines; those after them are dashed
 
 
 def curves(results: Results, measure: str, clock: Clock | None, path: Path) -> None:
-    """A panel per family, the dense arm in each; bands are the seeds' extremes."""
+    """A panel per family, the dense arm in each; bands are the seeds' extremes.
+
+    Arms that start from the dense arm's network get the device-seconds after it alone, which a logarithm would squeeze.
+    """
     families = list(dict.fromkeys(ARMS[arm].family for arm in results if arm != "dense")) or ["dense"]
     across = min(3, len(families))
     down = -(-len(families) // across)
@@ -30,7 +37,7 @@ def curves(results: Results, measure: str, clock: Clock | None, path: Path) -> N
         arms = [arm for arm in results if arm != "dense" and ARMS[arm].family == family]
         _line(axes, "dense", results["dense"], measure, clock, _GREY, "-")
         for number, arm in enumerate(arms):
-            colour, dash = _COLOURS[number % len(_COLOURS)], _DASHES[number // len(_COLOURS) % len(_DASHES)]
+            colour, dash = _COLOURS[number % len(_COLOURS)], "-" if number < _SOLID else "--"
             _line(axes, arm, results[arm], measure, clock, colour, dash)
         goal = statistics.mean(curve(facts, measure, clock)[-1][1] for facts in results["dense"])
         axes.axhline(goal, color=_GREY, linewidth=0.8, linestyle=":")
@@ -39,12 +46,25 @@ def curves(results: Results, measure: str, clock: Clock | None, path: Path) -> N
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(FuncFormatter(_plain))
             axis.set_minor_formatter(FuncFormatter(_few))
+        if arms and all(ARMS[arm].after for arm in arms):
+            axes.set(xscale="linear", xlim=_finetuning(results, arms, measure, clock))
+            axes.set(xlabel="device-seconds, the dense arm's included (linear)")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, linewidth=0.6, which="both")
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=2, edgecolor="none", fontsize=7)
+        axes.legend(
+            loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=2, edgecolor="none", fontsize=7, handlelength=3
+        )
     for axes in grid[len(families) :]:
         axes.set_visible(False)
     write(figure, path)
+
+
+def _finetuning(results: Results, arms: Sequence[str], measure: str, clock: Clock | None) -> tuple[float, float]:
+    """Device-seconds, with a margin, from where the dense arm ends to the last mark of these arms."""
+    before = [curve(facts, measure, clock)[-1][0] for facts in results["dense"]]
+    seconds = [point[0] for arm in arms for facts in results[arm] for point in curve(facts, measure, clock)]
+    left, right = min(statistics.mean(before), *seconds), max(seconds)
+    return left - 0.05 * (right - left), right + 0.05 * (right - left)
 
 
 def _plain(value: float, _: object = None) -> str:
@@ -88,22 +108,26 @@ def bars(results: Results, measure: str, clock: Clock | None, path: Path) -> Non
         if whole:
             axes.barh(row, head.reached.mean, color=_GREY if arm == "dense" else _COLOURS[0], height=0.7, alpha=0.7)
         else:
-            axes.text(
-                0.01,
-                row,
-                f"not reached by {head.seeds - len(head.reached.values)} of {head.seeds}" if head.seeds else "-",
-                va="center",
-                fontsize=7,
-            )
+            axes.text(0.01, row, _missing(head), va="center", fontsize=7)
         axes.plot(head.reached.values, [row] * len(head.reached.values), "k.", markersize=4)
     names = [arm if heads[arm].seeds >= SEEDS else f"{arm} *" for arm in heads]
     axes.set_yticks(range(len(heads)), names, fontsize=7)
     axes.set_ylim(len(heads) - 0.4, -0.6)
     axes.set_xlim(left=0)
-    for share in (1 / 3, 1):
+    for share, words in ((1 / 3, "1/3: the aim"), (1, "1: the dense arm")):
         axes.axvline(share, color=_GREY, linewidth=0.8, linestyle=":")
+        axes.text(share, -0.7, words, ha="center", va="bottom", fontsize=7, color=_GREY)
     axes.set(
-        xlabel=f"device-seconds to the dense arm's final {named(measure)},\nover its own (*: fewer than {SEEDS} seeds)"
+        xlabel=f"device-seconds to the dense arm's final {named(measure)}, over its own\n"
+        f"(a dot is a seed; *: fewer than {SEEDS} seeds)"
     )
     axes.spines[["top", "right"]].set_visible(False)
     write(figure, path)
+
+
+def _missing(head: Headline) -> str:
+    """What stands in place of a bar where not all seeds got there."""
+    count = len(head.reached.values)
+    if not count:
+        return "not reached" if head.seeds else "-"
+    return f"{count} of {head.seeds} seeds"

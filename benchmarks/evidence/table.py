@@ -33,12 +33,17 @@ RULE = (
     "{measure} of the dense arm of the same seed, over all device-seconds of that dense arm. *At 25, 50 and 100%*: the "
     "{measure} of the network that the device-seconds give which the dense arm had taken at this share of its steps; "
     "where an arm's first scored network is up to {late:.0%} later, that one's; an arm that ended before keeps its "
-    "last. Mean ± standard deviation over seeds, of scores over those that the dense arm has, too; numbers alone are "
-    "means. A star marks fewer than {seeds} seeds."
+    "last, and one that starts from the dense arm's network has none. Mean ± standard deviation over seeds, of scores "
+    "over those that the dense arm has, too; numbers alone are means. A star marks fewer than {seeds} seeds."
 )
 OWN = "A step counts the seconds that it took in its own cell; cells ran beside other work."
 CLOCKED = (
     "Steps count the seconds of one clock, on which all networks were timed in turn (`--clock`, {place}){missing}."
+)
+
+RATE = (
+    "All arms train at {lr:g}. The rule: the rate with the best score of the ticket and the best held-out loss of the "
+    "dense arm. Lowest of those tried, for {best}."
 )
 
 
@@ -48,7 +53,7 @@ def markdown(
     unfinished: Sequence[str],
     clock: Clock | None,
     pictures: Mapping[str, str],
-    tuned: bool = False,
+    tuning: str = "",
     place: str = "",
 ) -> str:
     """The page of a suite.
@@ -58,7 +63,7 @@ def markdown(
         unfinished: a line for each of the others.
         clock: see `counting`.
         pictures: {what: file name} beside the page.
-        tuned: were the suite's learning rates tried?
+        tuning: what was found at the suite's learning rates, a text with one table; empty where they were not tried.
         place: where the clock's seconds were measured.
     """
     parts = [f"# {suite.name}: {suite.about}"]
@@ -66,7 +71,8 @@ def markdown(
         return "\n\n".join([*parts, "No dense arm is finished, so nothing can be compared.", *_rest(unfinished)]) + "\n"
     measure = measure_of(results)
     parts += [
-        _setting(suite, results, measure, clock, tuned, place),
+        _setting(suite, results, measure, clock, bool(tuning), place),
+        provenance(results),
         "## When an arm is as good as the dense one",
         table(
             [title.format(named(measure)) for title in _HEADLINES],
@@ -74,9 +80,15 @@ def markdown(
         ),
         *(f"![{what}]({name})" for what, name in pictures.items()),
         "## What arms cost",
-        table(_COSTS, costs(results, clock)),
+        table(
+            _COSTS if clock is None else [*_COSTS[:2], "measured in its own cell", *_COSTS[2:]], costs(results, clock)
+        ),
+        *_given(strayed(results, clock)),
         "## Arms",
         table(["arm", "what it is"], [[name, ARMS[name].about] for name in results]),
+        *_rate(tuning, results),
+        "## Provenance",
+        provenance(results, in_full=True),
         *_rest(unfinished),
     ]
     return "\n\n".join(parts) + "\n"
@@ -107,7 +119,7 @@ def headlines(results: Results, measure: str, clock: Clock | None) -> list[list[
                 arm,
                 f"{head.seeds}{'' if head.seeds >= SEEDS else ' *'}",
                 to_dense(head),
-                *(head.at[share].text(form) for share in SHARES),
+                *("-" if ARMS[arm].after else head.at[share].text(form) for share in SHARES),
                 head.final.text(form),
                 Spread(tuple(end["loss"] for end in ends)).text(".4f"),
                 ", ".join(_mean(ends, key, ".2f") for key in ("precision", "recall")),
@@ -133,16 +145,17 @@ _COSTS = [
     "a step, s",
     "parameters stored",
     "at work",
-    "MACs of an image, by the sampler's steps",
-    "by all timesteps",
+    "MACs of an image per sampler step",
+    "per training step, timesteps uniform",
     "ticket settled",
 ]
 
 
 def costs(results: Results, clock: Clock | None) -> list[list[str]]:
-    """A row per arm; means over seeds."""
+    """A row per arm; means over seeds. With a clock, there is a column more: what the cells themselves took."""
     rows = []
     for arm, found in results.items():
+        seconds = _seconds if clock is None or arm not in clock else _clocked
         spent = [seconds_at(facts, facts["curve"][-1], clock) for facts in found]
         before = [sum(s for name, s in each.items() if not name.startswith("region")) for each in spent]
         ends = [facts["curve"][-1]["stages"] for facts in found]
@@ -153,9 +166,10 @@ def costs(results: Results, clock: Clock | None) -> list[list[str]]:
         rows.append(
             [
                 arm,
-                Spread(tuple(sum(each.values()) for each in spent)).text(".0f"),
-                Spread(tuple(before)).text(".0f"),
-                Spread(tuple(wall_seconds(facts, clock) for facts in found)).text(".0f"),
+                seconds([sum(each.values()) for each in spent]),
+                *([] if clock is None else [_seconds([_total(facts) for facts in found])]),
+                seconds(before),
+                seconds([wall_seconds(facts, clock) for facts in found]),
                 " + ".join(f"{mean(steps[name]):.0f}" for name in stages),
                 " / ".join(f"{mean(per_step[name]):.3f}" for name in stages),
                 *(
@@ -169,19 +183,87 @@ def costs(results: Results, clock: Clock | None) -> list[list[str]]:
     return rows
 
 
+def strayed(results: Results, clock: Clock | None) -> str:
+    """How far the other arms' device-seconds lie from the dense arm's; empty where there is none to compare."""
+    means = {arm: mean(_total(facts, clock) for facts in found) for arm, found in results.items()}
+    shares = [means[arm] / means["dense"] for arm in means if arm != "dense" and not ARMS[arm].after]
+    if not shares:
+        return ""
+    by = "this clock" if clock is not None else "the seconds of their own cells"
+    span = " to ".join(dict.fromkeys(f"{share:.2f}" for share in (min(shares), max(shares))))
+    return (
+        f"By {by} arms spent {span} of the dense arm's device-seconds; the columns at 25, 50 and 100% compare at equal "
+        "ones."
+    )
+
+
 def mean_of(found: Sequence[Facts], what: str) -> dict[str, float]:
     """Numbers of these names, means over seeds."""
     return {key: mean(facts[what][key] for facts in found) for key in found[0][what]}
 
 
 def settled(found: Sequence[Facts]) -> str:
-    """At which step of the search, seed by seed; regions beside each other."""
+    """At which step of the search, seed by seed; regions beside each other.
+
+    A trained network is pruned at once, whatever passes its criterion takes before.
+    """
+    if ARMS[found[0]["arm"]].after:
+        return "drawn once"
     if not found[0]["curve"][-1]["stages"]["search"]["steps"]:
         return "no search"
     seeds = []
     for facts in found:
         seeds.append("/".join(str(t["step"]) if t["settled"] else "no" for t in facts["tickets"]))
     return ", ".join(seeds)
+
+
+def provenance(results: Results, in_full: bool = False) -> str:
+    """How many cells of how many commits, and how many of them ran from library code that differs from its commit.
+
+    Args:
+        in_full: with their names, and torch's versions.
+    """
+    commits = {
+        f"{arm}-{facts['seed']}": facts["machine"]["commit"] for arm, found in results.items() for facts in found
+    }
+    names = list(dict.fromkeys(name.rstrip("+") for commit in commits.values() for name in commit.split(", ")))
+    loose = [f"{cell} ({commit})" for cell, commit in commits.items() if "+" in commit]
+    start = f"{_plural(len(commits), 'cell')} of {_plural(len(names), 'commit')}"
+    if not in_full:
+        among = f", {len(loose)} of them from uncommitted library code in part" if loose else ""
+        return f"{start}{among} (see Provenance)."
+    versions = dict.fromkeys(facts["machine"]["torch"] for found in results.values() for facts in found)
+    text = f"{start} ({', '.join(names)}), torch {', '.join(versions)}."
+    if loose:
+        text += (
+            "\n\nCells that ran, at one start at least, from library code that differs from the commit, "
+            f"marked by a plus: {', '.join(loose)}."
+        )
+    return text
+
+
+def _rate(tuning: str, results: Results) -> list[str]:
+    """How the learning rate was chosen, where it was."""
+    if not tuning:
+        return []
+    lr = results["dense"][0]["config"]["train"]["lr"]
+    return ["## Learning rate", RATE.format(lr=lr, best=lowest(tuning)), tuning.strip()]
+
+
+def lowest(tuning: str) -> str:
+    """For each arm of the table in `tuning` its lowest scores, and at which learning rates."""
+    lines = [line.strip("| ").split(" | ") for line in tuning.splitlines() if line.startswith("|")]
+    (_, _, *measures), rows = lines[0], lines[2:]
+    found = []
+    for arm in dict.fromkeys(row[1] for row in rows):
+        words = []
+        for column, measure in enumerate(measures, 2):
+            tried = [(float(row[column]), row) for row in rows if row[1] == arm and row[column] != "-"]
+            if tried:
+                _, best = min(tried)
+                words.append(f"{measure} {best[column]} at {best[0]}")
+        found.append(f"{arm}: {', '.join(words)}")
+    return "; ".join(found)
 
 
 def _setting(suite: Suite, results: Results, measure: str, clock: Clock | None, tuned: bool, place: str) -> str:
@@ -208,9 +290,31 @@ def _setting(suite: Suite, results: Results, measure: str, clock: Clock | None, 
     )
 
 
+def _total(facts: Facts, clock: Clock | None = None) -> float:
+    """Device-seconds of all stages."""
+    return sum(seconds_at(facts, facts["curve"][-1], clock).values())
+
+
+def _seconds(values: Sequence[float]) -> str:
+    return Spread(tuple(values)).text(".0f")
+
+
+def _clocked(values: Sequence[float]) -> str:
+    """Steps of equal networks count alike: seeds differ only where their searches ended apart."""
+    return _seconds(values).removesuffix(" ± 0")
+
+
 def _mean(ends: Sequence[Facts], key: str, form: str) -> str:
     values = [end[key] for end in ends if end[key] is not None]
     return f"{sum(values) / len(values):{form}}" if values else "-"
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
+def _given(text: str) -> list[str]:
+    return [text] if text else []
 
 
 def _rest(unfinished: Sequence[str]) -> list[str]:
