@@ -58,7 +58,7 @@ def write(suite: Suite, cells: Sequence[Cell]) -> Path:
             draw(results, measure, clock, home / name)
     path = home / f"{suite.name}.md"
     rest = [f"{arm}, seed {', '.join(seeds)}: {state}" for (arm, state), seeds in unfinished.items()]
-    tried, place = tuned(suite, cells[0].out, home), timed["machine"]["cpu"] if timed else ""
+    tried, place = tune_text(suite, cells[0].out, home), timed["machine"]["cpu"] if timed else ""
     write_bytes(path, markdown(suite, results, rest, clock, pictures, tried, place).encode())
     return path
 
@@ -106,6 +106,12 @@ def tuning(suite: Suite, out: Path, home: Path) -> list[Cell]:
 def tuned(suite: Suite, out: Path, home: Path) -> bool:
     """Are all of them finished?"""
     return all(cell.facts() is not None for cell in tuning(suite, out, home))
+
+
+def tune_text(suite: Suite, out: Path, home: Path) -> str:
+    """The table of the learning rates; empty where not all of them are tried."""
+    path = home / suite.name / "tune.md"
+    return path.read_text("utf-8") if path.exists() and tuned(suite, out, home) else ""
 
 
 def write_tuning(suite: Suite, cells: Sequence[Cell]) -> Path:
