@@ -106,6 +106,15 @@ def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], **metad
     write_bytes(path, to_safetensors(plain, metadata=metadata or None))
 
 
+def dtypes_in(path: str | Path) -> dict[str, torch.dtype]:
+    """{name: dtype} of a safetensors file, whose tensors stay on the disk; empty where it cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return {}
+
+
 def read_tensors(
     path: str | Path, device: str | torch.device = "cpu"
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

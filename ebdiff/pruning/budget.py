@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd, lcm
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import EbdiffError
+from ..numbers import as_real, as_whole
 from .plan import ChannelPlan, ChannelSpace
 from .ratios import ratios_by_space
 
@@ -40,16 +42,17 @@ class Budget:
             )
         ratios = list(self.ratio.values()) if isinstance(self.ratio, Mapping) else [self.ratio]
         for ratio in ratios:
-            if ratio is not None and not (isinstance(ratio, int | float) and 0 <= ratio < 1):
+            if ratio is not None and not 0 <= _number(ratio) < 1:
                 raise EbdiffError(
                     "ratio", expected="a share removed in [0, 1)", got=repr(ratio), remedy="e.g. ratio=0.5"
                 )
         for name in ("macs", "latency"):
             share = getattr(self, name)
-            if share is not None and not 0 < share <= 1:
+            if share is not None and not 0 < _number(share) <= 1:
                 raise EbdiffError(name, expected="a share kept in (0, 1]", got=repr(share), remedy=f"e.g. {name}=0.4")
-        if self.multiple_of < 1:
-            raise EbdiffError("multiple_of", expected="at least 1", got=str(self.multiple_of), remedy="e.g. 8")
+        if (as_whole(self.multiple_of) or 0) < 1:
+            got = repr(self.multiple_of)
+            raise EbdiffError("multiple_of", expected="a whole number, at least 1", got=got, remedy="e.g. 8")
         if self.scope not in ("local", "global"):
             raise EbdiffError("scope", expected="'local' or 'global'", got=repr(self.scope), remedy="choose one")
         if isinstance(self.ratio, Mapping) and self.scope == "global":
@@ -64,6 +67,12 @@ class Budget:
         if self.latency is not None:
             return {"latency": self.latency}
         return dict(self.ratio) if isinstance(self.ratio, Mapping) else {"ratio": float(self.ratio or 0)}
+
+
+def _number(value: Any) -> float:
+    """NaN, which lies in no range, where it is no number."""
+    found = as_real(value)
+    return float("nan") if found is None else found
 
 
 def widths_for(

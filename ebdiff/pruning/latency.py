@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..errors import EbdiffError
+from ..numbers import as_whole
 from .mask import ChannelMask
 from .shrink import shrink
 
@@ -36,8 +37,8 @@ class Latency:
     """
 
     def __init__(self, model: nn.Module, *args: Any, rounds: int = 5, **kwargs: Any) -> None:
-        if rounds < 1:
-            raise EbdiffError("rounds", expected="at least 1", got=str(rounds), remedy="e.g. rounds=5")
+        if (as_whole(rounds) or 0) < 1:
+            raise EbdiffError("rounds", expected="a whole number, at least 1", got=repr(rounds), remedy="e.g. rounds=5")
         self.model, self.rounds = model, rounds
         self.args, self.kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from ..ops.dispatch import is_listened_to
 from ..ops.mask_axes import Axes
 from .budget import Budget, widths_for
 from .plan import Along, ChannelPlan, Norm
+
+if TYPE_CHECKING:
+    from ..tickets.ticket import Ticket
 
 __all__ = ["ChannelMask", "NormMode", "Scope", "chance_corrected", "distance", "distances", "mask_distance"]
 
@@ -77,12 +80,10 @@ class ChannelMask:
                 remedy="use this model's plan",
             )
         size = self.plan[name].size
-        if kept.dtype != torch.bool or tuple(kept.shape) != (size,):
+        if not isinstance(kept, Tensor) or kept.dtype != torch.bool or tuple(kept.shape) != (size,):
+            got = f"{kept.dtype} {list(kept.shape)}" if isinstance(kept, Tensor) else type(kept).__name__
             raise EbdiffError(
-                f"mask of {name}",
-                expected=f"bool [{size}]",
-                got=f"{kept.dtype} {list(kept.shape)}",
-                remedy="True = kept",
+                f"mask of {name}", expected=f"a tensor, bool [{size}]", got=got, remedy="True = kept; torch.as_tensor"
             )
         if not kept.any():
             raise EbdiffError(
@@ -144,11 +145,15 @@ class ChannelMask:
         prunable = [space for space in plan if space.unit not in whole]
         for space in prunable:
             found = scores.get(space.name)
-            if found is None or tuple(found.shape) != (space.size,) or not torch.isfinite(found).all():
-                got = "none" if found is None else f"{list(found.shape)}, finite: {bool(torch.isfinite(found).all())}"
+            if not isinstance(found, Tensor):
+                got, right = "none" if found is None else type(found).__name__, False
+            else:
+                right = tuple(found.shape) == (space.size,) and bool(torch.isfinite(found).all())
+                got = f"{list(found.shape)}, finite: {bool(torch.isfinite(found).all())}"
+            if not right:
                 raise EbdiffError(
                     f"scores of {space.name}",
-                    expected=f"finite [{space.size}]",
+                    expected=f"a finite tensor [{space.size}]",
                     got=got,
                     remedy="use ebdiff.importance",
                 )
@@ -286,21 +291,21 @@ def _top(scores: Tensor, count: int) -> Tensor:
     return kept
 
 
-def distance(a: ChannelMask, b: ChannelMask, corrected: bool = False) -> float:
+def distance(a: ChannelMask | Ticket, b: ChannelMask | Ticket, corrected: bool = False) -> float:
     """Normalised Hamming distance: the share of channels kept by exactly one of the two masks.
 
     With `corrected`, divided by 2p(1-p), what two independent random masks that remove the share p differ by: 1 means
     no better than chance, whatever the ratio (p is the mean share of the two; 0 where p is 0 or 1).
     Source: Early-Bird tickets (You et al. 2020); the correction is ours.
     """
-    _check_same(a, b)
+    a, b = _alike(a, b)
     share = float((a.bits() ^ b.bits()).float().mean()) if a.size else 0.0
     return chance_corrected(share, (a.removed + b.removed) / 2) if corrected else share
 
 
-def distances(a: ChannelMask, b: ChannelMask, corrected: bool = False) -> dict[str, float]:
+def distances(a: ChannelMask | Ticket, b: ChannelMask | Ticket, corrected: bool = False) -> dict[str, float]:
     """`distance`, for each space by itself."""
-    _check_same(a, b)
+    a, b = _alike(a, b)
     result = {}
     for name in a:
         share = float((a.keep[name] ^ b.keep[name]).float().mean())
@@ -315,7 +320,9 @@ def chance_corrected(share: float, removed: float) -> float:
     return share / chance if chance > 1e-12 else 0.0
 
 
-def _check_same(a: ChannelMask, b: ChannelMask) -> None:
+def _alike(*given: ChannelMask | Ticket) -> list[ChannelMask]:
+    """The masks themselves, of one plan."""
+    a, b = masks = [each if isinstance(each, ChannelMask) else each.mask for each in given]
     if a.plan.fingerprint() != b.plan.fingerprint():
         raise EbdiffError(
             "distance between masks of different architectures",
@@ -323,3 +330,4 @@ def _check_same(a: ChannelMask, b: ChannelMask) -> None:
             got=b.plan.fingerprint(),
             remedy="compare masks drawn from the same plan",
         )
+    return masks

@@ -6,12 +6,13 @@ stock loaders refuse: with ignore_mismatched_sizes they would fill a shrunken ne
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from .. import files
@@ -34,16 +35,17 @@ def save(model: nn.Module, folder: str | Path) -> None:
     Args:
         model: any module. A dense diffusers model is written as diffusers does. Of other modules the structure is
             written (classes by their import path, plain attributes), so their classes must be importable by name.
-        folder: made if need be; files are replaced atomically. Of a network that it held before, `load` knows nothing.
+        folder: made if need be; each file is replaced atomically, and the weights first: a folder that held another
+            network holds neither if the process is killed between its files. `load` says so then.
 
     Raises:
-        EbdiffError: an attribute that is neither plain data nor importable, which is named, or a file of this name.
+        EbdiffError: an attribute that is neither plain data nor importable, which is named; a shrunken diffusers model
+            to which something was added since; or a file of this name.
     """
     if Path(folder).is_file():
         raise EbdiffError(f"{folder} is a file", expected="a folder, or none yet", got="a file", remedy="name another")
-    save_pretrained: Any = getattr(model, "save_pretrained", None)
-    if save_pretrained is not None:
-        save_pretrained(str(folder))
+    if isinstance(model, ModelMixin):
+        model.save_pretrained(str(folder))
         return
     with taken_out(model):
         structure, extra = describe(model)
@@ -55,7 +57,8 @@ def save(model: nn.Module, folder: str | Path) -> None:
 def load(folder: str | Path) -> Any:
     """The network that `save` wrote, in eval mode, on the CPU.
 
-    Classes are imported from torch, diffusers and ebdiff only; any other module must have been imported before.
+    Parameters and buffers have the dtypes that they were saved in. Classes are imported from torch, diffusers and
+    ebdiff only; any other module must have been imported before.
 
     Raises:
         EbdiffError: the folder is missing, truncated or edited, or a class is not imported yet.
@@ -86,7 +89,8 @@ def from_folder(kind: Any, folder: Path, **options: Any) -> Any:
     Args:
         kind: the class.
         folder: local.
-        options: torch_dtype, device_map, variant, ...: for from_pretrained.
+        options: torch_dtype, device_map, variant, ...: for from_pretrained. Without a dtype every tensor has the one
+            that it was saved in.
 
     Raises:
         EbdiffError: weights that are missing, damaged, or another architecture's.
@@ -94,6 +98,9 @@ def from_folder(kind: Any, folder: Path, **options: Any) -> Any:
     try:
         if kind.__module__ == "ebdiff":
             return kind.from_pretrained(str(folder), **options)
+        saved = {} if _dtype_of(options) else _dtypes_in(folder, options.get("variant"))
+        if saved:
+            options["torch_dtype"] = _widest(saved.values())
         options |= {"use_safetensors": True, "output_loading_info": True}
         model, about = kind.from_pretrained(str(folder), **options)
     except EbdiffError:
@@ -108,7 +115,30 @@ def from_folder(kind: Any, folder: Path, **options: Any) -> Any:
             raise EbdiffError(
                 f"weights in {folder} do not fit", expected=f"a {kind.__name__}'s", got=got, remedy="save it again"
             )
+    for name, tensor in _tensors_of(model).items():
+        tensor.data = tensor.data.to(saved.get(name, tensor.dtype))
     return model
+
+
+def _dtype_of(options: Mapping[str, Any]) -> Any:
+    """The dtype that was asked for, under either name as in diffusers."""
+    return options.get("torch_dtype") or options.get("dtype")
+
+
+def _dtypes_in(folder: Path, variant: str | None) -> dict[str, torch.dtype]:
+    """{name: dtype} of the saved tensors, in however many files: name.VARIANT-00001-of-00002.safetensors."""
+    found: dict[str, torch.dtype] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        middle = path.name.split(".")[1:-1]
+        if [part.partition("-")[0] for part in middle] == ([variant] if variant else []):
+            found |= files.dtypes_in(path)
+    return found
+
+
+def _widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """What holds the floating-point ones without rounding."""
+    floating = [dtype for dtype in dtypes if dtype.is_floating_point]
+    return reduce(torch.promote_types, floating) if floating else torch.float32
 
 
 def _class_in(path: Path, name: str) -> Any:
@@ -120,7 +150,7 @@ def _class_in(path: Path, name: str) -> Any:
         return shrunk_class_named(name) if name.startswith(_PREFIX) else _diffusers_class(name)
     except AttributeError as error:
         raise EbdiffError(
-            f"{path}", expected="the class of a diffusers model", got=str(error), remedy="save the network again"
+            f"{path}", expected="a diffusers model's class", got=str(error), remedy="import the module that defines it"
         ) from None
 
 
@@ -147,17 +177,32 @@ def shrunk_class_named(name: str) -> Any:
 
 
 def _diffusers_class(name: str) -> Any:
+    """Of diffusers, or a user's own that is imported."""
     import diffusers
 
     found = getattr(diffusers, name, None) if name else None
+    if found is None:
+        found = next((each for each in _below(diffusers.ModelMixin) if each.__name__ == name), None)
     if not isinstance(found, type) or not issubclass(found, nn.Module):
-        raise AttributeError(f"diffusers has no model class {name!r}")
+        raise AttributeError(f"no class {name!r} in diffusers, and none of its models that is imported")
     return found
 
 
+def _below(kind: type) -> Iterator[type]:
+    """All subclasses, the latest definition first."""
+    classes: list[type] = kind.__subclasses__()
+    for each in reversed(classes):
+        yield from (each, *_below(each))
+
+
 def _save_pretrained(self: Any, save_directory: str | Path, **_: Any) -> None:
-    """Write config.json (the dense config under this class's name), ebdiff.json and ebdiff.safetensors."""
+    """Write config.json (the dense config under this class's name), ebdiff.json and ebdiff.safetensors.
+
+    Raises:
+        EbdiffError: before anything is written, where its class and its cuts do not make the parameters that it has.
+    """
     folder = Path(save_directory)
+    _refuse_others(_tensors_of(self), _tensors_of(_built(type(self), self.config, shrinks_of(self))), "this network")
     _write(self, folder, {"class": type(self).__name__}, {})
     files.write_bytes(folder / _CONFIG, self.to_json_string().encode())
 
@@ -178,8 +223,6 @@ def _from_pretrained(
             was saved. As there, modules that the class keeps in float32 stay so, and buffers in no state dict are
             not narrowed.
     """
-    from accelerate import init_empty_weights
-
     wanted = _dtype_named(torch_dtype if dtype is None else dtype)
     folder = Path(pretrained_model_name_or_path) / (subfolder or "")
     facts, tensors = _read(folder)
@@ -187,10 +230,7 @@ def _from_pretrained(
         got = str(facts.get("class"))
         raise EbdiffError(f"the network in {folder}", expected=cls.__name__, got=got, remedy="load it by ebdiff.load")
     config = files.read_object(folder / _CONFIG)
-    with init_empty_weights(include_buffers=False):
-        model = cls.__mro__[1].from_config({**config, "_class_name": cls.__mro__[1].__name__})
-    for mask in _shrinks_from(facts):
-        shrink_(model, mask)
+    model = _built(cls, config, _shrinks_from(facts))
     blocks = read_blocks(tensors, facts)
     _assign(model, tensors, folder)
     sparsify(model, blocks, ALWAYS)
@@ -198,6 +238,18 @@ def _from_pretrained(
     if wanted is not None:
         _convert_(model, wanted)
     return model.eval()
+
+
+def _built(cls: Any, config: Mapping[str, Any], shrinks: Iterable[ChannelMask]) -> Any:
+    """The shrunken network, its parameters as shapes only."""
+    from accelerate import init_empty_weights
+
+    dense = cls.__mro__[1]
+    with init_empty_weights(include_buffers=False):
+        model = dense.from_config({**config, "_class_name": dense.__name__})
+    for mask in shrinks:
+        shrink_(model, mask)
+    return model
 
 
 def _dtype_named(wanted: torch.dtype | str | None) -> torch.dtype | None:
@@ -227,7 +279,7 @@ def _convert_(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _write(model: nn.Module, folder: Path, facts: Mapping[str, Any], extra: Mapping[str, Tensor]) -> None:
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers()), **extra}
+    tensors = {**_tensors_of(model), **extra}
     shrinks = [
         {
             "plan": mask.plan.to_json(),
@@ -288,20 +340,27 @@ def _shrinks_from(facts: Mapping[str, Any]) -> list[ChannelMask]:
     return masks
 
 
+def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _refuse_others(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:
+    """Names and shapes must be exactly the expected ones."""
+    for name in {**expected, **found}:
+        shapes = [tuple(each[name].shape) if name in each else "absent" for each in (expected, found)]
+        if shapes[0] != shapes[1]:
+            raise EbdiffError(
+                f"{what} does not fit its class and its cuts: {name}",
+                expected=str(shapes[0]),
+                got=str(shapes[1]),
+                remedy="save a network to which nothing was added since it was shrunken",
+            )
+
+
 def _assign(model: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Give every parameter and buffer its saved value; names and shapes must be exactly the model's."""
-    expected = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for name in {**expected, **tensors}:
-        if name not in tensors or name not in expected or tensors[name].shape != expected[name].shape:
-            shape = {
-                who: tuple(t[name].shape) if name in t else "absent" for who, t in (("e", expected), ("g", tensors))
-            }
-            raise EbdiffError(
-                f"{folder / _TENSORS} does not fit: {name}",
-                expected=str(shape["e"]),
-                got=str(shape["g"]),
-                remedy="save it again",
-            )
+    expected = _tensors_of(model)
+    _refuse_others(tensors, expected, str(folder / _TENSORS))
     for name, tensor in expected.items():
         parent, _, child = name.rpartition(".")
         module = model.get_submodule(parent)

@@ -117,8 +117,8 @@ def average_of(model: nn.Module, ema: Any, mask: ChannelMask) -> tuple[list[Plac
 
 def _average_model(model: nn.Module, ema: nn.Module, plan: ChannelPlan) -> nn.Module:
     """The network of averages: the EMA itself, or what it holds."""
-    holder = next((n for n in ("ema_model", "module") if isinstance(getattr(ema, n, None), nn.Module)), "")
-    average: nn.Module = getattr(ema, holder) if holder else ema
+    holder = _holder(ema)
+    average = held_by(ema)
     if average is model:
         raise EbdiffError(
             "the EMA is the model itself", expected="its averages", got="the model", remedy="pass the EMA"
@@ -135,6 +135,16 @@ def _average_model(model: nn.Module, ema: nn.Module, plan: ChannelPlan) -> nn.Mo
         got=f"those of a {type(average).__name__}" + (f", which holds them at {path}" if inside else ""),
         remedy=f"pass ema={path}" if inside else "pass the EMA that follows this model",
     )
+
+
+def held_by(ema: nn.Module) -> nn.Module:
+    """The network of averages that an EMA holds as `.ema_model` or `.module`; itself where it holds none."""
+    holder = _holder(ema)
+    return getattr(ema, holder) if holder else ema
+
+
+def _holder(ema: nn.Module) -> str:
+    return next((name for name in ("ema_model", "module") if isinstance(getattr(ema, name, None), nn.Module)), "")
 
 
 def _fits(plan: ChannelPlan, module: nn.Module) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import EbdiffError
+from ..numbers import as_real, as_whole
 from ..ops.block_mask import BLOCKS, BlockMask
 from ..seeds import seed_for
 from .bits import BitHistory
@@ -42,14 +43,15 @@ class Attention:
     every: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.density <= 1:
+        if not 0 < (as_real(self.density) or 0) <= 1:
             raise EbdiffError("density", expected="a share kept in (0, 1]", got=repr(self.density), remedy="e.g. 0.25")
         if self.block not in BLOCKS:
             raise EbdiffError("block", expected=f"one of {BLOCKS} tokens", got=repr(self.block), remedy="e.g. 64")
         for name in ("tokens", "every"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise EbdiffError(f"attention: {name}", expected="at least 1", got=repr(value), remedy="see Attention")
+            if value is not None and (as_whole(value) or 0) < 1:
+                expected = "a whole number, at least 1"
+                raise EbdiffError(f"attention: {name}", expected=expected, got=repr(value), remedy="see Attention")
 
     def is_due(self, step: int, window: int) -> bool:
         """Is this step, counted from 0, one to look at? Drawn, one of every few: regions may take turns in any way."""

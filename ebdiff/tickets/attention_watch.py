@@ -15,7 +15,7 @@ from ..timesteps.region import Region
 from .attention import Attention, BlockHistory, Grid, union
 from .attention_look import Look
 from .scores import RunningScores
-from .settings import Pace, refuse_other_settings
+from .settings import Pace, parts_of, refuse_other_settings
 
 __all__ = ["AttentionWatch", "Found"]
 
@@ -192,7 +192,7 @@ class AttentionWatch:
         Raises:
             EbdiffError: it was saved with other settings, or is damaged; nothing is changed.
         """
-        tensors, facts = state["tensors"], state["facts"]
+        tensors, facts = parts_of(state)
         refuse_other_settings(self._identity(), facts.get("settings", {}))
         try:
             grids = {name: Grid(*sizes) for name, sizes in facts["grids"].items()}
@@ -205,7 +205,9 @@ class AttentionWatch:
                 if facts["settled"][i] is not None:
                     found[i] = Found(history[-1], history.steps[-1], facts["settled"][i])
             steps = int(facts["steps"])
-        except (KeyError, IndexError, TypeError) as error:
+        except EbdiffError:
+            raise
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise EbdiffError("damaged state of an attention watch", got=repr(error), remedy="start anew") from None
         self.steps, self.grids, self._running, self._histories, self._found = steps, grids, running, histories, found
         self.detach()

@@ -18,7 +18,7 @@ from .attention import Attention
 from .attention_watch import AttentionWatch
 from .history import MaskHistory
 from .scores import RunningScores, gradient_scores, weights_of
-from .settings import Criterion, Pace, Settings, refuse_other_settings
+from .settings import Criterion, Pace, Settings, parts_of, refuse_other_settings
 from .ticket import Ticket
 from .watched import Tickets, Watched
 
@@ -104,7 +104,7 @@ class EarlyBird:
             multiple_of=multiple_of,
             taylor_every=max(1, window // 200) if taylor_every is None else taylor_every,
             seed=seed,
-            attention=Attention(attention) if isinstance(attention, float | int) else attention,
+            attention=attention if attention is None or isinstance(attention, Attention) else Attention(attention),
         )
         refuse_wrapped(model)
         plan.check(model)
@@ -196,7 +196,7 @@ class EarlyBird:
                 )
             return self._sums.split(mean, raw)
         if criterion == "random":
-            generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + self.steps)
+            generator = torch.Generator().manual_seed((self.settings.seed * 1_000_003 + self.steps) % 2**63)
             return self._sums.split(torch.rand(self._sums.size, generator=generator, dtype=torch.float64), raw)
         if criterion not in ("magnitude", "magnitude-l1"):
             raise EbdiffError("criterion", expected="one of Criterion", got=repr(criterion), remedy="choose one")
@@ -278,7 +278,7 @@ class EarlyBird:
         Raises:
             EbdiffError: it was saved with other settings or another plan, or is damaged; nothing is changed.
         """
-        tensors, facts = state["tensors"], state["facts"]
+        tensors, facts = parts_of(state)
         refuse_other_settings(self._identity(), facts.get("settings", {}))
         running = [RunningScores(self._sums.size, self.settings.fading) for _ in self._running]
         fresh = [Watched(*w.key, MaskHistory(self.plan, self.settings.masks_kept)) for w in self._watched]
@@ -293,7 +293,9 @@ class EarlyBird:
             if self.attention is not None:
                 named = {name.removeprefix("attention."): tensor for name, tensor in tensors.items()}
                 self.attention.load_state_dict({"tensors": named, "facts": facts["attention"]})
-        except (KeyError, IndexError, TypeError) as error:
+        except EbdiffError:
+            raise
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise EbdiffError(
                 "damaged state of an early-bird search", got=repr(error), remedy="start it anew"
             ) from None

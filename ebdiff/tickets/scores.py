@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import EbdiffError
 from ..pruning.channel_sums import ChannelSums
+from ..pruning.training_state import held_by
 
 __all__ = ["RunningScores", "gradient_scores", "weights_of"]
 
@@ -58,8 +59,9 @@ def weights_of(model: nn.Module, ema: Any = None) -> dict[str, Tensor]:
 
     Args:
         model: whose parameters give the names.
-        ema: None, a module with the same parameters, or an object with ``shadow_params`` in the order of
-            ``model.parameters()`` (diffusers' EMAModel).
+        ema: None, a module with the same parameters, something that holds one as `.module` or `.ema_model` (torch's
+            AveragedModel), or an object with ``shadow_params`` in the order of ``model.parameters()`` (diffusers'
+            EMAModel).
 
     Raises:
         EbdiffError: an EMA of another model.
@@ -68,7 +70,9 @@ def weights_of(model: nn.Module, ema: Any = None) -> dict[str, Tensor]:
     if ema is None:
         return {name: weight.detach() for name, weight in named.items()}
     if isinstance(ema, nn.Module):
-        found = {name: weight.detach() for name, weight in ema.named_parameters()}
+        alike = named.keys() == dict(ema.named_parameters()).keys()
+        averages = ema if alike else held_by(ema)
+        found = {name: weight.detach() for name, weight in averages.named_parameters()}
     else:
         found = dict(zip(named, getattr(ema, "shadow_params", ()), strict=False))
     shapes = {name: tuple(weight.shape) for name, weight in named.items()}

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from math import ceil
-from operator import index
 from typing import Any, Literal, Self, get_args
 
 from ..errors import EbdiffError
+from ..numbers import as_real, as_whole
 from ..pruning.mask import NormMode
 from ..timesteps.region import Partition, Region
 from .attention import Attention
@@ -43,20 +42,20 @@ class Pace:
         regions: Partition | None = None,
     ) -> Self:
         """With what follows from the rest where it is None."""
-        every = max(1, window // 20) if every is None else every
+        every = max(1, (as_whole(window) or 0) // 20) if every is None else every
         return cls(window, every, (0.2 if corrected else 0.1) if eta is None else eta, corrected, fifo, regions)
 
     def __post_init__(self) -> None:
         self._check_least(window=1, every=1, fifo=2)
-        if not self.eta > 0:
-            raise EbdiffError("eta", expected="a distance > 0", got=str(self.eta), remedy="the paper's is 0.1")
+        if not (as_real(self.eta) or 0) > 0:
+            raise EbdiffError("eta", expected="a distance > 0", got=repr(self.eta), remedy="the paper's is 0.1")
 
     def _check_least(self, **least: int) -> None:
         for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise EbdiffError(
-                    name, expected=f"at least {bound}", got=str(getattr(self, name)), remedy="see EarlyBird"
-                )
+            value = as_whole(getattr(self, name))
+            if value is None or value < bound:
+                got = repr(getattr(self, name))
+                raise EbdiffError(name, expected=f"a whole number, at least {bound}", got=got, remedy="see EarlyBird")
 
     @property
     def parts(self) -> int:
@@ -88,10 +87,9 @@ class Pace:
         regions = list(self.regions or ())
         if isinstance(region, Region) and region in regions:
             return regions.index(region)
-        with suppress(TypeError):  # numpy's and torch's whole numbers, too
-            number = index(region)  # type: ignore[arg-type]
-            if 0 <= number < len(regions):
-                return number
+        number = as_whole(region)
+        if number is not None and 0 <= number < len(regions):
+            return number
         known = (
             f"0 to {len(regions) - 1} or one of {self.regions}"
             if regions
@@ -184,6 +182,19 @@ class Settings(Pace):
         """All settings as JSON values."""
         listed = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
         return {**listed, "regions": None if self.regions is None else self.regions.to_json()}
+
+
+def parts_of(state: Any) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """The tensors and the facts of a saved state.
+
+    Raises:
+        EbdiffError: it is none.
+    """
+    tensors, facts = (state.get(name) if isinstance(state, Mapping) else None for name in ("tensors", "facts"))
+    if not isinstance(tensors, Mapping) or not isinstance(facts, Mapping):
+        got = ", ".join(map(str, state)) or "nothing" if isinstance(state, Mapping) else type(state).__name__
+        raise EbdiffError("no state of a search", expected="tensors and facts", got=got, remedy="pass state_dict()'s")
+    return tensors, facts
 
 
 def refuse_other_settings(ours: Mapping[str, Any], saved: Mapping[str, Any]) -> None:

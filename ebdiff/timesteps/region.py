@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,18 +11,17 @@ import torch
 from torch import Tensor
 
 from ..errors import EbdiffError
+from ..numbers import as_real, as_whole
 
 __all__ = ["Partition", "Region"]
 
 
 def _whole(value: Any, what: str) -> int:
     """`value` as an int. A float, a bool or a string is refused, a numpy or 0-d torch integer is not."""
-    try:
-        if not isinstance(value, bool):
-            return operator.index(value)
-    except TypeError:
-        pass
-    raise EbdiffError(f"{what} is no timestep", expected="a whole number", got=repr(value), remedy="pass an int")
+    found = as_whole(value)
+    if found is None:
+        raise EbdiffError(f"{what} is no timestep", expected="a whole number", got=repr(value), remedy="pass an int")
+    return found
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,8 @@ class Region:
         return self.hi - self.lo
 
     def __contains__(self, t: object) -> bool:
-        return isinstance(t, int | float) and self.lo <= t < self.hi
+        real = as_real(t)
+        return real is not None and self.lo <= real < self.hi
 
     def __str__(self) -> str:
         return f"[{self.lo}, {self.hi})"

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import seeds
 from ..errors import EbdiffError
+from ..numbers import as_whole
 from .batch import Timesteps
 from .profile import NoiseProfile
 from .region import Region
@@ -168,14 +169,15 @@ class Uniform(Sampler):
         if isinstance(schedule, NoiseProfile):
             self.T, self.edges = schedule.T, schedule.edges
             return
-        if isinstance(schedule, bool) or not isinstance(schedule, int) or schedule < 1:
+        T = as_whole(schedule)
+        if T is None or T < 1:
             raise EbdiffError(
                 "no schedule",
                 expected="a NoiseProfile, or a whole number of timesteps, at least 1",
                 got=repr(schedule) if isinstance(schedule, int | float | str) else type(schedule).__name__,
                 remedy="Uniform(1000)",
             )
-        self.T = schedule
+        self.T = T
 
     def pmf(self) -> Tensor:
         return torch.full((self.T,), 1 / self.T, dtype=torch.float64)

@@ -152,12 +152,13 @@ class SpeeD(Sampler):
         return min(int(slow.int().argmax()) + 1, self.T - 1)
 
     def plot(self, path: Path | str | None = None) -> Figure:
-        """The areas, and in them the density as T P(t) and the weight w(t); written to `path` where one is given."""
+        """The areas, and in them the density as T P(t) and the weight w(t); written to a PNG where a path is given."""
+        from ..plots import write
         from .speed_plot import figure
 
         drawn = figure(self)
         if path is not None:
-            drawn.savefig(path)
+            write(drawn, Path(path))
         return drawn
 
 
