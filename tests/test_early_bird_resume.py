@@ -63,7 +63,8 @@ def test_a_state_of_another_search_is_refused_and_changes_nothing():
     for _ in range(5):
         watch.step()
     before = watch.state_dict()["facts"]
-    for options in ({"window": 20}, {"ratios": (0.6,)}, {"ema": model}, {"criteria": ("random",)}):
+    others = ({"window": 20}, {"ratios": (0.6,)}, {"ema": model}, {"criteria": ("random",)}, {"scope": "cost"})
+    for options in others:
         other = EarlyBird(model, plan, **{"ratios": (0.5,), "window": 40, **options})
         with pytest.raises(EbdiffError, match="had another"):
             watch.load_state_dict(other.state_dict())
@@ -74,4 +75,27 @@ def test_a_state_of_another_search_is_refused_and_changes_nothing():
     del damaged["tensors"]["masks.0"]
     with pytest.raises(EbdiffError, match="damaged state"):
         watch.load_state_dict(damaged)
+    for nothing in ({}, None, {"tensors": {}, "facts": 3}):
+        with pytest.raises(EbdiffError, match="no state of a search"):
+            watch.load_state_dict(nothing)
     assert watch.state_dict()["facts"] == before
+
+
+def test_a_state_from_before_there_were_scopes_is_taken():
+    model, plan = hidden(*UP)
+    watch = EarlyBird(model, plan, ratios=(0.5,), window=40)
+    watch.step()
+    state = watch.state_dict()
+    del state["facts"]["settings"]["scope"]
+    again = EarlyBird(model, plan, ratios=(0.5,), window=40)
+    again.load_state_dict(state)
+    assert again.steps == 1
+
+
+def test_masks_are_drawn_in_the_scope_that_was_asked():
+    model, plan = mlp(960, 64, 64, 64)
+    watch = EarlyBird(model, plan, ratios=(0.5,), window=2, every=1, scope="cost")
+    for _ in range(3):
+        watch.step()
+    (ticket,) = [ticket for _, ticket in watch.finish().items()]
+    assert {name: int(kept.sum()) for name, kept in ticket.mask.keep.items()} == {"h1": 21, "h2": 43}

@@ -82,10 +82,12 @@ def test_every_stage_is_timed_with_its_own_network(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_arms_spend_what_the_dense_one_does(name: str) -> None:
     suite = Suite.load(name).on(None if name == "fashion16" else "images.npz")
-    for arm in ("scratch-50", "eb-speed-30", "regions-30-60-80", "regions-30-60-80-speed-budgeted-branch-25"):
+    branching = "regions-30-60-80-speed-budgeted-branch-25"
+    for arm in ("scratch-50", "eb-speed-30", "eb-cost-speed", "regions-30-60-80", branching):
         config = suite.config(ARMS[arm].overrides(suite), 0)
         steps = steps_of(World(config, Path("nowhere")))
-        small = sum(n * suite.cost_of_step[r] for n, r in zip(steps, config.search.ratios, strict=True))
+        s = config.search
+        small = sum(n * suite.price(r, s.scope) for n, r in zip(steps, s.ratios, strict=True))
         spent = config.search.steps + config.regions.branch_at + small
         assert spent == pytest.approx(suite.steps, rel=0.01)
 
@@ -226,7 +228,7 @@ def test_tuning_tries_as_much_for_a_ticket_as_for_the_dense_arm(tmp_path: Path) 
 def test_what_a_step_costs_is_measured_at_every_ratio() -> None:
     suite = mini()
     seconds = pace.ratio_costs(suite, rounds=1)
-    assert seconds.keys() == suite.cost_of_step.keys()
+    assert list(seconds) == [*(("local", ratio) for ratio in suite.cost_of_step), ("cost", 0.44)]
     assert all(each > 0 for (each,) in seconds.values())
 
 

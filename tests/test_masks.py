@@ -54,7 +54,7 @@ def test_a_ragged_mask_removes_exactly_what_was_asked(sizes, ratio):
 
 
 @seeded
-@given(SIZES, RATIO, RATIO, st.sampled_from([1, 4, 8]), st.sampled_from(["local", "global"]))
+@given(SIZES, RATIO, RATIO, st.sampled_from([1, 4, 8]), st.sampled_from(["local", "global", "cost"]))
 def test_asking_for_more_never_removes_fewer(sizes, ratio, other, multiple_of, scope):
     plan, (low, high) = plan_of(sizes), sorted((ratio, other))
     drawn = [
@@ -66,7 +66,7 @@ def test_asking_for_more_never_removes_fewer(sizes, ratio, other, multiple_of, s
 
 
 @seeded
-@given(SIZES, st.floats(0.5, 1), st.floats(0.5, 1), st.sampled_from(["local", "global"]))
+@given(SIZES, st.floats(0.5, 1), st.floats(0.5, 1), st.sampled_from(["local", "global", "cost"]))
 def test_a_macs_budget_is_met_and_monotone(sizes, budget, other, scope):
     plan, (low, high) = plan_of(sizes), sorted((budget, other))
     drawn = [ChannelMask.draw(scores_of(plan), plan=plan, macs=m, scope=scope) for m in (low, high)]
@@ -106,6 +106,21 @@ def test_global_scope_ranks_the_channels_of_all_spaces_together():
     mask = ChannelMask.draw(scores, plan=plan, ratio=0.75, scope="global")
     assert widths(mask) == {"h1": 1, "h2": 1} or mask.removed == 0.75
     assert mask["h1"][0], "the best channel of a space is out of reach"
+
+
+def test_cost_scope_removes_more_where_channels_cost_more():
+    plan = mlp(960, 64, 64, 64)[
+        1
+    ]  # layers of 61440, 4096 and 4096 MACs: around h1 on average eight times as many as h2
+    for ratio, kept in ((0, (64, 64)), (0.25, (32, 64)), (0.5, (21, 43)), (0.8, (8, 17))):  # eight to the 1/3 is two
+        assert widths(ChannelMask.draw(scores_of(plan), plan=plan, ratio=ratio, scope="cost")) == dict(
+            zip(("h1", "h2"), kept, strict=True)
+        )
+    alike = plan_of([40, 40])
+    by_cost = ChannelMask.draw(scores_of(alike), plan=alike, ratio=0.5, scope="cost")
+    assert widths(by_cost) == {"h1": 20, "h2": 20}
+    with pytest.raises(EbdiffError, match="scope='local'"):
+        ChannelMask.draw(scores_of(plan), plan=plan, ratio={"*": 0.5}, scope="cost")
 
 
 def test_multiple_of_rounds_kept_widths_where_a_space_is_large_enough():

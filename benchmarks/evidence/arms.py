@@ -91,6 +91,14 @@ def short_search(suite: Suite) -> Overrides:
     return early_bird(replace(suite, search=third), 0.5)
 
 
+def by_cost(suite: Suite) -> Overrides:
+    """One ticket after a short search, which loses most at full resolution: there channels cost most."""
+    steps = max(1, suite.search.steps // 3)
+    (ratio,) = suite.cost_of_step_by_cost
+    made = {**searching(suite), **WHOLE, "search.steps": steps, "search.ratios": [ratio], "search.scope": "cost"}
+    return {**made, "regions.steps": spent(suite, steps, [ratio], "cost")}
+
+
 def settled(suite: Suite, ratio: float, criterion: str, pace: str) -> Overrides:
     """As in the papers: the search ends when the ticket has settled."""
     s = suite.search
@@ -117,9 +125,9 @@ def regions(suite: Suite, ratios: Sequence[float], sampler: str, budgeted: bool,
     return {**made, "regions.steps": budget(suite, made, before) if budgeted else spent(suite, before, ratios)}
 
 
-def spent(suite: Suite, before: int, ratios: Sequence[float]) -> list[int]:
+def spent(suite: Suite, before: int, ratios: Sequence[float], scope: str = "local") -> list[int]:
     """Equal steps of each ticket that, with `before` dense steps, cost what the dense arm costs."""
-    together = sum(suite.cost_of_step[ratio] for ratio in ratios)
+    together = sum(suite.price(ratio, scope) for ratio in ratios)
     return [max(1, round((suite.steps - before) / together))] * len(ratios)
 
 
@@ -127,7 +135,7 @@ def budget(suite: Suite, overrides: Overrides, before: int) -> int:
     """The same as one number, which the project's budget deals out to the regions."""
     probe = 1000 * suite.steps
     each = steps_of(World(suite.config({**overrides, "regions.steps": probe}, 0), Path("nowhere")))
-    costs = [suite.cost_of_step[ratio] for ratio in overrides["search.ratios"]]
+    costs = [suite.price(ratio) for ratio in overrides["search.ratios"]]
     together = sum(n * cost for n, cost in zip(each, costs, strict=True)) / probe
     return max(len(each), round((suite.steps - before) / together))
 
@@ -161,6 +169,12 @@ def _early_bird() -> Iterator[Arm]:
     for ratio in (0.3, 0.5, 0.7):
         about = f"one ticket, {ratio:.0%} removed by taylor after a search of fixed length, SpeeD"
         yield Arm(f"eb-speed-{ratio * 100:.0f}", about, "early-bird", partial(early_bird, ratio=ratio), SPEED)
+    about = "one ticket after a third of that search, which loses most where channels cost most"
+    for sampler, words in (("uniform", "timesteps uniform"), ("speed", "SpeeD"), ("min-snr", "Min-SNR weights")):
+        changes = {"train.sampler": sampler}
+        yield Arm(f"eb-cost-{sampler}", f"{about}, {words}", "by cost", by_cost, changes)
+    about = f"{about}, SpeeD, ebdiff's layers, channels_last"
+    yield Arm("eb-cost-speed-accelerated", about, "by cost", by_cost, {**SPEED, **ACCELERATED})
     about = "eb-speed-50 step by step, ebdiff's layers, channels_last"
     half = partial(early_bird, ratio=0.5)
     yield Arm("eb-speed-50-accelerated", about, "early-bird", half, {**SPEED, **ACCELERATED})

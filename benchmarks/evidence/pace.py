@@ -36,12 +36,14 @@ ROUNDS = 15
 STEPS = 3  # per round and network
 
 
-def ratio_costs(suite: Suite, rounds: int = ROUNDS) -> dict[float, list[float]]:
-    """{ratio: device-seconds of a training step of its ticket, in each round}."""
+def ratio_costs(suite: Suite, rounds: int = ROUNDS) -> dict[tuple[str, float], list[float]]:
+    """{(scope, ratio): device-seconds of a training step of its ticket, in each round}."""
     stretches = {}
-    for ratio in suite.cost_of_step:
-        world = World(suite.config({**ARMS["dense"].overrides(suite), "search.ratios": [ratio]}, 0), Path("nowhere"))
-        stretches[ratio] = world, alone(world, scattered(world, widths_of(world.example_masks[0])))
+    for scope, costs in (("local", suite.cost_of_step), ("cost", suite.cost_of_step_by_cost)):
+        for ratio in costs:
+            changes = {"search.ratios": [ratio], "search.scope": scope}
+            world = World(suite.config({**ARMS["dense"].overrides(suite), **changes}, 0), Path("nowhere"))
+            stretches[scope, ratio] = world, alone(world, scattered(world, widths_of(world.example_masks[0])))
     return interleaved(stretches, rounds, suite.threads)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
@@ -80,14 +81,16 @@ def write_clock(suite: Suite, cells: Sequence[Cell]) -> Path:
 
 def write_pace(suite: Suite, home: Path) -> Path:
     """Measure the suite's `cost_of_step`: medians over rounds of a ticket's step over the dense one beside it."""
-    seconds = pace.ratio_costs(suite)
-    costs = {
-        ratio: round(statistics.median(mine / dense for mine, dense in zip(each, seconds[0.0], strict=True)), 3)
-        for ratio, each in seconds.items()
-    }
-    print(f"cost_of_step: {yaml.safe_dump(costs, default_flow_style=True, width=200).strip()}")
-    medians = {ratio: statistics.median(each) for ratio, each in seconds.items()}
-    return _written(suite, home, "pace", {"rounds": pace.ROUNDS, "cost_of_step": costs, "seconds_per_step": medians})
+    seconds, facts = pace.ratio_costs(suite), {}
+    for name, scope in (("cost_of_step", "local"), ("cost_of_step_by_cost", "cost")):
+        facts[name] = {
+            ratio: round(statistics.median(map(truediv, each, seconds["local", 0.0])), 3)
+            for (asked, ratio), each in seconds.items()
+            if asked == scope
+        }
+        print(f"{name}: {yaml.safe_dump(facts[name], default_flow_style=True, width=200).strip()}")
+    medians = {f"{scope} {ratio:g}": statistics.median(each) for (scope, ratio), each in seconds.items()}
+    return _written(suite, home, "pace", {"rounds": pace.ROUNDS, **facts, "seconds_per_step": medians})
 
 
 def _written(suite: Suite, home: Path, what: str, facts: dict[str, Any]) -> Path:

@@ -45,6 +45,7 @@ class Suite:
         lrs: what `--tune` tries.
         search: how tickets are looked for.
         cost_of_step: {ratio: device-seconds of a step of a ticket over those of a dense step}; `--pace` measures them.
+        cost_of_step_by_cost: the same of tickets that lose more where channels cost more (`search.scope`).
         base: sections of a configuration.
         finetune: steps after pruning a trained network, over the dense steps.
         marks, score_marks: shares of the training at which arms are judged, and at which of them images are scored.
@@ -61,6 +62,7 @@ class Suite:
     lrs: tuple[float, ...]
     search: SearchPace
     cost_of_step: Mapping[float, float]
+    cost_of_step_by_cost: Mapping[float, float]
     base: Mapping[str, Any]
     finetune: float = 0.125
     marks: tuple[float, ...] = (0.0625, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 1.0)
@@ -102,6 +104,10 @@ class Suite:
                 f"{self.name} needs images", expected="--data FILE", remedy="any .npz, folder or hf: name"
             )
         return self
+
+    def price(self, ratio: float, scope: str = "local") -> float:
+        """Device-seconds of a step of a ticket over those of a dense step."""
+        return (self.cost_of_step_by_cost if scope == "cost" else self.cost_of_step)[ratio]
 
     def quarter(self, lr: float) -> Suite:
         """A quarter of the steps, also of the search, at another learning rate; for `--tune`."""

@@ -124,7 +124,8 @@ class Search(Section):
     batch at about 100 timesteps of the schedule. `attention`: also watch the attention of 2048 tokens and more; tickets
     then keep this share of its blocks (see `ebdiff.tickets.attention.Attention`).
     `ratios` is the share of channels REMOVED per region; "auto" splits `macs`, the share of the dense MACs KEPT on
-    average over all timesteps, by each region's predicted loss increase.
+    average over all timesteps, by each region's predicted loss increase. `scope`: "cost" removes more where channels
+    cost more, see `ebdiff.ChannelMask.draw`; ratios are then shares of all channels together.
     """
 
     steps: int = Field(ge=0)
@@ -138,7 +139,13 @@ class Search(Section):
     corrected: bool = False
     norm: Literal["ragged", "balanced"] = "ragged"
     multiple_of: int = Field(default=1, ge=1)
+    scope: Literal["local", "cost"] = "local"
     attention: float | None = Field(default=None, gt=0, lt=1)
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """What masks are drawn with, beside scores and budget."""
+        return {"norm": self.norm, "multiple_of": self.multiple_of, "scope": self.scope}
 
     @model_validator(mode="after")
     def _auto(self) -> Search:

@@ -53,11 +53,13 @@ class Budget:
         if (as_whole(self.multiple_of) or 0) < 1:
             got = repr(self.multiple_of)
             raise EbdiffError("multiple_of", expected="a whole number, at least 1", got=got, remedy="e.g. 8")
-        if self.scope not in ("local", "global"):
-            raise EbdiffError("scope", expected="'local' or 'global'", got=repr(self.scope), remedy="choose one")
-        if isinstance(self.ratio, Mapping) and self.scope == "global":
+        if self.scope not in ("local", "global", "cost"):
             raise EbdiffError(
-                "ratios by name", expected="scope='local'", got="'global'", remedy="give one ratio instead"
+                "scope", expected="'local', 'global' or 'cost'", got=repr(self.scope), remedy="choose one"
+            )
+        if isinstance(self.ratio, Mapping) and self.scope != "local":
+            raise EbdiffError(
+                "ratios by name", expected="scope='local'", got=repr(self.scope), remedy="give one ratio instead"
             )
 
     def asked(self) -> dict[str, float]:
@@ -99,6 +101,8 @@ def widths_for(
         if budget.ratio is not None:
             return at(float(budget.ratio))
         return _search(plan, lambda level: at(level / _LEVELS), _LEVELS, budget, timed)
+    if budget.scope == "cost":
+        return _by_cost(plan, spaces, budget, rounded, timed)
     return _global(plan, spaces, scores, budget, rounded, timed)
 
 
@@ -131,6 +135,41 @@ def _global(
     total = sum(s.size for s in spaces)
     target = total - round(budget.ratio * total)
     return at(_first(lambda count: sum(at(count).values()) <= target, len(order)))
+
+
+def _by_cost(
+    plan: ChannelPlan,
+    spaces: Sequence[ChannelSpace],
+    budget: Budget,
+    rounded: Callable[[Mapping[str, float]], Widths],
+    timed: Callable[[Widths], float] | None,
+) -> Widths:
+    """Remove more where channels cost more: every space keeps a share that goes with its layers' MACs to the -1/3.
+
+    Where keeping the share k of a space leaves an error of a / k, and its layers cost C k^2, that is the least error
+    that a sum of costs can buy.
+    """
+    if not spaces:
+        return {}
+    shares = {space.name: max(_layer_macs(plan, space), 1.0) ** (-1 / 3) for space in spaces}
+    least = min(shares.values())
+
+    def at(level: int) -> Widths:
+        scale = (1 - level / _LEVELS) / least
+        return rounded({space.name: space.size * min(1.0, scale * shares[space.name]) for space in spaces})
+
+    if budget.ratio is None:
+        return _search(plan, at, _LEVELS, budget, timed)
+    assert isinstance(budget.ratio, float | int)
+    target = (1 - budget.ratio) * sum(space.size for space in spaces)
+    return at(_first(lambda level: sum(at(level).values()) <= target, _LEVELS))
+
+
+def _layer_macs(plan: ChannelPlan, space: ChannelSpace) -> float:
+    """Multiply-accumulates of the layers that make or read a space, mean over their weights."""
+    touched = tuple(term for term in plan.cost if space.name in term[1])
+    weights = {member.parameter for member in space.members if len(plan.shapes[member.parameter]) > 1}
+    return plan.value(touched, {}) / max(1, len(weights))
 
 
 def _search(

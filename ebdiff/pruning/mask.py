@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["ChannelMask", "NormMode", "Scope", "chance_corrected", "distance", "distances", "mask_distance"]
 
 NormMode = Literal["ragged", "balanced"]
-Scope = Literal["local", "global"]
+Scope = Literal["local", "global", "cost"]
 _MOST_AXES = 8  # lists of parameters that a mask remembers
 
 
@@ -133,7 +133,9 @@ class ChannelMask:
                 `ebdiff.pruning.latency.Latency(model, *args)` times forward and backward.
             multiple_of: round kept widths to multiples of this, where a space is large enough.
             norm: "ragged" or "balanced", see `ChannelMask`.
-            scope: "local" asks the same of every space; "global" ranks the channels of all spaces together.
+            scope: "local" asks the same of every space; "global" ranks the channels of all spaces together; "cost"
+                asks more of those whose layers cost more MACs, so that a U-Net loses most at its full resolution, and
+                `ratio` is the share of all channels.
             head_dim: also prune head_dim where there are several heads (a single head's is always prunable).
             residual: also prune the width of residual streams; their norms then take statistics over what is kept.
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 from torch import Tensor
 
 from ..errors import EbdiffError
-from ..pruning.mask import ChannelMask, NormMode
+from ..pruning.mask import ChannelMask, NormMode, Scope
 from ..pruning.plan import ChannelPlan
 
 __all__ = ["split_budget"]
@@ -26,6 +27,7 @@ def split_budget(
     ratios: Sequence[float] = _RATIOS,
     norm: NormMode = "ragged",
     multiple_of: int = 1,
+    scope: Scope = "local",
 ) -> list[float]:
     """MACs shares per region that minimise the predicted increase of the loss, the mean share being `macs`.
 
@@ -40,7 +42,7 @@ def split_budget(
         weights: share of the timesteps (or of the sampler's steps) in each region; normalised here.
         macs: mean share of the dense multiply-accumulates to KEEP, weighted by `weights`.
         ratios: grid of ratios in [0, 1) considered; the largest bounds how much a region can lose.
-        norm, multiple_of: as the masks will be drawn.
+        norm, multiple_of, scope: as the masks will be drawn.
 
     Returns:
         For each region the share to pass to ``ChannelMask.draw(..., macs=share)``; their weighted mean is `macs`.
@@ -59,7 +61,8 @@ def split_budget(
     if not 0 < macs <= 1:
         raise EbdiffError("macs", expected="a share kept in (0, 1]", got=repr(macs), remedy="e.g. macs=0.4")
     shares = [weight / total for weight in weights]
-    hulls = [_hull(_curve(plan, s, sorted(ratios), norm, multiple_of)) for s in scores]
+    how = {"norm": norm, "multiple_of": multiple_of, "scope": scope}
+    hulls = [_hull(_curve(plan, s, sorted(ratios), how)) for s in scores]
     kept = [hull[0][0] for hull in hulls]
     # (loss per MAC saved, region, MACs share afterwards): rising along each hull, so sorting keeps each region's order.
     steps = [
@@ -85,12 +88,12 @@ def split_budget(
 
 
 def _curve(
-    plan: ChannelPlan, scores: Mapping[str, Tensor], ratios: Sequence[float], norm: NormMode, multiple_of: int
+    plan: ChannelPlan, scores: Mapping[str, Tensor], ratios: Sequence[float], how: Mapping[str, Any]
 ) -> list[Point]:
     """(MACs share, predicted loss increase) at each ratio, MACs falling."""
     points = []
     for ratio in (0.0, *ratios):
-        mask = ChannelMask.draw(scores, plan=plan, ratio=ratio, norm=norm, multiple_of=multiple_of)
+        mask = ChannelMask.draw(scores, plan=plan, ratio=ratio, **how)
         lost = sum(float(scores[name].double()[~kept].sum()) for name, kept in mask.keep.items() if name in scores)
         points.append((plan.macs(mask) / plan.macs(), lost))
     return points

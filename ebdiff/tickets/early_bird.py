@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import EbdiffError
 from ..pruning.channel_sums import ChannelSums, Kind
-from ..pruning.mask import ChannelMask, NormMode
+from ..pruning.mask import ChannelMask, NormMode, Scope
 from ..pruning.modules import refuse_wrapped
 from ..pruning.plan import ChannelPlan
 from ..timesteps.region import Partition, Region
@@ -55,7 +55,7 @@ class EarlyBird:
         fifo: how many masks are compared.
         regions: keep Taylor scores, masks and tickets apart by region of timesteps.
         region_ratios: instead of `ratios`: region i is watched at its own ratio only.
-        norm, multiple_of: as in `ChannelMask.draw`.
+        norm, multiple_of, scope: as in `ChannelMask.draw`.
         ema: take magnitudes from this EMA (a module, or an object with ``shadow_params``) instead of the raw weights.
             Slow averages settle by construction: with decay 0.9999 masks still equal the initial one after epochs.
         taylor_every: steps between reading gradients; by default window / 200.
@@ -87,6 +87,7 @@ class EarlyBird:
         region_ratios: Sequence[float] | None = None,
         taylor_every: int | None = None,
         attention: Attention | float | None = None,
+        scope: Scope = "local",
         seed: int = 0,
     ) -> None:
         if ratios is not None and region_ratios is not None:
@@ -102,6 +103,7 @@ class EarlyBird:
             region_ratios=None if region_ratios is None else tuple(region_ratios),
             norm=norm,
             multiple_of=multiple_of,
+            scope=scope,
             taylor_every=max(1, window // 200) if taylor_every is None else taylor_every,
             seed=seed,
             attention=attention if attention is None or isinstance(attention, Attention) else Attention(attention),
@@ -206,7 +208,8 @@ class EarlyBird:
 
     def _mask(self, scores: Mapping[str, Tensor], ratio: float) -> ChannelMask:
         s = self.settings
-        return ChannelMask.draw(scores, plan=self.plan, ratio=ratio, norm=s.norm, multiple_of=s.multiple_of)
+        how: dict[str, Any] = {"norm": s.norm, "multiple_of": s.multiple_of, "scope": s.scope}
+        return ChannelMask.draw(scores, plan=self.plan, ratio=ratio, **how)
 
     def _ticket(self, watched: Watched, settled: bool) -> Ticket:
         """The newest mask as a ticket."""
@@ -279,7 +282,7 @@ class EarlyBird:
             EbdiffError: it was saved with other settings or another plan, or is damaged; nothing is changed.
         """
         tensors, facts = parts_of(state)
-        refuse_other_settings(self._identity(), facts.get("settings", {}))
+        refuse_other_settings(self._identity(), {"scope": "local", **facts.get("settings", {})})  # as it was
         running = [RunningScores(self._sums.size, self.settings.fading) for _ in self._running]
         fresh = [Watched(*w.key, MaskHistory(self.plan, self.settings.masks_kept)) for w in self._watched]
         try:

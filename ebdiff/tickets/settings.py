@@ -9,7 +9,7 @@ from typing import Any, Literal, Self, get_args
 
 from ..errors import EbdiffError
 from ..numbers import as_real, as_whole
-from ..pruning.mask import NormMode
+from ..pruning.mask import NormMode, Scope
 from ..timesteps.region import Partition, Region
 from .attention import Attention
 from .bits import BitHistory
@@ -123,6 +123,7 @@ class Settings(Pace):
     region_ratios: tuple[float, ...] | None
     norm: NormMode
     multiple_of: int
+    scope: Scope
     taylor_every: int
     seed: int
     attention: Attention | None = None

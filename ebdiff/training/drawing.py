@@ -49,8 +49,7 @@ def watcher(world: World, state: TrainState) -> Watch | None:
         eta=s.eta,
         corrected=s.corrected,
         regions=world.partition,
-        norm=s.norm,
-        multiple_of=s.multiple_of,
+        **s.how,
         attention=s.attention,
         seed=world.config.seed,
     )
@@ -109,9 +108,7 @@ def tickets_of(world: World, watch: EarlyBird) -> list[Ticket]:
     assert s.macs is not None
     regions = list(world.partition)
     raw = [watch.scores(s.criterion, number, raw=True) for number in range(len(regions))]
-    shares = split_budget(
-        world.plan, raw, [len(region) for region in regions], s.macs, norm=s.norm, multiple_of=s.multiple_of
-    )
+    shares = split_budget(world.plan, raw, [len(region) for region in regions], s.macs, **s.how)
     tickets = []
     for number, (region, share) in enumerate(zip(regions, shares, strict=True)):
         mask = draw(world, watch, number, share)
@@ -124,7 +121,7 @@ def tickets_of(world: World, watch: EarlyBird) -> list[Ticket]:
 def from_losses(world: World, state: TrainState, scores: Mapping[str, Tensor], number: int) -> Ticket:
     """The ticket of a region by Diff-Pruning's scores, which nothing has watched: it has not settled."""
     s, ratio = world.config.search, watched_ratios(world)[number]
-    mask = ChannelMask.draw(scores, plan=world.plan, ratio=ratio, norm=s.norm, multiple_of=s.multiple_of)
+    mask = ChannelMask.draw(scores, plan=world.plan, ratio=ratio, **s.how)
     return Ticket(mask, ratio, state.step, s.criterion, world.partition[number], settled=False)
 
 
@@ -139,7 +136,7 @@ def draw(world: World, watch: EarlyBird, number: int, share: float) -> ChannelMa
     s = world.config.search
     scores = watch.scores(s.criterion, number)
     wanted: dict[str, Any] = {"macs": share} if share < 1 else {"ratio": 0.0}
-    return ChannelMask.draw(scores, plan=world.plan, norm=s.norm, multiple_of=s.multiple_of, **wanted)
+    return ChannelMask.draw(scores, plan=world.plan, **s.how, **wanted)
 
 
 def between_regions(world: World, scores: Sequence[Mapping[str, Tensor]], tickets: Sequence[Ticket]) -> dict[str, Any]:

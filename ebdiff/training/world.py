@@ -85,7 +85,7 @@ class World:
             _ = images and self.network()
         if search.macs is not None:
             scores, sizes = [self._example_scores] * count, [len(region) for region in self.partition]
-            split_budget(self.plan, scores, sizes, search.macs, norm=search.norm, multiple_of=search.multiple_of)
+            split_budget(self.plan, scores, sizes, search.macs, **search.how)
         if search.attention is not None:
             check_attention(self._meta, *self._example("meta"), search.attention)
         _ = self.example_masks, self.device, [Within(region, self.sampler).weights() for region in self.partition]
@@ -335,7 +335,7 @@ class World:
         With ratios "auto" each has the mean share of MACs, since their split is known only after the search.
         """
         s = self.config.search
-        draw = partial(ChannelMask.draw, self._example_scores, plan=self.plan, norm=s.norm, multiple_of=s.multiple_of)
+        draw = partial(ChannelMask.draw, self._example_scores, plan=self.plan, **s.how)
         if isinstance(s.ratios, str):
             return [draw(macs=s.macs)] * len(self.partition)
         return [draw(ratio=ratio) for ratio in s.ratios]
