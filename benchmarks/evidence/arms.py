@@ -169,15 +169,10 @@ def _early_bird() -> Iterator[Arm]:
     for ratio in (0.3, 0.5, 0.7):
         about = f"one ticket, {ratio:.0%} removed by taylor after a search of fixed length, SpeeD"
         yield Arm(f"eb-speed-{ratio * 100:.0f}", about, "early-bird", partial(early_bird, ratio=ratio), SPEED)
-    about = "one ticket after a third of that search, which loses most where channels cost most"
-    for sampler, words in (("uniform", "timesteps uniform"), ("speed", "SpeeD"), ("min-snr", "Min-SNR weights")):
-        changes = {"train.sampler": sampler}
-        yield Arm(f"eb-cost-{sampler}", f"{about}, {words}", "by cost", by_cost, changes)
-    about = f"{about}, SpeeD, ebdiff's layers, channels_last"
+    about = "one ticket after a third of that search, which loses most where channels cost most, SpeeD"
+    yield Arm("eb-cost-speed", about, "by cost", by_cost, SPEED)
+    about = "eb-cost-speed step by step, ebdiff's layers, channels_last"
     yield Arm("eb-cost-speed-accelerated", about, "by cost", by_cost, {**SPEED, **ACCELERATED})
-    about = "eb-speed-50 step by step, ebdiff's layers, channels_last"
-    half = partial(early_bird, ratio=0.5)
-    yield Arm("eb-speed-50-accelerated", about, "early-bird", half, {**SPEED, **ACCELERATED})
 
 
 def _regions() -> Iterator[Arm]:
