@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.optim.swa_utils import AveragedModel
 from toys import hidden, mlp, rank
 from unets import unet
 
@@ -262,7 +263,7 @@ def test_gradients_of_a_step_that_overflowed_do_not_count():
 
 
 @pytest.mark.parametrize(
-    "wrap", [lambda m: m, lambda m: SimpleNamespace(shadow_params=[p.data for p in m.parameters()])]
+    "wrap", [lambda m: m, AveragedModel, lambda m: SimpleNamespace(shadow_params=[p.data for p in m.parameters()])]
 )
 def test_magnitudes_come_from_the_ema_where_there_is_one(wrap):
     (model, plan), (ema, _) = hidden(*UP), hidden(*DOWN)
@@ -299,6 +300,13 @@ def test_the_region_of_a_timestep_is_its_number_whatever_type_holds_it(whole):
         {"region_ratios": 0.5, "regions": HALVES},
         {"criteria": ("beauty",)},
         {"window": 0},
+        {"window": "100"},
+        {"window": 2.5},
+        {"every": "5"},
+        {"eta": "0.1"},
+        {"attention": "0.25"},
+        {"multiple_of": "8"},
+        {"multiple_of": 2.5},
         {"every": 0},
         {"fifo": 1},
         {"eta": 0.0},

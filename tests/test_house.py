@@ -21,11 +21,12 @@ PACKAGE = ROOT / "ebdiff"
 SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if "kernels" not in p.relative_to(PACKAGE).parts)
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 
-EVERYONE = {"errors", "files", "seeds"}
-# room (or module) -> the rooms and modules it may import, besides itself and the three above
+EVERYONE = {"errors", "files", "numbers", "seeds"}
+# room (or module) -> the rooms and modules it may import, besides itself and the four above
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "files": set(),
+    "numbers": set(),
     "seeds": set(),
     "assets": set(),
     "kernels": set(),

@@ -230,3 +230,21 @@ def test_a_mask_that_empties_a_space_is_refused() -> None:
     name = next(iter(mask))
     with pytest.raises(ebdiff.EbdiffError, match="empties the space"):
         ChannelMask(mask.plan, {name: torch.zeros(mask.plan[name].size, dtype=torch.bool)})
+
+
+def test_diffusers_ema_is_saved_and_restored_after_a_cut_as_before_it(tmp_path: Any) -> None:
+    model, trainer, _, args, mask = trained()
+    ema = EMAModel(model.parameters(), decay=0.5, model_cls=UNet2DModel, model_config=model.config)
+    step(model, trainer, ema, args)
+    ema.store(model.parameters())
+    ebdiff.shrink_(model, mask, optimizer=trainer, ema=ema)
+    before = [parameter.clone() for parameter in model.parameters()]
+    step(model, trainer, ema, args)
+    ema.restore(model.parameters())
+    assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
+    ema.save_pretrained(tmp_path)
+    saved = ebdiff.load(tmp_path)
+    assert all(torch.equal(p, q) for p, q in zip(ema.shadow_params, saved.parameters(), strict=True))
+    again = EMAModel.from_pretrained(tmp_path, type(model))
+    assert all(torch.equal(p, q) for p, q in zip(ema.shadow_params, again.shadow_params, strict=True))
+    assert again.optimization_step == ema.optimization_step

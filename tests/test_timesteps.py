@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -41,7 +42,13 @@ def g(seed: int = 0) -> torch.Generator:
 def test_a_region_is_half_open():
     region = Region(240, 440)
     assert len(region) == 200
-    assert [t in region for t in (239, 240, 439, 439.5, 440)] == [False, True, True, True, False]
+    times = (239, 240, 439, 439.5, 440)
+    for kind in (float, np.float64, torch.tensor):
+        assert [kind(t) in region for t in times] == [False, True, True, True, False]
+    assert [t in region for t in (np.int64(300), torch.tensor(300), "300", None, torch.zeros(2))] == [True, True] + [
+        False
+    ] * 3
+    assert Uniform(np.int64(1000)).T == 1000
     assert str(region) == "[240, 440)"
     assert Region.from_json(region.to_json()) == region
 

@@ -21,7 +21,7 @@ import ebdiff
 
 from ..errors import EbdiffError
 from ..files import read_object, write_bytes
-from ..pruning.save import from_folder
+from .folders import from_folder
 
 __all__ = ["TimestepRouter"]
 

@@ -7,16 +7,16 @@ stock loaders refuse: with ignore_mismatched_sizes they would fill a shrunken ne
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cache, reduce
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from .. import files
 from ..errors import EbdiffError
+from ..nn.folders import from_folder
 from ..nn.sparse_model import ALWAYS, blocks_of, sparsify, taken_out
 from .blocks import read_blocks, written
 from .mask import ChannelMask
@@ -24,7 +24,7 @@ from .plan import ChannelPlan
 from .shrink import shrink_, shrinks_of
 from .structure import build, describe
 
-__all__ = ["from_folder", "load", "save", "shrunk_class", "shrunk_class_named"]
+__all__ = ["load", "save", "shrunk_class", "shrunk_class_named"]
 
 _CONFIG, _FACTS, _TENSORS, _PREFIX = "config.json", "ebdiff.json", "ebdiff.safetensors", "Shrunk"
 
@@ -44,6 +44,8 @@ def save(model: nn.Module, folder: str | Path) -> None:
     """
     if Path(folder).is_file():
         raise EbdiffError(f"{folder} is a file", expected="a folder, or none yet", got="a file", remedy="name another")
+    from diffusers import ModelMixin
+
     if isinstance(model, ModelMixin):
         model.save_pretrained(str(folder))
         return
@@ -81,64 +83,6 @@ def _class_of(folder: Path) -> str:
     """The class of the diffusers model that a folder holds; empty where it holds none."""
     config = files.read_json(folder / _CONFIG) if (folder / _CONFIG).is_file() else None
     return str(config.get("_class_name") or "") if isinstance(config, dict) else ""
-
-
-def from_folder(kind: Any, folder: Path, **options: Any) -> Any:
-    """A diffusers model's from_pretrained, which must find the weights of this very architecture, and no pickle.
-
-    Args:
-        kind: the class.
-        folder: local.
-        options: torch_dtype, device_map, variant, ...: for from_pretrained. Without a dtype every tensor has the one
-            that it was saved in.
-
-    Raises:
-        EbdiffError: weights that are missing, damaged, or another architecture's.
-    """
-    try:
-        if kind.__module__ == "ebdiff":
-            return kind.from_pretrained(str(folder), **options)
-        saved = {} if _dtype_of(options) else _dtypes_in(folder, options.get("variant"))
-        if saved:
-            options["torch_dtype"] = _widest(saved.values())
-        options |= {"use_safetensors": True, "output_loading_info": True}
-        model, about = kind.from_pretrained(str(folder), **options)
-    except EbdiffError:
-        raise
-    except (OSError, ValueError, RuntimeError) as error:
-        raise EbdiffError(
-            f"{folder} holds no whole {kind.__name__}", got=" ".join(str(error).split()), remedy="save it again"
-        ) from None
-    for keys in ("missing", "unexpected"):
-        if about[f"{keys}_keys"]:
-            got = f"{keys}: {sorted(about[f'{keys}_keys'])[0]}"
-            raise EbdiffError(
-                f"weights in {folder} do not fit", expected=f"a {kind.__name__}'s", got=got, remedy="save it again"
-            )
-    for name, tensor in _tensors_of(model).items():
-        tensor.data = tensor.data.to(saved.get(name, tensor.dtype))
-    return model
-
-
-def _dtype_of(options: Mapping[str, Any]) -> Any:
-    """The dtype that was asked for, under either name as in diffusers."""
-    return options.get("torch_dtype") or options.get("dtype")
-
-
-def _dtypes_in(folder: Path, variant: str | None) -> dict[str, torch.dtype]:
-    """{name: dtype} of the saved tensors, in however many files: name.VARIANT-00001-of-00002.safetensors."""
-    found: dict[str, torch.dtype] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        middle = path.name.split(".")[1:-1]
-        if [part.partition("-")[0] for part in middle] == ([variant] if variant else []):
-            found |= files.dtypes_in(path)
-    return found
-
-
-def _widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    """What holds the floating-point ones without rounding."""
-    floating = [dtype for dtype in dtypes if dtype.is_floating_point]
-    return reduce(torch.promote_types, floating) if floating else torch.float32
 
 
 def _class_in(path: Path, name: str) -> Any:
@@ -250,6 +194,20 @@ def _built(cls: Any, config: Mapping[str, Any], shrinks: Iterable[ChannelMask]) 
     for mask in shrinks:
         shrink_(model, mask)
     return model
+
+
+class Maker:
+    """The `model_cls` of diffusers' EMAModel after a cut: what its from_config makes has the EMA's shapes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.kind, self.shrinks = type(model), shrinks_of(model)
+
+    def from_config(self, config: Mapping[str, Any], **_: Any) -> Any:
+        """The shrunken network with zeros for parameters."""
+        model = _built(self.kind, config, self.shrinks)
+        zeros = {name: torch.zeros_like(t, device="cpu") if t.is_meta else t for name, t in _tensors_of(model).items()}
+        _assign(model, zeros, Path())
+        return model
 
 
 def _dtype_named(wanted: torch.dtype | str | None) -> torch.dtype | None:

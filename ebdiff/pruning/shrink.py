@@ -108,6 +108,10 @@ def shrink_(
     for inner in held:
         inner.shrunk(mask)
     _finish(model, mask, blocks)
+    if getattr(ema, "model_cls", None) is not None and hasattr(type(model), "load_config"):
+        from .save import Maker
+
+        ema.model_cls = Maker(model)  # which its save_pretrained builds a network from
     return model
 
 

@@ -99,6 +99,8 @@ def average_of(model: nn.Module, ema: Any, mask: ChannelMask) -> tuple[list[Plac
         shadow = ema if isinstance(ema, list) else getattr(ema, "shadow_params", None)
         pairs = [(shadow, i, name) for i, name in enumerate(parameters)]
         complete = isinstance(shadow, list) and len(shadow) == len(parameters)
+        stored = getattr(ema, "temp_stored_params", None)  # between store() and restore()
+        pairs += [(stored, i, name) for i, name in enumerate(parameters) if stored is not None]
     shapes = {**parameters, **dict(model.named_buffers())}
     wrong = any(
         holder[key].shape != shapes[name].shape or holder[key].layout is not torch.strided

@@ -6,6 +6,7 @@ ratio, so that it means the same for every schedule; on the linear schedule it i
 
 from __future__ import annotations
 
+import io
 import math
 from functools import cached_property
 from itertools import pairwise
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import EbdiffError
+from ..files import write_bytes
 from .profile import NoiseProfile, checked
 from .region import Region
 from .sampler import Sampler
@@ -153,12 +155,13 @@ class SpeeD(Sampler):
 
     def plot(self, path: Path | str | None = None) -> Figure:
         """The areas, and in them the density as T P(t) and the weight w(t); written to a PNG where a path is given."""
-        from ..plots import write
         from .speed_plot import figure
 
         drawn = figure(self)
         if path is not None:
-            write(drawn, Path(path))
+            content = io.BytesIO()
+            drawn.savefig(content, format="png")
+            write_bytes(path, content.getvalue())
         return drawn
 
 
