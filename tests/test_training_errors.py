@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
@@ -98,8 +99,27 @@ def test_a_state_that_does_not_fit_is_refused_before_the_first_step() -> None:
         {"betas": (0.9, 1.0)},
         {"ema_decay": 1.5},
         {"weight_decay": -1.0},
+        {"lr": "1e-4"},
+        {"lr": float("inf")},
+        {"lr": True},
+        {"batch_size": "8"},
+        {"batch_size": 2.5},
+        {"accumulate": 1.5},
+        {"betas": 0.9},
+        {"betas": ("0.9", 0.999)},
+        {"betas": "ab"},
+        {"seed": "x"},
+        {"seed": 0.5},
+        {"weight_decay": None},
+        {"grad_clip": "1"},
+        {"ema_decay": "0.9"},
     ],
 )
 def test_settings_that_cannot_be(options: dict[str, Any]) -> None:
-    with pytest.raises(EbdiffError, match="TrainConfig"):
+    with pytest.raises(EbdiffError, match=f"TrainConfig: expected.*{next(iter(options))}"):
         TrainConfig(**options)
+
+
+def test_settings_of_other_libraries_and_lists_of_betas_are_numbers_too() -> None:
+    TrainConfig(batch_size=np.int64(2), lr=np.float32(0.1), betas=[0, np.float64(0.9)], seed=np.uint32(7), grad_clip=1)
+    TrainConfig(grad_clip=float("inf"))
