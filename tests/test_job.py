@@ -237,6 +237,16 @@ def test_stages_out_of_order_name_the_command(tmp_path: Path) -> None:
         job.merge(world)
 
 
+def test_merge_says_what_is_wrong_with_a_folder(tmp_path: Path) -> None:
+    world = tiny(tmp_path)
+    with pytest.raises(EbdiffError, match=r"no such folder: .*typo; check the path"):
+        job.merge(world, [tmp_path / "typo"])
+    for name, command in {"7": "`ebdiff train --region 7`", "mine": "`ebdiff train`"}.items():
+        (tmp_path / name).mkdir()
+        with pytest.raises(EbdiffError, match=f"{name} is not finished.*run {command} first"):
+            job.merge(world, [tmp_path / name])
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
