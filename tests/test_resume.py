@@ -87,7 +87,9 @@ def test_the_rate_of_the_checkpoint_holds(tmp_path: Path) -> None:
     assert again.optimizer.param_groups[0]["betas"] == (0.9, 0.999)
 
 
-@pytest.mark.parametrize("damage", [b'{"st\n', b"\0\0\0\0\n", b"\xff\xfe\n", b"3\n", b"{}\n", b'{"step": "1"}\n', b"\n"])
+@pytest.mark.parametrize(
+    "damage", [b'{"st\n', b"\0\0\0\0\n", b"\xff\xfe\n", b"3\n", b"{}\n", b'{"step": "1"}\n', b"\n"]
+)
 def test_a_damaged_line_of_the_log_costs_that_line_alone(tmp_path: Path, damage: bytes) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 2}\n' + damage + b'{"step": 4}\n{"step": 6')
     assert [record["step"] for record in read_log(tmp_path)] == [2, 4]
