@@ -217,8 +217,10 @@ def sample(
     to: Annotated[Path | None, typer.Option(help="The picture; <out>/sample-<arm>.png by default.")] = None,
 ) -> None:
     """Draw images by DDIM and put them into one picture; where the network is told labels, sorted by them."""
-    network = _network(world, arm, model)
     to = to or world.out / f"sample-{model.name if model else arm}.png"
+    if to.suffix.lower() != ".png":
+        raise EbdiffError("--to", expected="a .png", got=str(to), remedy="name it so")
+    network = _network(world, arm, model)
     if dry_run:
         console.print(f"{n} images in {world.config.sample.steps} steps to {to}", highlight=False)
         return
@@ -337,11 +339,6 @@ def _go(
 
 
 def _network(world: World, arm: str, model: Path | None) -> Any:
-    from .pruning.save import load
-    from .training.judge import ARMS, arm_network
+    from .training.judge import arm_network, saved_network
 
-    if model is not None:
-        return load(model)
-    if arm not in ARMS:
-        raise EbdiffError("--arm", expected=" or ".join(ARMS), got=arm, remedy="choose one")
-    return arm_network(world, arm)
+    return arm_network(world, arm) if model is None else saved_network(world, model)

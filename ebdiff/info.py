@@ -57,6 +57,8 @@ def describe(folder: Path) -> list[str]:
     Raises:
         EbdiffError: none of these, or damaged.
     """
+    from .training.pretrained import refuse_pipeline
+
     if (folder / "ticket.json").exists():
         from .tickets.ticket import Ticket
 
@@ -76,6 +78,7 @@ def describe(folder: Path) -> list[str]:
             lines.append(f"{type(part).__name__}, {count / 1e6:.2f}M parameters")
             lines += [f"  {mask}" for mask in shrinks_of(part)]
         return lines
+    refuse_pipeline(folder)
     raise EbdiffError(
         f"nothing to describe in {folder}",
         expected="a ticket, a run or a saved network",

@@ -78,7 +78,7 @@ def steps(model: nn.Module | TrainState, until: int, images: Tensor | None = Non
 
 
 def training(model: nn.Module | TrainState, until: int, images: Tensor | None = None, **options: Any) -> Any:
-    known = {"scheduler", "sampler", "regions", "checkpoints", "checkpoint_every"}
+    known = {"scheduler", "sampler", "regions", "checkpoints", "checkpoint_every", "conditions"}
     others = {key: options.pop(key) for key in known & options.keys()}
     config = TrainConfig(**{"batch_size": 4, "lr": 1e-2, **options})
     state = model if isinstance(model, TrainState) else TrainState.begin(model, config)

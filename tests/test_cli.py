@@ -9,7 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+from diffusers import DDIMPipeline, DDIMScheduler
 from tiny import TINY, ebdiff, run, tiny
+from unets import unet
 
 from ebdiff.files import read_json
 from ebdiff.progress import Tally, follow
@@ -199,6 +201,36 @@ def test_sample_and_eval(
     loss = read_json(finished / "evaluation" / "tickets-1.json")["loss"]["total"]
     assert f"held-out loss {loss:.4f}" in shown
     assert "[fashion16-cnn" in shown
+
+
+def test_only_png_is_drawn_and_before_anything_is(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("pic.jpg", "pic"):
+        for options in ([], ["--dry-run"]):
+            assert ebdiff(monkeypatch, "sample", "--out", finished, "--to", tmp_path / name, *options) == 2
+            assert f"--to: expected a .png, got {tmp_path / name}" in capsys.readouterr().err
+    assert ebdiff(monkeypatch, "sample", "--out", finished, "--to", tmp_path / "pic.PNG", "-n", "1") == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["pic.PNG"]
+
+
+def test_networks_of_other_channels_and_pipelines_are_refused(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    DDIMPipeline(unet(in_channels=3, out_channels=3), DDIMScheduler()).save_pretrained(tmp_path)
+    for command, folder, words in (
+        ("sample", "unet", "expected 1 channels in, those of this run, got 3"),
+        ("eval", "unet", "expected 1 channels in, those of this run, got 3"),
+        ("sample", "", "is a pipeline, not a network; pass its subfolder unet"),
+        ("eval", "", "pass its subfolder unet"),
+    ):
+        assert ebdiff(monkeypatch, command, "--out", finished, "--model", tmp_path / folder) == 2
+        error = capsys.readouterr().err
+        assert words in error
+        assert error.count("\n") == 1
+    assert ebdiff(monkeypatch, "info", tmp_path) == 2
+    assert "pass its subfolder unet" in capsys.readouterr().err
+    assert ebdiff(monkeypatch, "info", tmp_path / "unet") == 0
 
 
 def test_info_without_a_gpu_and_about_folders(

@@ -249,6 +249,15 @@ def test_networks_that_cannot_be_told_so(model: dict[str, Any], by: str | None, 
 # Super-resolution
 
 
+def test_likeness_of_equal_images_is_that_of_rounding() -> None:
+    """An image of one colour is its own low resolution; a level's rounding has a mean square of 1/12 of it."""
+    real = torch.full((2, 1, 16, 16), 7, dtype=torch.uint8)
+    assert likeness(real, real)["psnr"] == pytest.approx(58.92, abs=0.01)  # 20 log10(255) + 10 log10(12)
+    made = real.clone()
+    made[1] += 10
+    assert likeness(real, made)["psnr"] == pytest.approx((58.92 + 28.13) / 2, abs=0.01)
+
+
 def test_likeness_by_hand() -> None:
     real = torch.randint(0, 200, (3, 1, 12, 12), dtype=torch.uint8)
     assert likeness(real, real)["ssim"] == pytest.approx(1)

@@ -113,6 +113,14 @@ def test_a_module_is_evaluated_without_dropout_and_gets_its_modes_back(data):
     assert (net.training, net.drop.training, net.frozen.training) == (True, True, False)
 
 
+def test_any_seed_will_do(data):
+    def constant(x, t):
+        return torch.full_like(x, 0.5)
+
+    drawn = [loss_per_bin(constant, data.test, DDPMScheduler(), bins=2, per_bin=8, seed=seed) for seed in (1, 2**62)]
+    assert drawn[0] != drawn[1]
+
+
 def test_the_total_weighs_bins_by_their_width():
     profile = LossProfile(edges=(0, 10, 40), mean=(4.0, 1.0), n=8)
     assert profile.total == 1.75

@@ -237,6 +237,16 @@ def test_stages_out_of_order_name_the_command(tmp_path: Path) -> None:
         job.merge(world)
 
 
+def test_merge_says_what_is_wrong_with_a_folder(tmp_path: Path) -> None:
+    world = tiny(tmp_path)
+    with pytest.raises(EbdiffError, match=r"no such folder: .*typo; check the path"):
+        job.merge(world, [tmp_path / "typo"])
+    for name, command in {"7": "`ebdiff train --region 7`", "mine": "`ebdiff train`"}.items():
+        (tmp_path / name).mkdir()
+        with pytest.raises(EbdiffError, match=f"{name} is not finished.*run {command} first"):
+            job.merge(world, [tmp_path / name])
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -251,7 +261,13 @@ def test_stages_out_of_order_name_the_command(tmp_path: Path) -> None:
         ("model.norm_groups=4", "did you mean model.norm_num_groups"),
         ("model.norm_num_groups=3", "UNet2DModel refuses"),
         ("model.in_channels=3", "does not predict images"),
+        ("model.in_channels=grey", "model.in_channels: expected a whole number .* got grey"),
+        ("model.sample_size=abc", "does not predict images: .* got sample_size abc"),
+        ("model.sample_size=[16, 16, 16]", "does not predict images"),
+        ("model.sample_size=-16", "does not predict images"),
+        ("model.block_out_channels=[-8, 16]", "UNet2DModel refuses"),
         ("data.channels=3", "do not fit the model"),
+        ("data.limit=4", "too few held-out images to score: expected at least 5, got 4; .*evaluate.extractor=none"),
         ("device=abacus", "no such device"),
         ("data.source=/nowhere", "no images there"),
     ],
@@ -260,6 +276,10 @@ def test_nothing_is_written_before_everything_is_checked(override: str, words: s
     with pytest.raises(EbdiffError, match=words):
         run(tiny(tmp_path / "out", override))
     assert not (tmp_path / "out").exists()
+
+
+def test_without_scores_any_number_of_held_out_images_will_do(tmp_path: Path) -> None:
+    tiny(tmp_path, "data.limit=4", "evaluate.extractor=none").check()
 
 
 @pytest.mark.parametrize("seed", [0, 3])

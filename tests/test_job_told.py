@@ -108,6 +108,12 @@ def test_without_anything_told_drawing_is_the_ddim_pipeline(tmp_path: Path) -> N
         assert float((ours[4 * number : 4 * number + count] - theirs).abs().max()) < 0.501
 
 
+def test_images_are_drawn_with_any_seed(tmp_path: Path) -> None:
+    world = tiny(tmp_path, "sample.steps=1", f"seed={2**63 - 1}")
+    (images,) = draw_images(world, world.network(), torch.arange(2), world.config.seed)
+    assert images.shape == (2, 1, 16, 16)
+
+
 def test_super_resolution(tmp_path: Path) -> None:
     world = tiny(tmp_path, *SHORT, "conditional.by=low_res", "conditional.factor=4")
     run(world)

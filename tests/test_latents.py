@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DModel
 from torch import Tensor
 
 from ebdiff.data import Images, decode, encode, load_images, load_latents, load_vae, to_model, to_uint8
@@ -158,3 +159,20 @@ def test_what_is_no_vae(folder: Path, tmp_path: Path) -> None:
     torch.save(weights, tmp_path / "diffusion_pytorch_model.bin")  # a pickle, which diffusers would read
     with pytest.raises(EbdiffError, match="holds no AutoencoderKL"):
         load_vae(tmp_path)
+    UNet2DModel(
+        8,
+        1,
+        1,
+        block_out_channels=(4,),
+        layers_per_block=1,
+        norm_num_groups=2,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        add_attention=False,
+    ).save_pretrained(tmp_path / "unet")
+    with pytest.raises(EbdiffError, match="unet holds no AutoencoderKL: got a UNet2DModel"):
+        load_vae(tmp_path / "unet")
+    shutil.copytree(folder, tmp_path / "part")
+    write_tensors(tmp_path / "part" / "diffusion_pytorch_model.safetensors", dict([*weights.items()][1:]), format="pt")
+    with pytest.raises(EbdiffError, match=f"part holds no AutoencoderKL: got no {next(iter(weights))}"):
+        load_vae(tmp_path / "part")

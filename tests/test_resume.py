@@ -19,6 +19,7 @@ from unets import unet
 import ebdiff
 from ebdiff.errors import EbdiffError
 from ebdiff.training.checkpoint import Checkpoints
+from ebdiff.training.log import StepLog, read_log
 from ebdiff.training.loop import TrainConfig, TrainState, train
 
 SCRIPT = Path(__file__).with_name("kill_me.py")
@@ -84,6 +85,16 @@ def test_the_rate_of_the_checkpoint_holds(tmp_path: Path) -> None:
     again.restore(whole(Checkpoints(tmp_path)))
     assert again.optimizer.param_groups[0]["lr"] == 0.125
     assert again.optimizer.param_groups[0]["betas"] == (0.9, 0.999)
+
+
+@pytest.mark.parametrize(
+    "damage", [b'{"st\n', b"\0\0\0\0\n", b"\xff\xfe\n", b"3\n", b"{}\n", b'{"step": "1"}\n', b"\n"]
+)
+def test_a_damaged_line_of_the_log_costs_that_line_alone(tmp_path: Path, damage: bytes) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 2}\n' + damage + b'{"step": 4}\n{"step": 6')
+    assert [record["step"] for record in read_log(tmp_path)] == [2, 4]
+    with StepLog(tmp_path, 3, 2):
+        assert read_log(tmp_path) == [{"step": 2}]
 
 
 def test_another_run_s_checkpoint_changes_nothing(tmp_path: Path) -> None:

@@ -6,12 +6,14 @@ Every number of steps is fixed here and costs that decide anything are MACs: no 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 __all__ = ["Conditional", "Config"]
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -93,7 +95,7 @@ class Train(Section):
 
     batch_size: int = Field(default=128, ge=1)
     lr: float = Field(default=2e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     weight_decay: float = Field(default=0.0, ge=0)
     grad_clip: float | None = Field(default=1.0, gt=0)
     accumulate: int = Field(default=1, ge=1)
@@ -232,7 +234,7 @@ class Config(Section):
     wrote it, whose weights are the first instead of random ones. `conditional`: none by default.
     """
 
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     device: str = "auto"
     model: dict[str, Any]
     pretrained: str | None = None

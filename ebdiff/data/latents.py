@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import EbdiffError
-from ..files import read_tensors, write_tensors
+from ..files import read_object, read_tensors, write_tensors
 from .archives import read_npz
 from .examples import Examples, Images, to_model, to_uint8
 from .images import held_out
@@ -134,8 +134,9 @@ def load_vae(folder: str | Path) -> Any:
     """diffusers' AutoencoderKL from a local folder, in eval mode; nothing is downloaded or unpickled.
 
     Raises:
-        EbdiffError: there is none.
+        EbdiffError: there is none, a network of another class, or one whose weights are not all there.
     """
+    import diffusers
     from diffusers import AutoencoderKL
 
     folder = Path(folder).expanduser()
@@ -144,11 +145,18 @@ def load_vae(folder: str | Path) -> Any:
             "no VAE there", expected="a folder that AutoencoderKL.save_pretrained wrote", got=str(folder),
             remedy="of a pipeline, pass its subfolder vae",
         )  # fmt: skip
+    kind = str(read_object(folder / "config.json").get("_class_name"))
+    known = getattr(diffusers, kind, AutoencoderKL)  # a class of the user's own may be one, too
+    if not (isinstance(known, type) and issubclass(known, AutoencoderKL)):
+        raise EbdiffError(f"{folder} holds no AutoencoderKL", got=f"a {kind}", remedy="pass the folder of a VAE")
     try:
         vae = AutoencoderKL.from_pretrained(str(folder), use_safetensors=True, local_files_only=True)
     except Exception as error:  # a config of another class, absent weights and damaged ones each have their own errors
         reason = " ".join(str(error).split())[:300]
         raise EbdiffError(f"{folder} holds no AutoencoderKL", got=reason, remedy="save it in safetensors") from None
+    absent = next((name for name, parameter in vae.named_parameters() if parameter.is_meta), None)
+    if absent is not None:
+        raise EbdiffError(f"{folder} holds no AutoencoderKL", got=f"no {absent}", remedy="save all of its weights")
     return vae.eval().requires_grad_(False)
 
 

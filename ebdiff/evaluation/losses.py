@@ -83,7 +83,8 @@ def loss_per_bin(
     means = []
     with _evaluating(model_fn) as device:
         for i, (lo, hi) in enumerate(pairwise(edges)):
-            parts = (torch.split(part, batch_size) for part in _draw(images, lo, hi, per_bin, seed * 100_003 + i))
+            drawn = _draw(images, lo, hi, per_bin, (seed * 100_003 + i) % 2**64)
+            parts = (torch.split(part, batch_size) for part in drawn)
             errors = []
             for chosen, x0, t, noise in zip(*parts, strict=True):
                 keywords = {key: rows.to(device) for key, rows in told(chosen, x0).items()} if told else {}

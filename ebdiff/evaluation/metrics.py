@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import EbdiffError
 from .features import FeatureExtractor
 
-__all__ = ["Scores", "evaluate", "features_of", "fid", "kid", "precision_recall"]
+__all__ = ["Scores", "evaluate", "features_of", "fid", "kid", "precision_recall", "refuse_too_few"]
 
 NEIGHBOURS = 3  # k of Kynkäänniemi et al.
 KID_SUBSETS, KID_SUBSET_SIZE = 20, 1000
@@ -106,6 +106,17 @@ def precision_recall(real: Tensor, fake: Tensor, extractor: FeatureExtractor) ->
     return _precision_recall(features_of(real, extractor), features_of(fake, extractor))
 
 
+def refuse_too_few(count: int, which: str) -> None:
+    """Of so many images there are no scores.
+
+    Raises:
+        EbdiffError: fewer than 5; the third neighbour of a point needs more.
+    """
+    if count < NEIGHBOURS + 2:
+        expected, remedy = f"at least {NEIGHBOURS + 2}", "more images, or evaluate.extractor=none"
+        raise EbdiffError(f"too few {which} to score", expected=expected, got=str(count), remedy=remedy)
+
+
 @torch.no_grad()
 def features_of(images: Tensor, extractor: FeatureExtractor, batch_size: int = 500) -> Tensor:
     """uint8 [N, C, H, W] -> float64 [N, d].
@@ -113,8 +124,7 @@ def features_of(images: Tensor, extractor: FeatureExtractor, batch_size: int = 5
     Raises:
         EbdiffError: fewer than 5 images (the third neighbour of a point needs more), or features that are not finite.
     """
-    if len(images) < NEIGHBOURS + 2:
-        raise EbdiffError("too few images to score", expected=f"at least {NEIGHBOURS + 2}", got=str(len(images)))
+    refuse_too_few(len(images), "images")
     features = torch.cat([extractor(batch).double() for batch in torch.split(images, batch_size)])
     if features.shape != (len(images), extractor.num_features) or not features.isfinite().all():
         raise EbdiffError(

@@ -146,8 +146,12 @@ def parts(world: World, folders: Sequence[Path] = ()) -> list[tuple[Region, Path
         EbdiffError: as `merge`.
     """
     found: list[tuple[Region, Path]] = []
+    lost = next((str(folder) for folder in folders if not folder.is_dir()), None)
+    if lost is not None:
+        raise EbdiffError("no such folder", expected="that of a trained region", got=lost, remedy="check the path")
     for folder in folders or [region_folder(world.out, number) for number in range(len(world.partition))]:
-        facts: dict[str, Any] = needed(folder, f"ebdiff train --region {folder.name}")
+        which = f" --region {folder.name}" if folder.name.isdecimal() else ""
+        facts: dict[str, Any] = needed(folder, f"ebdiff train{which}")
         if "region" not in facts:
             raise EbdiffError(f"{folder} holds no region", expected="a folder regions/<k> of a run", remedy="check it")
         found.append((Region.from_json(facts["region"]), folder))

@@ -20,6 +20,7 @@ from ..pruning.shrink import shrinks_of
 from .accounting import Meter
 from .conditions import LOW_RES, Asked
 from .costs import training_cost
+from .pretrained import refuse_pipeline
 from .regions import region_folder
 from .sampling import draw_images, drawn_about, passes
 from .stages import Tick, Work, needed
@@ -36,6 +37,7 @@ __all__ = [
     "judging",
     "judging_one",
     "macs_per_image",
+    "saved_network",
 ]
 
 ARMS = ("tickets", "dense")
@@ -155,7 +157,13 @@ def _name(arm: str, mark: float) -> str:
 
 
 def arm_network(world: World, arm: str, mark: float = 1.0) -> Any:
-    """The network of an arm at a mark, with EMA weights: a router over the regions, the search's, or the control's."""
+    """The network of an arm at a mark, with EMA weights: a router over the regions, the search's, or the control's.
+
+    Raises:
+        EbdiffError: no such arm, or it is not trained yet.
+    """
+    if arm not in ARMS:
+        raise EbdiffError("--arm", expected=" or ".join(ARMS), got=arm, remedy="choose one")
     if arm not in arms_of(world):
         raise EbdiffError("no dense control", expected="evaluate.control=true", got="false", remedy="use --arm tickets")
     if arm == "dense":
@@ -169,6 +177,23 @@ def arm_network(world: World, arm: str, mark: float = 1.0) -> Any:
         needed(region_folder(world.out, number), f"ebdiff train --region {number}")
         networks.append(load(network_at(region_folder(world.out, number), mark)))
     return TimestepRouter(world.partition, networks)
+
+
+def saved_network(world: World, folder: Path) -> Any:
+    """Any saved network, to be judged on the images of this run.
+
+    Raises:
+        EbdiffError: the folder holds none, or one whose config has other channels.
+    """
+    refuse_pipeline(folder)
+    network = load(folder)
+    got = getattr(getattr(network, "config", None), "in_channels", None)
+    by = world.config.conditional.by if world.config.conditional else None
+    wanted = world.image_shape[0] * (2 if by == LOW_RES else 1)
+    if got not in (None, wanted):
+        expected, remedy = f"{wanted} channels in, those of this run", "pass a network for such images"
+        raise EbdiffError(f"the network in {folder}", expected=expected, got=str(got), remedy=remedy)
+    return network
 
 
 def macs_per_image(world: World, network: Any) -> dict[str, float]:

@@ -62,7 +62,16 @@ class StepLog:
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The records of a stage; a last line that a crash cut short is left out."""
+    """The records of a stage; lines that are none are left out: the last may be cut short, and others damaged."""
     path = folder / FILE
-    lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    text = path.read_text("utf-8", errors="replace") if path.exists() else ""
+    found = [_record(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return [record for record in found if record is not None]
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None

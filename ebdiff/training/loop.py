@@ -18,6 +18,7 @@ from ..pruning.modules import refuse_wrapped
 from ..seeds import seed_for
 from ..timesteps.region import Partition
 from ..timesteps.sampler import Sampler
+from .arguments import check_channels, check_kinds, check_steps
 from .batches import Batch, Batches
 from .checkpoint import Checkpoints
 from .conditions import Conditions, Told, ask
@@ -91,9 +92,21 @@ def train(
         EbdiffError: what does not fit together, by the call itself; later, a loss or gradient that is not finite: that
             step is not applied.
     """
+    check_kinds(
+        scheduler,
+        state=state,
+        images=images,
+        sampler=sampler,
+        config=config,
+        checkpoints=checkpoints,
+        regions=regions,
+        conditions=conditions,
+    )
+    check_steps(until, checkpoint_every)
     accelerator = accelerator or Accelerator()
     _check_data(images, scheduler, sampler, regions, conditions)
     _check_training(state, config, accelerator)
+    check_channels(state.model, images, conditions)
     _check_learner(state, sampler)
     if checkpoint_every and checkpoints is None:
         got = f"checkpoint_every={checkpoint_every} alone"

@@ -52,7 +52,7 @@ def build(model: Mapping[str, Any], by: str | None = None, size: int = 0) -> Any
     _refuse_untold(kind, by)
     try:
         network = kind(**arguments)
-    except (ValueError, TypeError, IndexError, ZeroDivisionError) as error:
+    except (ValueError, TypeError, IndexError, ZeroDivisionError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise EbdiffError(f"{kind.__name__} refuses its arguments", got=reason, remedy="correct `model`") from None
     for module in network.modules():
@@ -76,9 +76,19 @@ def class_named(name: str) -> Any:
 
 
 def in_channels(model: Mapping[str, Any]) -> int:
-    """Channels of an image, before those of a low resolution are added."""
+    """Channels of an image, before those of a low resolution are added.
+
+    Raises:
+        EbdiffError: no such class, or no number of channels.
+    """
     default = inspect.signature(class_named(model.get("class", DEFAULT)).__init__).parameters["in_channels"].default
-    return int(model.get("in_channels", default))
+    channels = model.get("in_channels", default)
+    if not isinstance(channels, int) or channels < 1:
+        expected, got = "a whole number of at least 1", str(channels)
+        raise EbdiffError(
+            "model.in_channels", expected=expected, got=got, remedy="1 for grey, 3 for RGB, of latents theirs"
+        )
+    return channels
 
 
 def check_call(network: Any, x: Tensor, t: Tensor, told: Told) -> None:

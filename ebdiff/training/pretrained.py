@@ -10,7 +10,7 @@ import torch
 from ..errors import EbdiffError
 from ..files import checksum, digest, read_json
 
-__all__ = ["fingerprint", "refuse_other_architecture", "take_weights"]
+__all__ = ["fingerprint", "refuse_other_architecture", "refuse_pipeline", "take_weights"]
 
 _FREE = ("sample_size", "dropout")  # of the same weights they may differ
 _WEIGHTS = "*.safetensors"
@@ -44,6 +44,18 @@ def refuse_other_architecture(network: Any, folder: Path) -> None:
         present = ", ".join(sorted(path.name for path in folder.iterdir() if path != file)) or "none"
         remedy = "load it where you trust it, and save it again with safe_serialization=True"
         raise EbdiffError(f"weights in {folder}", expected="safetensors, no pickle", got=present, remedy=remedy)
+
+
+def refuse_pipeline(folder: Path) -> None:
+    """Refuse a folder that holds networks, and is none itself.
+
+    Raises:
+        EbdiffError: a pipeline of diffusers; names the subfolder of its network.
+    """
+    alone = any((folder / name).exists() for name in ("config.json", "ebdiff.json"))
+    if (folder / "model_index.json").is_file() and not alone:
+        names = [name for name in ("unet", "transformer") if (folder / name).is_dir()] or ["unet or transformer"]
+        raise EbdiffError(f"{folder} is a pipeline, not a network", remedy=f"pass its subfolder {names[0]}")
 
 
 def take_weights(network: Any, folder: Path) -> None:

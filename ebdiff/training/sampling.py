@@ -67,7 +67,7 @@ def draw_images(world: World, network: Any, about: Tensor, seed: int, labels: Te
         told = {key: rows.to(world.device) for key, rows in known.items()}
         silent = told_nothing(told, torch.ones(len(chosen), dtype=torch.bool))
         predict = guided(network, told, silent, world.guidance)
-        chance = torch.Generator().manual_seed(seed * 100_003 + number)
+        chance = torch.Generator().manual_seed((seed * 100_003 + number) % 2**64)
         x = torch.randn(len(chosen), *world.image_shape, generator=chance).to(world.device)
         scheduler = world.sampling_scheduler()
         for t in scheduler.timesteps:

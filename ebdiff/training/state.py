@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from math import isfinite
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -57,14 +59,20 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         checks = {
-            "batch_size of at least 1": self.batch_size >= 1,
-            "accumulate of at least 1": self.accumulate >= 1,
-            "lr above 0": self.lr > 0,
+            "a whole batch_size of at least 1": isinstance(self.batch_size, Integral) and self.batch_size >= 1,
+            "a whole accumulate of at least 1": isinstance(self.accumulate, Integral) and self.accumulate >= 1,
+            "a whole seed": isinstance(self.seed, Integral),
+            "a finite lr above 0": _is_finite(self.lr) and self.lr > 0,
             "precision 'no' or 'bf16'": self.precision in ("no", "bf16"),
-            "grad_clip above 0, or None": self.grad_clip is None or self.grad_clip > 0,
-            "betas of two numbers in [0, 1)": len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
-            "weight_decay of at least 0": self.weight_decay >= 0,
-            "ema_decay in [0, 1]": 0 <= self.ema_decay <= 1,
+            "grad_clip above 0, or None": self.grad_clip is None
+            or (isinstance(self.grad_clip, Real) and self.grad_clip > 0),
+            "betas of two numbers in [0, 1)": (
+                isinstance(self.betas, list | tuple)
+                and len(self.betas) == 2
+                and all(_is_finite(beta) and 0 <= beta < 1 for beta in self.betas)
+            ),
+            "a finite weight_decay of at least 0": _is_finite(self.weight_decay) and self.weight_decay >= 0,
+            "ema_decay in [0, 1]": _is_finite(self.ema_decay) and 0 <= self.ema_decay <= 1,
             "compile of True, False or 'reduce-overhead'": self.compile in (True, False, "reduce-overhead"),
             "accumulate of 1 with 'reduce-overhead', which reuses the memory of gradients": (
                 self.compile != "reduce-overhead" or self.accumulate == 1
@@ -257,6 +265,11 @@ class TrainState:
                     present.fill_(value)
                 else:
                     group[key] = tuple(value) if isinstance(present, tuple) else value
+
+
+def _is_finite(value: Any) -> bool:
+    """Is it a number, and neither infinite nor NaN?"""
+    return isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)
 
 
 def _kind(tensor: Tensor) -> str:

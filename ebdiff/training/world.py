@@ -17,7 +17,7 @@ from ..config import Config
 from ..data import Images, Latents, decode, load_images, load_latents, load_vae, to_model, to_uint8
 from ..errors import EbdiffError
 from ..evaluation import FeatureExtractor, extractor_for
-from ..evaluation.metrics import HeldOut
+from ..evaluation.metrics import HeldOut, refuse_too_few
 from ..pruning.mask import ChannelMask
 from ..pruning.plan import ChannelPlan
 from ..pruning.trace import trace
@@ -57,8 +57,9 @@ class World:
         Raises:
             EbdiffError: regions that do not tile the schedule or that the sampler never draws, numbers of ratios or
                 steps that differ from the number of regions, unknown model arguments, images that do not fit the model,
-                no extractor for the images, a pretrained network of another architecture, ratios or MACs that no ticket
-                can have, attention to watch where there is none, a search too short to see every region.
+                no extractor for the images, too few held-out images for it, a pretrained network of another
+                architecture, ratios or MACs that no ticket can have, attention to watch where there is none, a search
+                too short to see every region.
         """
         search, count = self.config.search, len(self.partition)
         lists = {"regions.steps": self.config.regions.steps, "search.ratios": search.ratios}
@@ -236,6 +237,7 @@ class World:
         wanted = self.config.evaluate.extractor
         if wanted == "none":
             return None
+        refuse_too_few(len(self.held_out.test), "held-out images")
         name = self.data.source if isinstance(self.data, Latents) else self.data.name
         return extractor_for(wanted, name, self.held_out.test.shape[1:])
 
@@ -245,15 +247,15 @@ class World:
         net, channels = self._meta.config, in_channels(self.config.model)
         made = getattr(net, "out_channels", None) or channels
         size = getattr(net, "sample_size", None)
-        height, width = size if isinstance(size, list | tuple) else (size, size)
-        if made != channels or height is None or width is None:
+        sides = size if isinstance(size, list | tuple) else (size, size)
+        if made != channels or len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
             raise EbdiffError(
                 "the network does not predict images",
                 expected=f"model.sample_size, and model.out_channels={channels}, those of an image",
                 got=f"sample_size {size}, out_channels {made}",
                 remedy="correct `model`",
             )
-        return channels, int(height), int(width)
+        return channels, sides[0], sides[1]
 
     @cached_property
     def device(self) -> torch.device:
