@@ -21,6 +21,7 @@ from .errors import EbdiffError
 __all__ = [
     "checksum",
     "digest",
+    "dtypes_in",
     "read_json",
     "read_object",
     "read_tensors",

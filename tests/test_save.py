@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -92,13 +93,15 @@ def test_the_last_network_saved_into_a_folder_is_the_one_that_is_loaded(small: U
     dense = unet("AttnDownBlock2D", "AttnUpBlock2D")
     router = ebdiff.TimestepRouter(ebdiff.Partition(0, 500, 1000), [dense, small])
     networks = {"shrunken": small, "dense": dense, "router": router, "any": scatter(Ours(4))}
-    for first in networks.values():
+    halves = [copy.deepcopy(model).to(torch.float16) for model in (dense, small, router)]
+    for first in (*networks.values(), *halves):
         for name, model in networks.items():
             ebdiff.save(first, tmp_path)
             ebdiff.save(model, tmp_path)
             loaded = ebdiff.load(tmp_path)
             assert type(loaded) is type(model), name
             assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+            assert {p.dtype for p in loaded.parameters()} == {torch.float32}
 
 
 def test_nothing_is_saved_under_the_name_of_a_file(small: UNet2DModel, tmp_path: Path) -> None:
@@ -136,8 +139,23 @@ def test_a_dense_diffusers_model_comes_back_in_its_dtypes(dtype: torch.dtype, tm
             k: tensor.dtype for k, tensor in theirs.items()
         }
         assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
-    single = ebdiff.TimestepRouter.from_pretrained(tmp_path / "2", torch_dtype=torch.float32)
-    assert {parameter.dtype for parameter in single.parameters()} == {torch.float32}
+    for wanted in (None, "float32", torch.float32):  # without a dtype as diffusers does
+        single = ebdiff.TimestepRouter.from_pretrained(tmp_path / "2", torch_dtype=wanted)
+        assert {parameter.dtype for parameter in single.parameters()} == {torch.float32}
+
+
+def test_a_compiled_network_is_saved_as_what_it_compiles(small: UNet2DModel, tmp_path: Path) -> None:
+    for model in (unet(), small, Ours(4)):
+        ebdiff.save(torch.compile(model), tmp_path)
+        assert type(ebdiff.load(tmp_path)) is type(model)
+
+
+def test_saving_uses_up_no_random_number(tmp_path: Path) -> None:
+    model = unet(time_embedding_type="fourier")
+    small = ebdiff.shrink(model, random_mask(ebdiff.trace(model, *inputs(model)[0]), seed=3))
+    before = torch.get_rng_state()
+    ebdiff.save(small, tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 class Mine(UNet2DModel):
@@ -150,6 +168,8 @@ def test_a_users_own_diffusers_class_comes_back(tmp_path: Path) -> None:
     for name, network in {"dense": model, "small": small}.items():
         ebdiff.save(network, tmp_path / name)
         assert type(ebdiff.load(tmp_path / name)) is type(network)
+    ebdiff.save(ebdiff.TimestepRouter([0, 500, 1000], [model, small]), tmp_path / "router")
+    assert [type(net) for net in ebdiff.load(tmp_path / "router").nets] == [Mine, type(small)]
     config = tmp_path / "dense" / "config.json"
     config.write_text(config.read_text().replace("Mine", "Gone"))
     with pytest.raises(ebdiff.EbdiffError, match=r"'Gone'.* import the module that defines it"):

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import ModelMixin, UNet2DModel
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ import ebdiff
 
 from ..errors import EbdiffError
 from ..files import read_object, write_bytes
-from .folders import from_folder
+from .folders import from_folder, model_class
 
 __all__ = ["TimestepRouter"]
 
@@ -182,7 +181,8 @@ class TimestepRouter(UNet2DModel):  # type: ignore[misc]
             pretrained_model_name_or_path: a folder; of a router on the Hub, the one that
                 `huggingface_hub.snapshot_download` returns.
             subfolder: the folder inside it, as a pipeline's "unet".
-            options: torch_dtype, device_map, variant, ...: for the networks' own from_pretrained.
+            options: torch_dtype, device_map, variant, ...: for the networks' own from_pretrained. With
+                torch_dtype="auto" every tensor has the dtype that it was saved in.
 
         Raises:
             EbdiffError: when there is no whole router in the folder.
@@ -228,8 +228,10 @@ def _shared_config(networks: Sequence[Any]) -> dict[str, Any]:
 
 def _class_named(name: Any) -> Any:
     """The diffusers model class, or ebdiff's own, of this name: the only ones that a config may name."""
-    source = ebdiff if str(name).startswith("Shrunk") or name == "TimestepRouter" else diffusers
-    found = getattr(source, str(name), None)
+    ours = str(name).startswith("Shrunk") or name == "TimestepRouter"
+    found: Any = None
+    with suppress(AttributeError):
+        found = getattr(ebdiff, str(name)) if ours else model_class(str(name))
     if not (isinstance(found, type) and issubclass(found, ModelMixin)):
         raise EbdiffError(
             f"{name} can neither be saved nor loaded by a router",

@@ -40,16 +40,10 @@ class Budget:
                 got=" and ".join(given) or "none",
                 remedy="give one",
             )
-        ratios = list(self.ratio.values()) if isinstance(self.ratio, Mapping) else [self.ratio]
-        for ratio in ratios:
-            if ratio is not None and not 0 <= _number(ratio) < 1:
-                raise EbdiffError(
-                    "ratio", expected="a share removed in [0, 1)", got=repr(ratio), remedy="e.g. ratio=0.5"
-                )
-        for name in ("macs", "latency"):
-            share = getattr(self, name)
-            if share is not None and not 0 < _number(share) <= 1:
-                raise EbdiffError(name, expected="a share kept in (0, 1]", got=repr(share), remedy=f"e.g. {name}=0.4")
+        (name,), by_name = given, isinstance(self.ratio, Mapping)
+        asked = getattr(self, name)
+        shares = {key: _share(name, share) for key, share in asked.items()} if by_name else _share(name, asked)
+        object.__setattr__(self, name, shares)
         if (as_whole(self.multiple_of) or 0) < 1:
             got = repr(self.multiple_of)
             raise EbdiffError("multiple_of", expected="a whole number, at least 1", got=got, remedy="e.g. 8")
@@ -57,7 +51,7 @@ class Budget:
             raise EbdiffError(
                 "scope", expected="'local', 'global' or 'cost'", got=repr(self.scope), remedy="choose one"
             )
-        if isinstance(self.ratio, Mapping) and self.scope != "local":
+        if by_name and self.scope != "local":
             raise EbdiffError(
                 "ratios by name", expected="scope='local'", got=repr(self.scope), remedy="give one ratio instead"
             )
@@ -71,10 +65,13 @@ class Budget:
         return dict(self.ratio) if isinstance(self.ratio, Mapping) else {"ratio": float(self.ratio or 0)}
 
 
-def _number(value: Any) -> float:
-    """NaN, which lies in no range, where it is no number."""
+def _share(name: str, value: Any) -> float:
+    """A ratio in [0, 1), or a share kept in (0, 1]."""
     found = as_real(value)
-    return float("nan") if found is None else found
+    if found is not None and (0 <= found < 1 if name == "ratio" else 0 < found <= 1):
+        return found
+    expected = "a share removed in [0, 1)" if name == "ratio" else "a share kept in (0, 1]"
+    raise EbdiffError(name, expected=expected, got=repr(value), remedy=f"e.g. {name}=0.4")
 
 
 def widths_for(
@@ -129,12 +126,7 @@ def _global(
         lost = torch.bincount(order[:count], minlength=len(spaces)).tolist()
         return rounded({s.name: s.size - gone for s, gone in zip(spaces, lost, strict=True)})
 
-    if budget.ratio is None:
-        return _search(plan, at, len(order), budget, timed)
-    assert isinstance(budget.ratio, float | int)
-    total = sum(s.size for s in spaces)
-    target = total - round(budget.ratio * total)
-    return at(_first(lambda count: sum(at(count).values()) <= target, len(order)))
+    return _narrowed(plan, at, len(order), budget, timed)
 
 
 def _by_cost(
@@ -158,11 +150,22 @@ def _by_cost(
         scale = (1 - level / _LEVELS) / least
         return rounded({space.name: space.size * min(1.0, scale * shares[space.name]) for space in spaces})
 
-    if budget.ratio is None:
-        return _search(plan, at, _LEVELS, budget, timed)
-    assert isinstance(budget.ratio, float | int)
-    target = (1 - budget.ratio) * sum(space.size for space in spaces)
-    return at(_first(lambda level: sum(at(level).values()) <= target, _LEVELS))
+    return _narrowed(plan, at, _LEVELS, budget, timed)
+
+
+def _narrowed(
+    plan: ChannelPlan,
+    at: Callable[[int], Widths],
+    levels: int,
+    budget: Budget,
+    timed: Callable[[Widths], float] | None,
+) -> Widths:
+    """The widest network that loses the share of all channels that was asked, or within a budget."""
+    if not isinstance(budget.ratio, float):
+        return _search(plan, at, levels, budget, timed)
+    total = sum(at(0).values())
+    target = total - round(budget.ratio * total)
+    return at(_first(lambda level: sum(at(level).values()) <= target, levels))
 
 
 def _layer_macs(plan: ChannelPlan, space: ChannelSpace) -> float:

@@ -6,7 +6,7 @@ stock loaders refuse: with ignore_mismatched_sizes they would fill a shrunken ne
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from .. import files
 from ..errors import EbdiffError
-from ..nn.folders import from_folder
+from ..nn.folders import dtype_named, from_folder, model_class
+from ..nn.replace.classes import plain_class
 from ..nn.sparse_model import ALWAYS, blocks_of, sparsify, taken_out
 from .blocks import read_blocks, written
 from .mask import ChannelMask
@@ -24,7 +25,7 @@ from .plan import ChannelPlan
 from .shrink import shrink_, shrinks_of
 from .structure import build, describe
 
-__all__ = ["load", "save", "shrunk_class", "shrunk_class_named"]
+__all__ = ["ShrunkBuilder", "load", "save", "shrunk_class", "shrunk_class_named"]
 
 _CONFIG, _FACTS, _TENSORS, _PREFIX = "config.json", "ebdiff.json", "ebdiff.safetensors", "Shrunk"
 
@@ -35,8 +36,8 @@ def save(model: nn.Module, folder: str | Path) -> None:
     Args:
         model: any module. A dense diffusers model is written as diffusers does. Of other modules the structure is
             written (classes by their import path, plain attributes), so their classes must be importable by name.
-        folder: made if need be; each file is replaced atomically, and the weights first: a folder that held another
-            network holds neither if the process is killed between its files. `load` says so then.
+        folder: made if need be. If the process is killed midway, a folder that held another network may hold neither;
+            `load` says so then.
 
     Raises:
         EbdiffError: an attribute that is neither plain data nor importable, which is named; a shrunken diffusers model
@@ -46,6 +47,7 @@ def save(model: nn.Module, folder: str | Path) -> None:
         raise EbdiffError(f"{folder} is a file", expected="a folder, or none yet", got="a file", remedy="name another")
     from diffusers import ModelMixin
 
+    model = getattr(model, "_orig_mod", model)  # where it is compiled
     if isinstance(model, ModelMixin):
         model.save_pretrained(str(folder))
         return
@@ -68,7 +70,7 @@ def load(folder: str | Path) -> Any:
     folder = Path(folder)
     name = _class_of(folder)
     if name:  # a diffusers model, whatever an earlier save left beside it
-        return from_folder(_class_in(folder / _CONFIG, name), folder)
+        return from_folder(_class_in(folder / _CONFIG, name), folder, torch_dtype="auto")
     facts, tensors = _read(folder)
     if "structure" not in facts:
         return _class_in(folder / _FACTS, str(facts.get("class"))).from_pretrained(str(folder))
@@ -91,7 +93,7 @@ def _class_in(path: Path, name: str) -> Any:
 
         return TimestepRouter
     try:
-        return shrunk_class_named(name) if name.startswith(_PREFIX) else _diffusers_class(name)
+        return shrunk_class_named(name) if name.startswith(_PREFIX) else model_class(name)
     except AttributeError as error:
         raise EbdiffError(
             f"{path}", expected="a diffusers model's class", got=str(error), remedy="import the module that defines it"
@@ -117,26 +119,7 @@ def shrunk_class(dense: type) -> type:
 
 def shrunk_class_named(name: str) -> Any:
     """ebdiff.Shrunk<Class> by its name, for a Class that diffusers has."""
-    return shrunk_class(_diffusers_class(name.removeprefix(_PREFIX)))
-
-
-def _diffusers_class(name: str) -> Any:
-    """Of diffusers, or a user's own that is imported."""
-    import diffusers
-
-    found = getattr(diffusers, name, None) if name else None
-    if found is None:
-        found = next((each for each in _below(diffusers.ModelMixin) if each.__name__ == name), None)
-    if not isinstance(found, type) or not issubclass(found, nn.Module):
-        raise AttributeError(f"no class {name!r} in diffusers, and none of its models that is imported")
-    return found
-
-
-def _below(kind: type) -> Iterator[type]:
-    """All subclasses, the latest definition first."""
-    classes: list[type] = kind.__subclasses__()
-    for each in reversed(classes):
-        yield from (each, *_below(each))
+    return shrunk_class(model_class(name.removeprefix(_PREFIX)))
 
 
 def _save_pretrained(self: Any, save_directory: str | Path, **_: Any) -> None:
@@ -167,7 +150,7 @@ def _from_pretrained(
             was saved. As there, modules that the class keeps in float32 stay so, and buffers in no state dict are
             not narrowed.
     """
-    wanted = _dtype_named(torch_dtype if dtype is None else dtype)
+    wanted = dtype_named(torch_dtype if dtype is None else dtype)
     folder = Path(pretrained_model_name_or_path) / (subfolder or "")
     facts, tensors = _read(folder)
     if facts.get("class") != cls.__name__:
@@ -185,22 +168,26 @@ def _from_pretrained(
 
 
 def _built(cls: Any, config: Mapping[str, Any], shrinks: Iterable[ChannelMask]) -> Any:
-    """The shrunken network, its parameters as shapes only."""
+    """The shrunken network, its parameters as shapes only; no random number is used up."""
     from accelerate import init_empty_weights
 
     dense = cls.__mro__[1]
-    with init_empty_weights(include_buffers=False):
-        model = dense.from_config({**config, "_class_name": dense.__name__})
+    with init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]):
+        try:
+            model = dense.from_config({**config, "_class_name": dense.__name__})
+        except TypeError as error:
+            remedy = "decorate its __init__ with diffusers' register_to_config"
+            raise EbdiffError(f"{dense.__name__} from its config", got=str(error), remedy=remedy) from None
     for mask in shrinks:
         shrink_(model, mask)
     return model
 
 
-class Maker:
+class ShrunkBuilder:
     """The `model_cls` of diffusers' EMAModel after a cut: what its from_config makes has the EMA's shapes."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.kind, self.shrinks = type(model), shrinks_of(model)
+        self.kind, self.shrinks = plain_class(type(model)), shrinks_of(model)
 
     def from_config(self, config: Mapping[str, Any], **_: Any) -> Any:
         """The shrunken network with zeros for parameters."""
@@ -208,16 +195,6 @@ class Maker:
         zeros = {name: torch.zeros_like(t, device="cpu") if t.is_meta else t for name, t in _tensors_of(model).items()}
         _assign(model, zeros, Path())
         return model
-
-
-def _dtype_named(wanted: torch.dtype | str | None) -> torch.dtype | None:
-    """By its name, too; None for "auto"."""
-    found = getattr(torch, wanted, None) if isinstance(wanted, str) else wanted
-    if isinstance(found, torch.dtype):
-        return found
-    if wanted in (None, "auto"):
-        return None
-    raise EbdiffError("torch_dtype", expected='a torch.dtype, its name, or "auto"', got=repr(wanted), remedy="name one")
 
 
 def _convert_(model: nn.Module, dtype: torch.dtype) -> None:
@@ -311,7 +288,7 @@ def _refuse_others(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], 
                 f"{what} does not fit its class and its cuts: {name}",
                 expected=str(shapes[0]),
                 got=str(shapes[1]),
-                remedy="save a network to which nothing was added since it was shrunken",
+                remedy="save a network to which nothing was added since it was shrunken, or keep its state_dict",
             )
 
 

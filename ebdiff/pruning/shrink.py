@@ -109,9 +109,9 @@ def shrink_(
         inner.shrunk(mask)
     _finish(model, mask, blocks)
     if getattr(ema, "model_cls", None) is not None and hasattr(type(model), "load_config"):
-        from .save import Maker
+        from .save import ShrunkBuilder
 
-        ema.model_cls = Maker(model)  # which its save_pretrained builds a network from
+        ema.model_cls = ShrunkBuilder(model)  # which its save_pretrained builds a network from
     return model
 
 

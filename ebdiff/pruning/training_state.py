@@ -14,7 +14,7 @@ from .mask import ChannelMask
 from .modules import refuse_wrapped
 from .plan import ChannelPlan
 
-__all__ = ["Place", "average_of", "optimizer_state", "own_optimizer"]
+__all__ = ["Place", "average_of", "held_by", "optimizer_state", "own_optimizer"]
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,9 @@ def average_of(model: nn.Module, ema: Any, mask: ChannelMask) -> tuple[list[Plac
         pairs = [(shadow, i, name) for i, name in enumerate(parameters)]
         complete = isinstance(shadow, list) and len(shadow) == len(parameters)
         stored = getattr(ema, "temp_stored_params", None)  # between store() and restore()
-        pairs += [(stored, i, name) for i, name in enumerate(parameters) if stored is not None]
+        if stored is not None:
+            complete = complete and isinstance(stored, list) and len(stored) == len(parameters)
+            pairs += [(stored, i, name) for i, name in enumerate(parameters)]
     shapes = {**parameters, **dict(model.named_buffers())}
     wrong = any(
         holder[key].shape != shapes[name].shape or holder[key].layout is not torch.strided

@@ -43,8 +43,10 @@ class Attention:
     every: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < (as_real(self.density) or 0) <= 1:
+        density = as_real(self.density)
+        if density is None or not 0 < density <= 1:
             raise EbdiffError("density", expected="a share kept in (0, 1]", got=repr(self.density), remedy="e.g. 0.25")
+        object.__setattr__(self, "density", density)
         if self.block not in BLOCKS:
             raise EbdiffError("block", expected=f"one of {BLOCKS} tokens", got=repr(self.block), remedy="e.g. 64")
         for name in ("tokens", "every"):

@@ -14,7 +14,7 @@ from ..timesteps.region import Partition, Region
 from .attention import Attention
 from .bits import BitHistory
 
-__all__ = ["Criterion", "Key", "Pace", "Settings", "refuse_other_settings"]
+__all__ = ["Criterion", "Key", "Pace", "Settings", "parts_of", "refuse_other_settings"]
 
 Criterion = Literal["magnitude", "magnitude-l1", "taylor", "random"]
 Key = tuple[str, float, int | None]  # criterion, ratio, number of the region
@@ -47,8 +47,10 @@ class Pace:
 
     def __post_init__(self) -> None:
         self._check_least(window=1, every=1, fifo=2)
-        if not (as_real(self.eta) or 0) > 0:
+        eta = as_real(self.eta)
+        if eta is None or not eta > 0:
             raise EbdiffError("eta", expected="a distance > 0", got=repr(self.eta), remedy="the paper's is 0.1")
+        object.__setattr__(self, "eta", eta)
 
     def _check_least(self, **least: int) -> None:
         for name, bound in least.items():
@@ -56,6 +58,7 @@ class Pace:
             if value is None or value < bound:
                 got = repr(getattr(self, name))
                 raise EbdiffError(name, expected=f"a whole number, at least {bound}", got=got, remedy="see EarlyBird")
+            object.__setattr__(self, name, value)
 
     @property
     def parts(self) -> int:
@@ -149,9 +152,10 @@ class Settings(Pace):
         for criterion in self.criteria:
             if criterion not in known:
                 raise EbdiffError("criterion", expected=f"one of {known}", got=repr(criterion), remedy="choose one")
-        for ratio in self.ratios:
-            if not isinstance(ratio, int | float) or not 0 <= ratio < 1:
-                raise EbdiffError("ratio", expected="a share removed in [0, 1)", got=repr(ratio), remedy="e.g. 0.6")
+        for name in ("ratios", "region_ratios"):
+            given = getattr(self, name)
+            if given is not None:
+                object.__setattr__(self, name, tuple(map(_ratio, given)))
         for name in ("criteria", "ratios"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
@@ -185,6 +189,13 @@ class Settings(Pace):
         return {**listed, "regions": None if self.regions is None else self.regions.to_json()}
 
 
+def _ratio(value: Any) -> float:
+    found = as_real(value)
+    if found is None or not 0 <= found < 1:
+        raise EbdiffError("ratio", expected="a share removed in [0, 1)", got=repr(value), remedy="e.g. 0.6")
+    return found
+
+
 def parts_of(state: Any) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """The tensors and the facts of a saved state.
 
@@ -192,10 +203,10 @@ def parts_of(state: Any) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         EbdiffError: it is none.
     """
     tensors, facts = (state.get(name) if isinstance(state, Mapping) else None for name in ("tensors", "facts"))
-    if not isinstance(tensors, Mapping) or not isinstance(facts, Mapping):
-        got = ", ".join(map(str, state)) or "nothing" if isinstance(state, Mapping) else type(state).__name__
-        raise EbdiffError("no state of a search", expected="tensors and facts", got=got, remedy="pass state_dict()'s")
-    return tensors, facts
+    if isinstance(tensors, Mapping) and isinstance(facts, Mapping) and isinstance(facts.get("settings", {}), Mapping):
+        return tensors, facts
+    got = ", ".join(map(str, state)) or "nothing" if isinstance(state, Mapping) else type(state).__name__
+    raise EbdiffError("no state of a search", expected="tensors and facts", got=got, remedy="pass state_dict()'s")
 
 
 def refuse_other_settings(ours: Mapping[str, Any], saved: Mapping[str, Any]) -> None:

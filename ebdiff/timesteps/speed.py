@@ -154,13 +154,13 @@ class SpeeD(Sampler):
         return min(int(slow.int().argmax()) + 1, self.T - 1)
 
     def plot(self, path: Path | str | None = None) -> Figure:
-        """The areas, and in them the density as T P(t) and the weight w(t); written to a PNG where a path is given."""
+        """The areas, and in them the density as T P(t) and the weight w(t); written to a file where a path is given."""
         from .speed_plot import figure
 
         drawn = figure(self)
         if path is not None:
             content = io.BytesIO()
-            drawn.savefig(content, format="png")
+            drawn.savefig(content, format=Path(path).suffix.lstrip(".") or "png")
             write_bytes(path, content.getvalue())
         return drawn
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from numbers import Integral, Real
+from math import isnan
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..errors import EbdiffError
+from ..numbers import as_real, as_whole
 from ..timesteps.region import Partition
 from ..timesteps.sampler import Sampler
 from .checkpoint import Checkpoints
@@ -54,9 +55,11 @@ def check_steps(until: Any, checkpoint_every: Any) -> None:
     Raises:
         EbdiffError: `until` is none, or `checkpoint_every` is neither None nor a whole number of at least 0.
     """
-    if not isinstance(until, Real):
+    steps = as_real(until)
+    if steps is None or isnan(steps):
         raise EbdiffError("until", expected="a number of steps", got=repr(until), remedy="say at which step to stop")
-    if checkpoint_every is not None and (not isinstance(checkpoint_every, Integral) or checkpoint_every < 0):
+    every = 0 if checkpoint_every is None else as_whole(checkpoint_every)
+    if every is None or every < 0:
         expected, remedy = "a whole number of steps, 0 for none", "leave it out to write at the end only"
         raise EbdiffError("checkpoint_every", expected=expected, got=repr(checkpoint_every), remedy=remedy)
 
@@ -64,14 +67,15 @@ def check_steps(until: Any, checkpoint_every: Any) -> None:
 def check_channels(model: nn.Module, images: Tensor, conditions: Conditions | None) -> None:
     """Refuse images of other channels than a network of diffusers takes.
 
-    A forward, or a hook before it, of the user's own may add channels, so such a network is not judged.
+    A forward, or a hook before it or before its first layer, may add channels, so such a network is not judged.
 
     Raises:
         EbdiffError: its first layer, or else its config, has other `in_channels`.
     """
     wanted = getattr(getattr(model, "config", None), "in_channels", None)
     wanted = getattr(getattr(model, "conv_in", None), "in_channels", wanted)  # it may have been replaced
-    plain = str(model.forward.__module__).startswith("diffusers.") and not model._forward_pre_hooks
+    hooked = any(getattr(part, "_forward_pre_hooks", ()) for part in (model, getattr(model, "conv_in", None)))
+    plain = str(model.forward.__module__).startswith("diffusers.") and not hooked
     beside = conditions is not None and conditions.factor > 1
     channels = images.shape[1]
     if plain and isinstance(wanted, int) and wanted != channels * (2 if beside else 1):

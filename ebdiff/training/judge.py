@@ -186,7 +186,7 @@ def saved_network(world: World, folder: Path) -> Any:
         EbdiffError: the folder holds none, or one whose config has other channels.
     """
     refuse_pipeline(folder)
-    network = load(folder)
+    network = load(folder).float()
     got = getattr(getattr(network, "config", None), "in_channels", None)
     by = world.config.conditional.by if world.config.conditional else None
     wanted = world.image_shape[0] * (2 if by == LOW_RES else 1)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from math import isfinite
-from numbers import Integral, Real
+from math import isfinite, nan
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from ..errors import EbdiffError
+from ..numbers import as_real, as_whole
 from ..optim import AdamW
 from ..timesteps.learned import Learned
 from .checkpoint import Saved
@@ -59,20 +59,19 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         checks = {
-            "a whole batch_size of at least 1": isinstance(self.batch_size, Integral) and self.batch_size >= 1,
-            "a whole accumulate of at least 1": isinstance(self.accumulate, Integral) and self.accumulate >= 1,
-            "a whole seed": isinstance(self.seed, Integral),
-            "a finite lr above 0": _is_finite(self.lr) and self.lr > 0,
+            "a whole batch_size of at least 1": (as_whole(self.batch_size) or 0) >= 1,
+            "a whole accumulate of at least 1": (as_whole(self.accumulate) or 0) >= 1,
+            "a whole seed": as_whole(self.seed) is not None,
+            "a finite lr above 0": _finite(self.lr) > 0,
             "precision 'no' or 'bf16'": self.precision in ("no", "bf16"),
-            "grad_clip above 0, or None": self.grad_clip is None
-            or (isinstance(self.grad_clip, Real) and self.grad_clip > 0),
+            "grad_clip above 0, or None": self.grad_clip is None or (as_real(self.grad_clip) or 0) > 0,
             "betas of two numbers in [0, 1)": (
                 isinstance(self.betas, list | tuple)
                 and len(self.betas) == 2
-                and all(_is_finite(beta) and 0 <= beta < 1 for beta in self.betas)
+                and all(0 <= _finite(beta) < 1 for beta in self.betas)
             ),
-            "a finite weight_decay of at least 0": _is_finite(self.weight_decay) and self.weight_decay >= 0,
-            "ema_decay in [0, 1]": _is_finite(self.ema_decay) and 0 <= self.ema_decay <= 1,
+            "a finite weight_decay of at least 0": _finite(self.weight_decay) >= 0,
+            "ema_decay in [0, 1]": 0 <= _finite(self.ema_decay) <= 1,
             "compile of True, False or 'reduce-overhead'": self.compile in (True, False, "reduce-overhead"),
             "accumulate of 1 with 'reduce-overhead', which reuses the memory of gradients": (
                 self.compile != "reduce-overhead" or self.accumulate == 1
@@ -267,9 +266,10 @@ class TrainState:
                     group[key] = tuple(value) if isinstance(present, tuple) else value
 
 
-def _is_finite(value: Any) -> bool:
-    """Is it a number, and neither infinite nor NaN?"""
-    return isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)
+def _finite(value: Any) -> float:
+    """NaN, which lies in no range, where it is no finite number."""
+    found = as_real(value)
+    return found if found is not None and isfinite(found) else nan
 
 
 def _kind(tensor: Tensor) -> str:
