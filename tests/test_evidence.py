@@ -111,15 +111,40 @@ def test_on_a_clock_steps_count_its_seconds() -> None:
         "region 0": 30.0,
         "region 1": 40.0,
     }
-    assert seconds_at(facts, facts["curve"][-1], {"dense": {"region 0": 7.0}})["region 1"] == 20.0
+    for other in ({"dense": {"region 0": 7.0}}, {"regions-30-60-80": {"region 0": 7.0}}):
+        assert seconds_at(facts, facts["curve"][-1], other)["region 1"] == 20.0
 
 
-def test_what_a_network_had_cost_counts_on_a_clock_without_the_dense_arm() -> None:
+def test_what_a_network_had_cost_counts_on_a_clock() -> None:
     dense = [cell("dense", [(25.0, 40.0), (100.0, 20.0)])]
     arm = [cell("prune-taylor-50", [(5.0, 30.0), (10.0, 22.0)], before=100.0)]
-    found = headline(arm, dense, "fid", {"prune-taylor-50": {"before": 9.0, "search": 9.0, "region 0": 1.0}})
+    after = {"before": 9.0, "search": 9.0, "region 0": 1.0}
+    found = headline(arm, dense, "fid", {"dense": {"search": 1.0, "region 0": 1.0}, "prune-taylor-50": after})
     assert found.at[0.25].values == ()
     assert found.at[1.0].values == (22.0,)
+
+
+WHOLE, HALF = {"search": 1.0, "region 0": 1.0}, {"search": 5.0, "region 0": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("clock", "timed"),
+    [
+        (None, True),
+        ({"dense": WHOLE, "eb-speed-50": HALF}, True),
+        ({"dense": WHOLE}, False),
+        ({"eb-speed-50": HALF}, False),
+        ({"dense": WHOLE, "eb-speed-50": {"region 0": 0.5}}, False),  # not of all its stages
+        ({}, False),
+    ],
+)
+def test_seconds_of_two_clocks_are_not_compared(clock: Any, timed: bool) -> None:
+    dense = [cell("dense", [(25.0, 40.0), (100.0, 20.0)])]
+    arm = [cell("eb-speed-50", [(20.0, 30.0), (80.0, 10.0)], search=4.0)]
+    found = headline(arm, dense, "fid", clock)
+    assert found.timed == timed
+    assert {bool(spread.values) for spread in (found.reached, *found.at.values())} == {timed}
+    assert (found.seeds, found.final.values) == (1, (10.0,))
 
 
 def test_with_a_device_for_each_region_the_slowest_counts() -> None:
@@ -127,6 +152,7 @@ def test_with_a_device_for_each_region_the_slowest_counts() -> None:
     assert wall_seconds(facts) == 2 * (4.0 + 20.0)
     clock = {"regions-30-60-80": {"search": 5.0, "region 0": 3.0, "region 1": 1.0}}
     assert wall_seconds(facts, clock) == 10.0 + 30.0
+    assert wall_seconds(facts, {"regions-30-60-80": {"search": 5.0}}) == wall_seconds(facts)
 
 
 def test_headlines_go_seed_by_seed() -> None:

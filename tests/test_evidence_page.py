@@ -87,6 +87,24 @@ def test_on_a_clock_what_cells_took_has_a_column_of_its_own() -> None:
     assert other[1:3] == ["98 ± 14", "98 ± 14"]  # on the clock, yet not this arm
 
 
+def test_what_is_not_on_the_clock_has_no_headlines(results: dict[str, list[dict[str, Any]]]) -> None:
+    clock = {"dense": {"search": 1.0, "region 0": 1.0}, "eb-speed-50": {"search": 5.0, "region 0": 1.0}}
+    rows = {row[0]: row for row in headlines(results, "fid", clock)}
+    assert "-" not in rows["dense"]
+    assert rows["eb-speed-50"][2] != "-"
+    assert rows["regions-30-60-80"][:7] == ["regions-30-60-80", "1 *", *["-"] * 4, "25.00"]
+    assert rows["prune-taylor-50"][2:6] == ["-"] * 4
+    results["prune-taylor-30"] = [cell("prune-taylor-30", [(5.0, 30.0)], before=100.0)]
+    clock["prune-taylor-30"] = {"region 0": 1.0}
+    page = markdown(Suite.load("fashion16"), results, [], clock, {})
+    names = "regions-30-60-80, prune-taylor-50, prune-taylor-30"
+    assert f"compared of {names} (not on the clock yet: run --clock); their costs are those of their own" in page
+    (row,) = costs({"prune-taylor-30": results["prune-taylor-30"]}, clock)
+    assert row[1:3] == ["105", "105"]
+    page = markdown(Suite.load("fashion16"), {"dense": results["dense"]}, [], clock, {})
+    assert "not on the clock" not in page
+
+
 def test_searches_that_end_apart_are_apart_on_the_clock() -> None:
     seeds = [cell("eb-speed-50", [(90.0, 15.0)], seed, search=search) for seed, search in enumerate((4.0, 24.0))]
     (row,) = costs({"eb-speed-50": seeds}, {"eb-speed-50": {"search": 5.0, "region 0": 2.0}})
@@ -109,7 +127,10 @@ def test_the_page_says_how_far_spending_strayed(results: dict[str, list[dict[str
     )
     results["eb-speed-30"] = [cell("eb-speed-30", [(137.0, 15.0)])]
     clock = {arm: {"before": 9.0, "search": 5.0, "region 0": 1.0} for arm in results if "regions" not in arm}
-    assert strayed(results, clock).startswith("By this clock arms spent 1.00 to 1.37 of the dense")
+    assert strayed(results, clock).startswith("By this clock arms spent 1.15 to 1.37 of the dense")  # of two arms
+    del clock["dense"]
+    assert strayed(results, clock) == ""
+    clock["dense"] = {"search": 5.0, "region 0": 1.0}
     assert strayed({"dense": results["dense"], "prune-taylor-50": results["prune-taylor-50"]}, None) == ""
     assert strayed(results, clock) in markdown(Suite.load("fashion16"), results, [], clock, {})
 
@@ -218,6 +239,18 @@ def test_a_bar_that_is_missing_says_how_many_seeds_got_there(drawn: list[Any]) -
     ]
     assert {text.get_text() for text in axes.texts} >= {"1/3: the aim", "1: the dense arm"}
     assert "a dot is a seed" in axes.get_xlabel()
+
+
+def test_what_is_not_on_the_clock_has_no_bar_and_says_so_beside_its_curve(drawn: list[Any]) -> None:
+    results = {name: arm_of(name) for name in ("dense", "eb-speed-50", "eb-speed-30")}
+    clock = {name: {"search": 1.0, "region 0": 1.0} for name in ("dense", "eb-speed-50")}
+    for draw in (plots.bars, plots.curves):
+        draw(results, "fid", clock, Path("unused"))
+    bars, curves = (figure.axes[0] for figure in drawn)
+    assert len(bars.patches) == 2
+    assert [text.get_text() for text in bars.texts if text.get_position()[0] < 0.1] == ["-"]
+    names = curves.get_legend_handles_labels()[1]
+    assert [name for name in names if "not on the clock" in name] == ["eb-speed-30 (1 seed), not on the clock"]
 
 
 def test_pictures(results: dict[str, list[dict[str, Any]]], tmp_path: Path) -> None:

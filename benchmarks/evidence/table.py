@@ -21,6 +21,7 @@ from .counting import (
     headline,
     measure_of,
     named,
+    on_clock,
     seconds_at,
     wall_seconds,
 )
@@ -38,7 +39,11 @@ RULE = (
 )
 OWN = "A step counts the seconds that it took in its own cell; cells ran beside other work."
 CLOCKED = (
-    "Steps count the seconds of one clock, on which all networks were timed in turn (`--clock`, {place}){missing}."
+    "Steps count the seconds of one clock, on which all networks were timed in turn (`--clock`, {place}).{missing}"
+)
+MISSING = (
+    " Nothing that counts seconds is compared of {arms} (not on the clock yet: run --clock); their costs are those of "
+    "their own cells."
 )
 
 RATE = (
@@ -132,7 +137,7 @@ def to_dense(head: Headline) -> str:
     """Share of the dense device-seconds, and how many seeds got there where not all did."""
     count = len(head.reached.values)
     if not count:
-        return "not reached" if head.seeds else "-"
+        return head.absent
     return head.reached.text() + ("" if count == head.seeds else f" ({count} of {head.seeds} seeds)")
 
 
@@ -155,7 +160,7 @@ def costs(results: Results, clock: Clock | None) -> list[list[str]]:
     """A row per arm; means over seeds. With a clock, there is a column more: what the cells themselves took."""
     rows = []
     for arm, found in results.items():
-        seconds = _seconds if clock is None or arm not in clock else _clocked
+        seconds = _clocked if clock is not None and on_clock(found, clock) else _seconds
         spent = [seconds_at(facts, facts["curve"][-1], clock) for facts in found]
         before = [sum(s for name, s in each.items() if not name.startswith("region")) for each in spent]
         ends = [facts["curve"][-1]["stages"] for facts in found]
@@ -185,10 +190,12 @@ def costs(results: Results, clock: Clock | None) -> list[list[str]]:
 
 def strayed(results: Results, clock: Clock | None) -> str:
     """How far the other arms' device-seconds lie from the dense arm's; empty where there is none to compare."""
-    means = {arm: mean(_total(facts, clock) for facts in found) for arm, found in results.items()}
-    shares = [means[arm] / means["dense"] for arm in means if arm != "dense" and not ARMS[arm].after]
-    if not shares:
+    timed = {arm: found for arm, found in results.items() if on_clock(found, clock)}
+    means = {arm: mean(_total(facts, clock) for facts in found) for arm, found in timed.items()}
+    others = [arm for arm in means if arm != "dense" and not ARMS[arm].after]
+    if "dense" not in means or not others:
         return ""
+    shares = [means[arm] / means["dense"] for arm in others]
     by = "this clock" if clock is not None else "the seconds of their own cells"
     span = " to ".join(dict.fromkeys(f"{share:.2f}" for share in (min(shares), max(shares))))
     return (
@@ -274,8 +281,8 @@ def _setting(suite: Suite, results: Results, measure: str, clock: Clock | None, 
     if tuned:
         rates = ", ".join(f"{lr:g}" for lr in suite.lrs)
         tried = f"of {rates}, tried for the dense arm and for a ticket of half the channels alike"
-    missing = [arm for arm in results if clock is not None and arm not in clock]
-    note = f", but for {', '.join(missing)}, whose own seconds count" if missing else ""
+    missing = [arm for arm, found in results.items() if not on_clock(found, clock)]
+    note = MISSING.format(arms=", ".join(missing)) if missing else ""
     rule = RULE.format(
         device="wall-clock times GPUs" if config["device"] == "cuda" else "CPU seconds of the process",
         clock=OWN if clock is None else CLOCKED.format(place=place, missing=note),
