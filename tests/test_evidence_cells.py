@@ -132,6 +132,26 @@ def test_a_suite_of_ones_own_is_read_as_a_configuration_is(tmp_path: Path) -> No
         Suite.load(str(path)).config(ARMS["dense"].overrides(suite), 0)
 
 
+def test_a_suite_from_before_costs_decided_has_all_other_arms(tmp_path: Path) -> None:
+    path, text = tmp_path / "own.yaml", (Path(suites.__file__).parent / "fashion16.yaml").read_text()
+    line = next(line for line in text.splitlines() if line.startswith("cost_of_step_by_cost"))
+    path.write_text(text.replace(line, ""))
+    suite = Suite.load(str(path))
+    left_out = {name for name in ARMS if name.startswith("eb-cost-")}
+    assert {cell.arm.name for cell in cells_of(suite, ["*"], "0", Path(), Path())} == ARMS.keys() - left_out
+    assert {cell.arm.name for cell in cells_of(suite, ["eb-*"], "0", Path(), Path())}.isdisjoint(left_out)
+    for patterns in (["eb-cost-*"], ["dense", "eb-cost-speed"]):
+        with pytest.raises(EbdiffError, match=r"leaves eb-cost-speed.* out: expected cost_of_step_by_cost"):
+            cells_of(suite, patterns, "0", Path(), Path())
+    for value in ("{0.44: 0.27, 0.5: 0.2}", "{}", "[0.44]", "0.44", "null"):
+        path.write_text(text.replace(line, f"cost_of_step_by_cost: {value}"))
+        if value == "{}":
+            assert len(cells_of(Suite.load(str(path)), ["*"], "0", Path(), Path())) == len(ARMS) - len(left_out)
+        else:
+            with pytest.raises(EbdiffError, match="cost_of_step_by_cost"):
+                Suite.load(str(path))
+
+
 def test_what_an_arm_starts_from_comes_first(made: Any) -> None:
     pruned, scratch = made("prune-random-50"), made("scratch-50")
     assert [cell.arm.name for cell in wanted([scratch, pruned])] == ["scratch-50", "dense", "prune-random-50"]

@@ -12,18 +12,18 @@ one goes on where it was.
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
 from ebdiff.errors import EbdiffError
 
 from . import page
-from .arms import ARMS
+from .arms import ARMS, arms_of
 from .cells import RESULTS, Cell, Failed, run, wanted
 from .suite import NAMES, Suite
 
@@ -126,17 +126,25 @@ def with_results(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def cells_of(suite: Suite, patterns: Sequence[str], seeds: str, out: Path, results: Path) -> list[Cell]:
-    """Every arm that a pattern names at every seed, all arms of a seed together.
+    """Every arm of the suite that a pattern names at every seed, all arms of a seed together.
 
     Raises:
-        EbdiffError: a pattern that names no arm, or a seed that is no number.
+        EbdiffError: a pattern that names no arm, or none that the suite can run, or a seed that is no number.
     """
+    arms = {arm.name: arm for arm in arms_of(suite)}
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in ARMS):
+        if not fnmatch.filter(ARMS, pattern):
             raise EbdiffError("no such arm", expected=f"one of {', '.join(ARMS)}", got=pattern)
+        if not fnmatch.filter(arms, pattern):
+            raise EbdiffError(
+                f"{suite.name} leaves {', '.join(fnmatch.filter(ARMS, pattern))} out",
+                expected="cost_of_step_by_cost in its file",
+                got="none",
+                remedy="add it with a guess, as {0.44: 0.3}; --pace measures it",
+            )
     if not all(seed.strip().isdecimal() for seed in seeds.split(",")):
         raise EbdiffError("--seeds", expected="numbers, as 0,1,2", got=seeds)
-    chosen = [arm for arm in ARMS.values() if any(fnmatchcase(arm.name, pattern) for pattern in patterns)]
+    chosen = [arm for name, arm in arms.items() if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
     each = dict.fromkeys(int(seed) for seed in seeds.split(","))
     return [Cell(suite, arm, seed, out, results) for seed in each for arm in chosen]
 
