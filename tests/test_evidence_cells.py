@@ -267,7 +267,9 @@ def test_a_result_stays_when_its_network_is_trained_again(made: Any, monkeypatch
     write_json(dense.place, {"config": portable(dense.config), "curve": "as it was"})
     assert wanted([pruned]) == [dense, pruned]
     monkeypatch.setattr("benchmarks.evidence.cells.keep_dense", lambda world, folder: None)
+    (dense.folder / "region-0" / "checkpoints" / "step-00000012").mkdir(parents=True)
     assert "stays" in dense.finish()
+    assert not list(dense.folder.rglob("checkpoints"))
     assert read_json(dense.place)["curve"] == "as it was"
 
 
