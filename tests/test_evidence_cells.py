@@ -46,7 +46,7 @@ def mini() -> Suite:
     }
     search = SearchPace(steps=4, most=9, window=3, every=1, epoch=2)
     few = {"marks": (0.25, 0.5, 1.0), "score_marks": (0.5, 1.0), "dense_score_marks": (1.0,)}
-    return replace(suite, name="mini", told="--suite mini", steps=12, search=search, base=base, **few)
+    return replace(suite, name="mini", arguments="--suite mini", steps=12, search=search, base=base, **few)
 
 
 @pytest.fixture
@@ -307,6 +307,8 @@ def test_a_command_names_its_images(tmp_path: Path) -> None:
     suite = Suite.load("cifar32").on("somewhere/images.npz")
     command = "python -m benchmarks.evidence --suite cifar32 --data images.npz --cells dense --seeds 0"
     assert Cell(suite, ARMS["dense"], 0, tmp_path).command == command
+    named = Suite.load("cifar32").on("hf:somebody/images:plain")
+    assert named.arguments == "--suite cifar32 --data hf:somebody/images:plain"
 
 
 def test_a_failed_cell_names_its_log(made: Any) -> None:

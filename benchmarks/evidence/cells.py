@@ -86,7 +86,7 @@ class Cell:
     def command(self) -> str:
         """What runs it."""
         which = "--tune" if self.suite.tuning else f"--cells {self.arm.name} --seeds {self.seed}"
-        return f"python -m benchmarks.evidence {self.suite.told} {which}"
+        return f"python -m benchmarks.evidence {self.suite.arguments} {which}"
 
     @cached_property
     def before(self) -> Cell | None:

@@ -52,7 +52,7 @@ class Suite:
         marks, score_marks: shares of the training at which arms are judged, and at which of them images are scored.
         dense_score_marks: the latter of the dense arms; drawing images takes longest with the whole network.
         threads: of each cell's process.
-        told: how a command names it, with its images.
+        arguments: how a command names it, with its images.
         tuning: is it there to choose the learning rate?
     """
 
@@ -70,7 +70,7 @@ class Suite:
     score_marks: tuple[float, ...] = (0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
     dense_score_marks: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
     threads: int = 1
-    told: str = ""
+    arguments: str = ""
     tuning: bool = False
 
     @classmethod
@@ -94,8 +94,8 @@ class Suite:
             )
         values |= {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
         try:
-            told = f"--suite {name if name in NAMES else path.name}"
-            return cls(name=path.stem, told=told, **{**values, "search": SearchPace(**values["search"])})
+            arguments = f"--suite {name if name in NAMES else path.name}"
+            return cls(name=path.stem, arguments=arguments, **{**values, "search": SearchPace(**values["search"])})
         except (KeyError, TypeError) as error:
             raise EbdiffError(f"{path} is no suite", got=str(error), remedy=f"see {NAMES[0]}.yaml") from None
 
@@ -107,7 +107,8 @@ class Suite:
         """
         if data is not None:
             base = {**self.base, "data": {**self.base.get("data", {}), "source": data}}
-            return replace(self, base=base, told=f"{self.told} --data {Path(data).name}")
+            name = data if data.startswith("hf:") else Path(data).name  # a path says nothing elsewhere
+            return replace(self, base=base, arguments=f"{self.arguments} --data {name}")
         if "source" not in self.base.get("data", {}):
             raise EbdiffError(
                 f"{self.name} needs images", expected="--data FILE", remedy="any .npz, folder or hf: name"
