@@ -292,6 +292,16 @@ def test_cells_of_different_images_share_no_page(made: Any) -> None:
         page.write(mini(), cells)
 
 
+def test_the_clock_knows_every_seed_that_the_page_shows(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = replace(made("dense"), suite=Suite.load("fashion16"), seed=7)
+    write_json(other.place, {"config": portable(other.config)})
+    given: list[Any] = []
+    monkeypatch.setattr(page, "write_clock", lambda suite, cells: given.extend(cells))
+    paths = ["--out", str(other.out), "--results", str(other.results)]
+    list(lines(options().parse_args(["--suite", "fashion16", "--clock", "--seeds", "0", *paths])))
+    assert other in given
+
+
 def test_on_a_gpu_cells_run_one_by_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert jobs_of(Suite.load("gpu-cifar32"), None) == 1
     assert jobs_of(Suite.load("fashion16"), 3) == 3

@@ -82,7 +82,7 @@ def lines(args: argparse.Namespace) -> Iterator[str]:
     elif args.pace:
         yield str(page.write_pace(suite, args.results))
     elif args.clock:
-        yield str(page.write_clock(suite, cells))
+        yield str(page.write_clock(suite, with_results(cells)))
     elif args.tune:
         tuned = page.tuning(suite, args.out, args.results)
         yield from run(wanted(tuned), jobs_of(suite, args.jobs), args.minutes)
@@ -115,7 +115,7 @@ def jobs_of(suite: Suite, asked: int | None) -> int:
 
 
 def with_results(cells: Sequence[Cell]) -> list[Cell]:
-    """The cells, and every other seed of their arms that has a result: a page never forgets one."""
+    """The cells, and every other seed of their arms that has a result: no page and no clock forgets one."""
     found = {cell.place: cell for cell in cells}
     for cell in cells:
         for path in sorted(cell.place.parent.glob(f"{cell.arm.name}-*.json")):
