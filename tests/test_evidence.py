@@ -53,7 +53,7 @@ def cell(
             "evaluate": {"samples": 10},
             "sample": {"steps": 5},
         },
-        "machine": {"threads": "1 thread", "cpu": "one", "torch": "2.13.0", "commit": "aaa"},
+        "machine": {"device": "cpu", "threads": "1 thread", "cpu": "one", "torch": "2.13.0", "commit": "aaa"},
         "curve": points,
         "parameters": {"dense": 2e6, "stored": 1e6, "active": 5e5},
         "macs_per_image": {"uniform": 50.0, "sampler": 25.0, "dense": 100.0},

@@ -302,6 +302,21 @@ def test_the_clock_knows_every_seed_that_the_page_shows(made: Any, monkeypatch: 
     assert other in given
 
 
+@pytest.mark.parametrize("has_gpu", [True, False])
+def test_a_gpu_by_any_name_runs_one_cell_at_a_time(has_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: has_gpu)
+    base = {key: value for key, value in mini().base.items() if key != "device"}
+    assert jobs_of(replace(mini(), base={**base, "device": "cpu"}), 2) == 2
+    always, perhaps = ({"device": "cuda"}, {"device": "cuda:0"}), ({"device": "auto"}, {"device": None}, {})
+    for device in (*always, *(perhaps if has_gpu else ())):
+        suite = replace(mini(), base={**base, **device})
+        assert jobs_of(suite, None) == 1
+        with pytest.raises(EbdiffError, match="CUDA_VISIBLE_DEVICES"):
+            jobs_of(suite, 2)
+    if not has_gpu:
+        assert {jobs_of(replace(mini(), base={**base, **device}), 2) for device in perhaps} == {2}
+
+
 def test_on_a_gpu_cells_run_one_by_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert jobs_of(Suite.load("gpu-cifar32"), None) == 1
     assert jobs_of(Suite.load("fashion16"), 3) == 3

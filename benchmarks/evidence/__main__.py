@@ -104,7 +104,7 @@ def jobs_of(suite: Suite, asked: int | None) -> int:
     Raises:
         EbdiffError: more were asked for a GPU.
     """
-    if suite.base.get("device") != "cuda":
+    if not suite.on_gpu:
         return asked or max(1, (os.cpu_count() or 1) // suite.threads)
     if asked and asked > 1:
         remedy = "on several, run the command once for each, by CUDA_VISIBLE_DEVICES and --seeds"

@@ -136,7 +136,7 @@ class Cell:
 
     def here(self) -> dict[str, Any]:
         """This machine, now."""
-        return machine("cuda" if self.config.device == "cuda" and torch.cuda.is_available() else "cpu")
+        return machine("cuda" if self.suite.on_gpu and torch.cuda.is_available() else "cpu")
 
     def begun_on(self) -> list[dict[str, Any]]:
         """The machine at each start so far."""

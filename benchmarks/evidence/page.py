@@ -94,7 +94,7 @@ def write_pace(suite: Suite, home: Path) -> Path:
 
 
 def _written(suite: Suite, home: Path, what: str, facts: dict[str, Any]) -> Path:
-    place = machine(suite.base["device"])
+    place = machine("cuda" if suite.on_gpu else "cpu")
     command = f"python -m benchmarks.evidence {suite.arguments} --{what}"
     folder = home / suite.name
     write_results(folder, what, {"command": command, "machine": {**place, "threads": suite.threads}, **facts})

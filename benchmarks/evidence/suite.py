@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ebdiff.config import Config, read, validated
 from ebdiff.errors import EbdiffError
 
@@ -114,6 +116,12 @@ class Suite:
                 f"{self.name} needs images", expected="--data FILE", remedy="any .npz, folder or hf: name"
             )
         return self
+
+    @property
+    def on_gpu(self) -> bool:
+        """Do its cells train on a GPU, here?"""
+        device = self.base.get("device") or "auto"
+        return torch.cuda.is_available() if device == "auto" else str(device).startswith("cuda")
 
     def price(self, ratio: float, scope: str = "local") -> float:
         """Device-seconds of a step of a ticket over those of a dense step."""

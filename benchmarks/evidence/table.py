@@ -284,7 +284,7 @@ def _setting(suite: Suite, results: Results, measure: str, clock: Clock | None, 
     missing = [arm for arm, found in results.items() if not on_clock(found, clock)]
     note = MISSING.format(arms=", ".join(missing)) if missing else ""
     rule = RULE.format(
-        device="wall-clock times GPUs" if config["device"] == "cuda" else "CPU seconds of the process",
+        device="CPU seconds of the process" if machines[0]["device"] == "cpu" else "wall-clock times GPUs",
         clock=OWN if clock is None else CLOCKED.format(place=place, missing=note),
         measure=named(measure),
         seeds=SEEDS,
