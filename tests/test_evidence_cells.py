@@ -203,11 +203,26 @@ def test_a_cell_from_a_kill_to_its_page(made: Any, tmp_path: Path, monkeypatch: 
         pace.clock(others[:1])
     assert seconds["prune-random-50"]["region 0"] == seconds[cell.arm.name]["region 0"]  # timed once
     assert all(second > 0 for of in seconds.values() for (second,) in of.values())
-    assert len({seconds[name]["region 0"][0] for name in (cell.arm.name, "dense-accelerated", "dense")}) == 3
     text = page.write(cell.suite, [cell, made("scratch-50")]).read_text()
     assert "No dense arm is finished" in text
     assert "- scratch-50, seed 0: no result" in text
     assert "- eb-speed-50" not in text
+
+
+def test_stages_share_a_time_where_networks_and_layers_and_what_they_do_are_the_same(made: Any) -> None:
+    names = ("dense", "dense-min-snr", "dense-accelerated", "eb-speed-50", "control-random", "prune-random-50")
+    keys = {}
+    for name in names:
+        cell = made(name)
+        world = World(cell.config.model_copy(update={"pretrained": None}), Path("nowhere"))
+        timed = pace.stages(world, pace.widths_found(cell, world), after=cell.before is not None)
+        keys[name] = {stage: pace.key_of(world, stage, stretch) for stage, stretch in timed.items()}
+    regions = {name: of["region 0"] for name, of in keys.items()}
+    assert regions["dense"] == regions["dense-min-snr"]
+    assert regions["eb-speed-50"] == regions["control-random"] == regions["prune-random-50"]
+    assert len({regions[name] for name in ("dense", "dense-accelerated", "eb-speed-50")}) == 3
+    assert keys["eb-speed-50"]["search"] != keys["control-random"]["search"]  # random scores take no gradients
+    assert keys["prune-random-50"]["before"] == regions["dense"] != keys["eb-speed-50"]["search"]
 
 
 def test_a_result_of_another_configuration_is_none(made: Any) -> None:
