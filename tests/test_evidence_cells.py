@@ -15,6 +15,7 @@ from benchmarks.evidence import suite as suites
 from benchmarks.evidence.__main__ import cells_of, jobs_of, lines, options, with_results
 from benchmarks.evidence.arms import ARMS
 from benchmarks.evidence.cells import Cell, Failed, run, wanted
+from benchmarks.evidence.rates import Tried
 from benchmarks.evidence.result import portable, widths
 from benchmarks.evidence.suite import NAMES, SearchPace, Suite
 from ebdiff.config import resolve
@@ -254,10 +255,12 @@ def test_tuning_tries_as_much_for_a_ticket_as_for_the_dense_arm(tmp_path: Path) 
     write_json(cells[1].place, {"config": cells[1].config.model_dump(mode="json"), "curve": [{"loss": 0.5, "fid": 9}]})
     assert "| 0.001 | eb-speed-50 | 0.5000 | 9.00 |" in page.write_tuning(suite, cells).read_text()
     assert cells[0].command == "python -m benchmarks.evidence --suite mini --tune"
-    assert not page.tuned(suite, tmp_path, tmp_path)
+    assert page.tried(suite, tmp_path, tmp_path) == []  # not all of it
     for cell in cells:
-        write_json(cell.place, {"config": cell.config.model_dump(mode="json")})
-    assert page.tuned(suite, tmp_path, tmp_path)
+        write_json(cell.place, {"config": cell.config.model_dump(mode="json"), "curve": [{"loss": 0.5, "fid": None}]})
+    assert page.tried(suite, tmp_path, tmp_path) == [
+        Tried(lr, arm, 0.5, None) for lr in (1e-3, 2e-3) for arm in ("dense", "eb-speed-50")
+    ]
 
 
 def test_what_a_step_costs_is_measured_at_every_ratio() -> None:

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from test_evidence import cell
 
-from benchmarks.evidence import plots
+from benchmarks.evidence import plots, rates
 from benchmarks.evidence.arms import ARMS
+from benchmarks.evidence.rates import Tried
 from benchmarks.evidence.suite import Suite
 from benchmarks.evidence.table import costs, headlines, markdown, settled, strayed
 
@@ -135,29 +136,53 @@ def test_the_page_says_how_far_spending_strayed(results: dict[str, list[dict[str
     assert strayed(results, clock) in markdown(Suite.load("fashion16"), results, [], clock, {})
 
 
-TUNING = """Learning rates of fashion16: 350 dense steps or what costs as much, one seed.
+def tried(arm: str, *scores: tuple[float, float, float | None]) -> list[Tried]:
+    """An arm's (learning rate, held-out loss, FID)."""
+    return [Tried(lr, arm, loss, fid) for lr, loss, fid in scores]
 
-| lr | arm | held-out loss | FID |
-| --- | --- | --- | --- |
-| 0.0005 | dense | 0.0585 | 18.26 |
-| 0.0005 | eb-speed-50 | 0.0532 | - |
-| 0.001 | dense | 0.0580 | 18.59 |
-| 0.001 | eb-speed-50 | 0.0519 | - |
-"""
+
+TICKET = tried("eb-speed-50", (5e-4, 0.0532, 16.17), (1e-3, 0.0519, 14.41), (2e-3, 0.0521, 16.61))
+TUNING = tried("dense", (5e-4, 0.0585, 18.26), (1e-3, 0.05796, 18.59), (2e-3, 0.0595, 19.43)) + TICKET
 
 
 def test_the_page_says_how_the_learning_rate_was_chosen(results: dict[str, list[dict[str, Any]]]) -> None:
     page = markdown(Suite.load("fashion16"), results, [], None, {}, TUNING)
     assert "tried for the dense arm and for a ticket of half the channels alike" in page
     section = page.partition("## Learning rate\n\n")[2]
-    assert TUNING.strip() in section
-    assert "with the best score of the ticket and the best held-out loss of the dense arm" in section
-    assert "dense: held-out loss 0.0580 at 0.001, FID 18.26 at 0.0005; eb-speed-50: held-out loss 0.0519 at 0.001." in (
+    assert "350 dense steps" in section
+    assert "| 0.001 | dense | 0.0580 | 18.59 |" in section
+    assert (
+        "All arms train at 0.001. Best of those tried, for dense: 0.001 by held-out loss (0.0580), 0.0005 by FID "
+        "(18.26); for eb-speed-50: 0.001 by held-out loss (0.0519), 0.001 by FID (14.41)."
+    ) in section
+    assert "follows the rule: the rate that is best for the ticket by FID and for the dense arm by held-out loss" in (
         section
     )
     untuned = markdown(Suite.load("fashion16"), results, [], None, {})
     assert "not tuned yet" in untuned
     assert "## Learning rate" not in untuned
+
+
+def test_a_rate_that_follows_no_rule_claims_none() -> None:
+    for other in (
+        tried("dense", (5e-4, 0.05, 18.0), (1e-3, 0.06, 17.0)) + TICKET,  # the dense arm's loss
+        tried("dense", (5e-4, 0.06, 18.0), (1e-3, 0.05, 17.0))
+        + tried("eb-speed-50", (5e-4, 0.06, 9), (1e-3, 0.05, 9.1)),
+    ):
+        assert "rule" not in rates.chosen(1e-3, other)
+        assert "All arms train at 0.001." in rates.chosen(1e-3, other)
+    assert "rule" in rates.chosen(1e-3, TUNING)
+    assert "rule" not in rates.chosen(2e-3, TUNING)
+
+
+def test_rates_are_compared_as_numbers_and_without_images_by_the_loss() -> None:
+    tens = tried("dense", (9e-5, 0.05001, None), (1e-4, 0.05004, None))
+    both = tens + tried("eb-speed-50", (9e-5, 0.04, None), (1e-4, 0.05, 7.0))
+    text = rates.chosen(9e-5, both)
+    assert "for dense: 9e-05 by held-out loss (0.0500); for eb-speed-50: 9e-05 by held-out loss (0.0400)" in text
+    assert "FID" not in text  # one score is compared with nothing
+    assert "best for the ticket and for the dense arm by held-out loss" in text
+    assert "| 9e-05 | dense | 0.0500 | - |" in rates.tabled("own", 9, tens)
 
 
 def test_the_page_names_commits_and_what_ran_from_uncommitted_code(results: dict[str, list[dict[str, Any]]]) -> None:

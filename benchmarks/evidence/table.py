@@ -25,6 +25,7 @@ from .counting import (
     seconds_at,
     wall_seconds,
 )
+from .rates import Tried, chosen, tabled
 from .suite import Suite
 
 RULE = (
@@ -46,11 +47,6 @@ MISSING = (
     "their own cells."
 )
 
-RATE = (
-    "All arms train at {lr:g}. The rule: the rate with the best score of the ticket and the best held-out loss of the "
-    "dense arm. Lowest of those tried, for {best}."
-)
-
 
 def markdown(
     suite: Suite,
@@ -58,7 +54,7 @@ def markdown(
     unfinished: Sequence[str],
     clock: Clock | None,
     pictures: Mapping[str, str],
-    tuning: str = "",
+    tuning: Sequence[Tried] = (),
     place: str = "",
 ) -> str:
     """The page of a suite.
@@ -68,7 +64,7 @@ def markdown(
         unfinished: a line for each of the others.
         clock: see `counting`.
         pictures: {what: file name} beside the page.
-        tuning: what was found at the suite's learning rates, a text with one table; empty where they were not tried.
+        tuning: what came of the suite's learning rates; empty where not all of them were tried.
         place: where the clock's seconds were measured.
     """
     parts = [f"# {suite.name}: {suite.about}"]
@@ -91,7 +87,7 @@ def markdown(
         *_given(strayed(results, clock)),
         "## Arms",
         table(["arm", "what it is"], [[name, ARMS[name].about] for name in results]),
-        *_rate(tuning, results),
+        *_rate(suite, tuning),
         "## Provenance",
         provenance(results, in_full=True),
         *_rest(unfinished),
@@ -249,28 +245,12 @@ def provenance(results: Results, in_full: bool = False) -> str:
     return text
 
 
-def _rate(tuning: str, results: Results) -> list[str]:
+def _rate(suite: Suite, tuning: Sequence[Tried]) -> list[str]:
     """How the learning rate was chosen, where it was."""
     if not tuning:
         return []
-    lr = results["dense"][0]["config"]["train"]["lr"]
-    return ["## Learning rate", RATE.format(lr=lr, best=lowest(tuning)), tuning.strip()]
-
-
-def lowest(tuning: str) -> str:
-    """For each arm of the table in `tuning` its lowest scores, and at which learning rates."""
-    lines = [line.strip("| ").split(" | ") for line in tuning.splitlines() if line.startswith("|")]
-    (_, _, *measures), rows = lines[0], lines[2:]
-    found = []
-    for arm in dict.fromkeys(row[1] for row in rows):
-        words = []
-        for column, measure in enumerate(measures, 2):
-            tried = [(float(row[column]), row) for row in rows if row[1] == arm and row[column] != "-"]
-            if tried:
-                _, best = min(tried)
-                words.append(f"{measure} {best[column]} at {best[0]}")
-        found.append(f"{arm}: {', '.join(words)}")
-    return "; ".join(found)
+    steps = suite.quarter(suite.lr).steps
+    return ["## Learning rate", chosen(suite.lr, tuning), tabled(suite.name, steps, tuning)]
 
 
 def _setting(suite: Suite, results: Results, measure: str, clock: Clock | None, tuned: bool, place: str) -> str:
