@@ -11,14 +11,12 @@ from typing import Any
 import pytest
 
 from benchmarks.evidence import pace, page
-from benchmarks.evidence import suite as suites
 from benchmarks.evidence.__main__ import cells_of, jobs_of, lines, options, with_results
 from benchmarks.evidence.arms import ARMS
 from benchmarks.evidence.cells import Cell, Failed, run, wanted
 from benchmarks.evidence.rates import Tried
 from benchmarks.evidence.result import portable, widths
 from benchmarks.evidence.suite import NAMES, SearchPace, Suite
-from ebdiff.config import resolve
 from ebdiff.errors import EbdiffError
 from ebdiff.files import read_json, write_bytes, write_json
 from ebdiff.training import job
@@ -80,28 +78,6 @@ def test_every_stage_is_timed_with_its_own_network(tmp_path: Path) -> None:
     assert sizes == [world.plan.parameters(mask) for mask in kept]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_arms_spend_what_the_dense_one_does(name: str) -> None:
-    suite = Suite.load(name).on(None if name == "fashion16" else "images.npz")
-    branching = "regions-30-60-80-speed-budgeted-branch-25"
-    for arm in ("scratch-50", "eb-speed-30", "eb-cost-speed", "regions-30-60-80", branching):
-        config = suite.config(ARMS[arm].overrides(suite), 0)
-        steps = steps_of(World(config, Path("nowhere")))
-        s = config.search
-        small = sum(n * suite.price(r, s.scope) for n, r in zip(steps, s.ratios, strict=True))
-        spent = config.search.steps + config.regions.branch_at + small
-        assert spent == pytest.approx(suite.steps, rel=0.01)
-
-
-def test_the_suite_for_a_gpu_has_the_presets_network() -> None:
-    assert Suite.load("gpu-cifar32").base["model"] == resolve("cifar10").model
-
-
-def test_every_arm_says_what_it_is() -> None:
-    assert all(arm.about and "\n" not in arm.about for arm in ARMS.values())
-    assert len({arm.about for arm in ARMS.values()}) == len(ARMS)
-
-
 def test_a_suite_needs_its_images_and_a_name() -> None:
     with pytest.raises(EbdiffError, match="--data FILE"):
         Suite.load("cifar32").on(None)
@@ -111,46 +87,6 @@ def test_a_suite_needs_its_images_and_a_name() -> None:
         cells_of(mini(), ["eb-speed-60"], "0", Path(), Path())
     with pytest.raises(EbdiffError, match="--seeds"):
         cells_of(mini(), ["*"], "0,x", Path(), Path())
-
-
-def test_a_suite_of_ones_own_is_read_as_a_configuration_is(tmp_path: Path) -> None:
-    path, text = tmp_path / "own.yaml", (Path(suites.__file__).parent / "fashion16.yaml").read_text()
-    path.write_text(text.replace("lr: 1.0e-3", "lr: 1e-3").replace("train: {", "train: {precision: no, "))
-    suite = Suite.load(str(path))
-    assert suite.lr == 1e-3
-    assert suite.config(ARMS["dense"].overrides(suite), 0).train.precision == "no"
-    for old, new, message in (
-        ("steps: 1400", "stops: 1400", "stops"),
-        ("steps: 1400", "", "steps"),
-        ("most: 300", "moist: 300", "moist"),
-        ("lrs: [", "lrs: [[", "no YAML"),
-    ):
-        path.write_text(text.replace(old, new))
-        with pytest.raises(EbdiffError, match=message):
-            Suite.load(str(path))
-    path.write_text(text.replace("ema_decay", "ema_dekay"))
-    with pytest.raises(EbdiffError, match=r"did you mean train\.ema_decay"):
-        Suite.load(str(path)).config(ARMS["dense"].overrides(suite), 0)
-
-
-def test_a_suite_from_before_costs_decided_has_all_other_arms(tmp_path: Path) -> None:
-    path, text = tmp_path / "own.yaml", (Path(suites.__file__).parent / "fashion16.yaml").read_text()
-    line = next(line for line in text.splitlines() if line.startswith("cost_of_step_by_cost"))
-    path.write_text(text.replace(line, ""))
-    suite = Suite.load(str(path))
-    left_out = {name for name in ARMS if name.startswith("eb-cost-")}
-    assert {cell.arm.name for cell in cells_of(suite, ["*"], "0", Path(), Path())} == ARMS.keys() - left_out
-    assert {cell.arm.name for cell in cells_of(suite, ["eb-*"], "0", Path(), Path())}.isdisjoint(left_out)
-    for patterns in (["eb-cost-*"], ["dense", "eb-cost-speed"]):
-        with pytest.raises(EbdiffError, match=r"leaves eb-cost-speed.* out: expected cost_of_step_by_cost"):
-            cells_of(suite, patterns, "0", Path(), Path())
-    for value in ("{0.44: 0.27, 0.5: 0.2}", "{}", "[0.44]", "0.44", "null"):
-        path.write_text(text.replace(line, f"cost_of_step_by_cost: {value}"))
-        if value == "{}":
-            assert len(cells_of(Suite.load(str(path)), ["*"], "0", Path(), Path())) == len(ARMS) - len(left_out)
-        else:
-            with pytest.raises(EbdiffError, match="cost_of_step_by_cost"):
-                Suite.load(str(path))
 
 
 def test_what_an_arm_starts_from_comes_first(made: Any) -> None:
