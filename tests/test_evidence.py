@@ -1,4 +1,4 @@
-"""The counting of benchmarks/evidence, by hand; and its tables of cells made by hand."""
+"""The counting of benchmarks/evidence, by hand; its suites and arms."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.evidence import plots
+from benchmarks.evidence import suite as suites
+from benchmarks.evidence.__main__ import cells_of
 from benchmarks.evidence.arms import ARMS
 from benchmarks.evidence.counting import (
     Spread,
@@ -20,8 +21,11 @@ from benchmarks.evidence.counting import (
     seconds_at,
     wall_seconds,
 )
-from benchmarks.evidence.suite import Suite
-from benchmarks.evidence.table import costs, headlines, markdown, settled, strayed
+from benchmarks.evidence.suite import NAMES, Suite
+from ebdiff.config import resolve
+from ebdiff.errors import EbdiffError
+from ebdiff.training.regions import steps_of
+from ebdiff.training.world import World
 
 
 def stage(steps: int, seconds: float, macs: float) -> dict[str, Any]:
@@ -58,7 +62,7 @@ def cell(
             "evaluate": {"samples": 10},
             "sample": {"steps": 5},
         },
-        "machine": {"threads": "1 thread", "cpu": "one", "torch": "2.13.0", "commit": "aaa"},
+        "machine": {"device": "cpu", "threads": "1 thread", "cpu": "one", "torch": "2.13.0", "commit": "aaa"},
         "curve": points,
         "parameters": {"dense": 2e6, "stored": 1e6, "active": 5e5},
         "macs_per_image": {"uniform": 50.0, "sampler": 25.0, "dense": 100.0},
@@ -116,15 +120,40 @@ def test_on_a_clock_steps_count_its_seconds() -> None:
         "region 0": 30.0,
         "region 1": 40.0,
     }
-    assert seconds_at(facts, facts["curve"][-1], {"dense": {"region 0": 7.0}})["region 1"] == 20.0
+    for other in ({"dense": {"region 0": 7.0}}, {"regions-30-60-80": {"region 0": 7.0}}):
+        assert seconds_at(facts, facts["curve"][-1], other)["region 1"] == 20.0
 
 
-def test_what_a_network_had_cost_counts_on_a_clock_without_the_dense_arm() -> None:
+def test_what_a_network_had_cost_counts_on_a_clock() -> None:
     dense = [cell("dense", [(25.0, 40.0), (100.0, 20.0)])]
     arm = [cell("prune-taylor-50", [(5.0, 30.0), (10.0, 22.0)], before=100.0)]
-    found = headline(arm, dense, "fid", {"prune-taylor-50": {"before": 9.0, "search": 9.0, "region 0": 1.0}})
+    after = {"before": 9.0, "search": 9.0, "region 0": 1.0}
+    found = headline(arm, dense, "fid", {"dense": {"search": 1.0, "region 0": 1.0}, "prune-taylor-50": after})
     assert found.at[0.25].values == ()
     assert found.at[1.0].values == (22.0,)
+
+
+WHOLE, HALF = {"search": 1.0, "region 0": 1.0}, {"search": 5.0, "region 0": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("clock", "timed"),
+    [
+        (None, True),
+        ({"dense": WHOLE, "eb-speed-50": HALF}, True),
+        ({"dense": WHOLE}, False),
+        ({"eb-speed-50": HALF}, False),
+        ({"dense": WHOLE, "eb-speed-50": {"region 0": 0.5}}, False),  # not of all its stages
+        ({}, False),
+    ],
+)
+def test_seconds_of_two_clocks_are_not_compared(clock: Any, timed: bool) -> None:
+    dense = [cell("dense", [(25.0, 40.0), (100.0, 20.0)])]
+    arm = [cell("eb-speed-50", [(20.0, 30.0), (80.0, 10.0)], search=4.0)]
+    found = headline(arm, dense, "fid", clock)
+    assert found.timed == timed
+    assert {bool(spread.values) for spread in (found.reached, *found.at.values())} == {timed}
+    assert (found.seeds, found.final.values) == (1, (10.0,))
 
 
 def test_with_a_device_for_each_region_the_slowest_counts() -> None:
@@ -132,6 +161,7 @@ def test_with_a_device_for_each_region_the_slowest_counts() -> None:
     assert wall_seconds(facts) == 2 * (4.0 + 20.0)
     clock = {"regions-30-60-80": {"search": 5.0, "region 0": 3.0, "region 1": 1.0}}
     assert wall_seconds(facts, clock) == 10.0 + 30.0
+    assert wall_seconds(facts, {"regions-30-60-80": {"search": 5.0}}) == wall_seconds(facts)
 
 
 def test_headlines_go_seed_by_seed() -> None:
@@ -168,214 +198,63 @@ def test_spread_over_seeds() -> None:
     assert Spread(()).text() == "-"
 
 
-@pytest.fixture
-def results() -> dict[str, list[dict[str, Any]]]:
-    def spread(arm: str, curve: list[tuple[float, float]], seeds: int, **options: Any) -> list[dict[str, Any]]:
-        return [cell(arm, [(s, fid * (1 + seed / 10)) for s, fid in curve], seed, **options) for seed in range(seeds)]
-
-    return {
-        "dense": spread("dense", [(25.0, 40.0), (50.0, 30.0), (100.0, 20.0)], 3),
-        "eb-speed-50": spread("eb-speed-50", [(20.0, 30.0), (40.0, 20.0), (90.0, 15.0)], 3, search=10.0),
-        "regions-30-60-80": spread("regions-30-60-80", [(20.0, 50.0), (90.0, 25.0)], 1, search=10.0, regions=3),
-        "prune-taylor-50": spread("prune-taylor-50", [(5.0, 30.0), (10.0, 22.0)], 2, search=4.0, before=100.0),
-    }
-
-
-def test_the_page_of_a_suite(results: dict[str, list[dict[str, Any]]]) -> None:
-    page = markdown(Suite.load("fashion16"), results, ["dense, seed 9: no result"], None, {"curves": "curves.png"})
-    assert "| eb-speed-50 | 3 | 0.50 ± 0.00 |" in page
-    assert "| regions-30-60-80 | 1 * | not reached |" in page
-    assert "| prune-taylor-50 | 2 * | not reached | - | - | - | 23.10 ± 1.56 |" in page
-    assert "| prune-taylor-50 | 114 ± 0 | 104 ± 0 | 228 ± 0 |" in page
-    assert "7/no/no" in page
-    assert "- dense, seed 9: no result" in page
-    assert "![curves](curves.png)" in page
-    assert "{" not in page
+@pytest.mark.parametrize("name", NAMES)
+def test_arms_spend_what_the_dense_one_does(name: str) -> None:
+    suite = Suite.load(name).on(None if name == "fashion16" else "images.npz")
+    branching = "regions-30-60-80-speed-budgeted-branch-25"
+    for arm in ("scratch-50", "eb-speed-30", "eb-cost-speed", "regions-30-60-80", branching):
+        config = suite.config(ARMS[arm].overrides(suite), 0)
+        steps = steps_of(World(config, Path("nowhere")))
+        s = config.search
+        small = sum(n * suite.price(r, s.scope) for n, r in zip(steps, s.ratios, strict=True))
+        spent = config.search.steps + config.regions.branch_at + small
+        assert spent == pytest.approx(suite.steps, rel=0.01)
 
 
-def test_rows_are_about_the_seeds_that_the_dense_arm_has(results: dict[str, list[dict[str, Any]]]) -> None:
-    results["dense"] = results["dense"][:1]
-    results["prune-taylor-50"] = [cell("prune-taylor-50", [(5.0, 30.0)], seed=4, before=100.0)]
-    rows = {row[0]: row for row in headlines(results, "fid", None)}
-    assert rows["eb-speed-50"] == ["eb-speed-50", "1 *", "0.50", "-", "20.00", "15.00", "15.00", "0.1500", "0.50, 0.25"]
-    assert rows["prune-taylor-50"] == ["prune-taylor-50", "0 *", *["-"] * 6, "-, -"]
+def test_the_suite_for_a_gpu_has_the_presets_network() -> None:
+    assert Suite.load("gpu-cifar32").base["model"] == resolve("cifar10").model
 
 
-def test_costs_are_means_over_seeds(results: dict[str, list[dict[str, Any]]]) -> None:
-    short, long = (cell("eb-speed-50", [(90.0, 15.0)], seed, search=10.0 * (seed + 1)) for seed in (0, 1))
-    long["parameters"] = {"dense": 2e6, "stored": 1.2e6, "active": 5e5}
-    (row,) = costs({"eb-speed-50": [short, long]}, None)
-    assert row[4:7] == ["4 + 90", "4.500 / 1.000", "1.10M (55%)"]
+def test_every_arm_says_what_it_is() -> None:
+    assert all(arm.about and "\n" not in arm.about for arm in ARMS.values())
+    assert len({arm.about for arm in ARMS.values()}) == len(ARMS)
 
 
-def test_macs_are_named_as_in_the_report(results: dict[str, list[dict[str, Any]]]) -> None:
-    page = markdown(Suite.load("fashion16"), results, [], None, {})
-    assert "| MACs of an image per sampler step | per training step, timesteps uniform |" in page
+def test_a_suite_of_ones_own_is_read_as_a_configuration_is(tmp_path: Path) -> None:
+    path, text = tmp_path / "own.yaml", (Path(suites.__file__).parent / "fashion16.yaml").read_text()
+    path.write_text(text.replace("lr: 1.0e-3", "lr: 1e-3").replace("train: {", "train: {precision: no, "))
+    suite = Suite.load(str(path))
+    assert suite.lr == 1e-3
+    assert suite.config(ARMS["dense"].overrides(suite), 0).train.precision == "no"
+    for old, new, message in (
+        ("steps: 1400", "stops: 1400", "stops"),
+        ("steps: 1400", "", "steps"),
+        ("most: 300", "moist: 300", "moist"),
+        ("lrs: [", "lrs: [[", "no YAML"),
+    ):
+        path.write_text(text.replace(old, new))
+        with pytest.raises(EbdiffError, match=message):
+            Suite.load(str(path))
+    path.write_text(text.replace("ema_decay", "ema_dekay"))
+    with pytest.raises(EbdiffError, match=r"did you mean train\.ema_decay"):
+        Suite.load(str(path)).config(ARMS["dense"].overrides(suite), 0)
 
 
-def test_what_starts_from_another_network_has_no_score_at_a_share_of_its_device_seconds() -> None:
-    dense = [cell("dense", [(25.0, 40.0), (100.0, 20.0)])]
-    cheap = [cell("prune-taylor-50", [(5.0, 30.0), (10.0, 22.0)], before=50.0)]
-    rows = headlines({"dense": dense, "prune-taylor-50": cheap}, "fid", None)
-    assert rows[0][5] == "20.00"
-    assert rows[1][3:7] == ["-", "-", "-", "22.00"]
-
-
-def test_a_ticket_is_drawn_once_where_a_trained_network_is_pruned(results: dict[str, list[dict[str, Any]]]) -> None:
-    assert settled([cell("prune-diff-pruning-30", [(5.0, 30.0)], before=100.0)]) == "drawn once"
-    assert settled(results["prune-taylor-50"]) == "drawn once"  # its search takes gradients only
-    assert settled(results["dense"]) == "no search"
-    assert settled(results["regions-30-60-80"]) == "7/no/no"
-    assert settled(results["eb-speed-50"]) == "7, 7, 7"
-
-
-def test_on_a_clock_what_cells_took_has_a_column_of_its_own() -> None:
-    seeds = [cell("eb-speed-50", [(seconds, 15.0)], seed, search=8.0) for seed, seconds in enumerate((90.0, 90.0))]
-    for facts, took in zip(seeds, (80.0, 100.0), strict=True):
-        facts["curve"][-1]["stages"]["region 0"]["device_seconds"] = took
-    clock = {"eb-speed-50": {"search": 5.0, "region 0": 2.0}}
-    (own,), (timed,) = costs({"eb-speed-50": seeds}, None), costs({"eb-speed-50": seeds}, clock)
-    assert own[1:3] == ["98 ± 14", "8 ± 0"]
-    assert timed[1:5] == ["200", "98 ± 14", "20", "200"]
-    (other,) = costs({"eb-speed-50": seeds}, {"dense": {"search": 1.0, "region 0": 1.0}})
-    assert other[1:3] == ["98 ± 14", "98 ± 14"]  # on the clock, yet not this arm
-
-
-def test_searches_that_end_apart_are_apart_on_the_clock() -> None:
-    seeds = [cell("eb-speed-50", [(90.0, 15.0)], seed, search=search) for seed, search in enumerate((4.0, 24.0))]
-    (row,) = costs({"eb-speed-50": seeds}, {"eb-speed-50": {"search": 5.0, "region 0": 2.0}})
-    assert row[1] == "215 ± 35"
-
-
-def test_rows_have_as_many_cells_as_titles(results: dict[str, list[dict[str, Any]]]) -> None:
-    clock = {"dense": {"search": 1.0, "region 0": 1.0}}
-    for given in (None, clock):
-        lines = markdown(Suite.load("fashion16"), results, [], given, {}).splitlines()
-        first = next(i for i, line in enumerate(lines) if line.startswith("| arm | device-seconds |"))
-        assert len({line.count("|") for line in lines[first : first + 6]}) == 1
-        assert ("measured in its own cell" in lines[first]) == (given is not None)
-
-
-def test_the_page_says_how_far_spending_strayed(results: dict[str, list[dict[str, Any]]]) -> None:
-    assert strayed(results, None) == (
-        "By the seconds of their own cells arms spent 1.00 of the dense arm's device-seconds; the columns at 25, 50 "
-        "and 100% compare at equal ones."
-    )
-    results["eb-speed-30"] = [cell("eb-speed-30", [(137.0, 15.0)])]
-    clock = {arm: {"before": 9.0, "search": 5.0, "region 0": 1.0} for arm in results if "regions" not in arm}
-    assert strayed(results, clock).startswith("By this clock arms spent 1.00 to 1.37 of the dense")
-    assert strayed({"dense": results["dense"], "prune-taylor-50": results["prune-taylor-50"]}, None) == ""
-    assert strayed(results, clock) in markdown(Suite.load("fashion16"), results, [], clock, {})
-
-
-TUNING = """Learning rates of fashion16: 350 dense steps or what costs as much, one seed.
-
-| lr | arm | held-out loss | FID |
-| --- | --- | --- | --- |
-| 0.0005 | dense | 0.0585 | 18.26 |
-| 0.0005 | eb-speed-50 | 0.0532 | - |
-| 0.001 | dense | 0.0580 | 18.59 |
-| 0.001 | eb-speed-50 | 0.0519 | - |
-"""
-
-
-def test_the_page_says_how_the_learning_rate_was_chosen(results: dict[str, list[dict[str, Any]]]) -> None:
-    page = markdown(Suite.load("fashion16"), results, [], None, {}, TUNING)
-    assert "tried for the dense arm and for a ticket of half the channels alike" in page
-    section = page.partition("## Learning rate\n\n")[2]
-    assert TUNING.strip() in section
-    assert "with the best score of the ticket and the best held-out loss of the dense arm" in section
-    assert "dense: held-out loss 0.0580 at 0.001, FID 18.26 at 0.0005; eb-speed-50: held-out loss 0.0519 at 0.001." in (
-        section
-    )
-    untuned = markdown(Suite.load("fashion16"), results, [], None, {})
-    assert "not tuned yet" in untuned
-    assert "## Learning rate" not in untuned
-
-
-def test_the_page_names_commits_and_what_ran_from_uncommitted_code(results: dict[str, list[dict[str, Any]]]) -> None:
-    results["dense"][1]["machine"] |= {"commit": "aaa+", "torch": "2.14.0"}
-    results["eb-speed-50"][0]["machine"]["commit"] = "aaa, bbb+"
-    page = markdown(Suite.load("fashion16"), results, [], None, {})
-    head, _, section = page.partition("## Provenance\n\n")
-    assert "9 cells of 2 commits, 2 of them from uncommitted library code in part" in head
-    assert "9 cells of 2 commits (aaa, bbb), torch 2.13.0, 2.14.0." in section
-    assert "dense-1 (aaa+), eb-speed-50-0 (aaa, bbb+)" in section
-    for found in results.values():
-        for facts in found:
-            facts["machine"]["commit"] = "aaa"
-    page = markdown(Suite.load("fashion16"), results, [], None, {})
-    assert "9 cells of 1 commit (aaa)" in page
-    assert "uncommitted" not in page
-
-
-def test_a_page_by_the_held_out_loss(results: dict[str, list[dict[str, Any]]]) -> None:
-    for facts in (facts for found in results.values() for facts in found):
-        for point in facts["curve"]:
-            point["fid"] = None
-    page = markdown(Suite.load("fashion16"), results, [], None, {})
-    assert "| held-out loss at 25% |" in page
-    assert "LOSS" not in page
-
-
-def test_without_a_dense_cell_nothing_is_compared(results: dict[str, list[dict[str, Any]]]) -> None:
-    del results["dense"]
-    assert "No dense arm is finished" in markdown(Suite.load("fashion16"), results, [], None, {})
-
-
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Figures instead of files."""
-    figures: list[Any] = []
-    monkeypatch.setattr(plots, "write", lambda figure, path: figures.append(figure))
-    return figures
-
-
-def arm_of(name: str) -> list[dict[str, Any]]:
-    """A seed of any arm; what it starts from took 100 s."""
-    return [cell(name, [(25.0, 40.0), (100.0, 20.0)], before=100.0 if ARMS[name].after else None)]
-
-
-def test_no_two_arms_of_a_panel_share_a_colour(drawn: list[Any]) -> None:
-    plots.curves({name: arm_of(name) for name in ARMS}, "fid", None, Path("unused"))
-    panels = {axes.get_title(): axes for axes in drawn[0].axes if axes.get_visible()}
-    assert set(panels) == {arm.family for arm in ARMS.values()}
-    for axes in panels.values():
-        handles = axes.get_legend_handles_labels()[0]
-        assert len({handle.get_color() for handle in handles}) == len(handles)
-        assert axes.get_legend().handlelength == 3
-
-
-def test_what_starts_from_scratch_has_a_panel_apart_and_pruned_curves_one_of_their_finetuning(drawn: list[Any]) -> None:
-    names = ("dense", "prune-taylor-50", "prune-random-30", "scratch-50")
-    plots.curves({name: arm_of(name) for name in names}, "fid", None, Path("unused"))
-    pruned, scratch = drawn[0].axes
-    assert (pruned.get_title(), scratch.get_title()) == ("pruned", "from scratch")
-    assert (pruned.get_xscale(), scratch.get_xscale()) == ("linear", "log")
-    left, right = pruned.get_xlim()
-    assert 90 < left < 100  # the dense arm ends there, and finetuning at 200
-    assert 200 < right < 210
-
-
-def test_a_bar_that_is_missing_says_how_many_seeds_got_there(drawn: list[Any]) -> None:
-    goals = [cell("dense", [(25.0, 40.0), (100.0, 20.0)], seed) for seed in range(3)]
-    some = [cell("eb-speed-50", [(25.0, 40.0), (50.0, fid)], seed) for seed, fid in enumerate((10.0, 10.0, 30.0))]
-    none = [cell("prune-taylor-50", [(5.0, 30.0)], before=100.0)]
-    elsewhere = [cell("control-fresh", [(5.0, 30.0)], seed=7)]
-    results = {"dense": goals, "eb-speed-50": some, "prune-taylor-50": none, "control-fresh": elsewhere}
-    plots.bars(results, "fid", None, Path("unused"))
-    (axes,) = drawn[0].axes
-    assert [text.get_text() for text in axes.texts if text.get_position()[0] < 0.1] == [
-        "2 of 3 seeds",
-        "not reached",
-        "-",
-    ]
-    assert {text.get_text() for text in axes.texts} >= {"1/3: the aim", "1: the dense arm"}
-    assert "a dot is a seed" in axes.get_xlabel()
-
-
-def test_pictures(results: dict[str, list[dict[str, Any]]], tmp_path: Path) -> None:
-    plots.curves(results, "fid", None, tmp_path / "curves.png")
-    results["control-fresh"] = [cell("control-fresh", [(90.0, 15.0)], seed=4)]
-    plots.bars(results, "fid", None, tmp_path / "bars.png")
-    assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in ("curves", "bars"))
+def test_a_suite_from_before_costs_decided_has_all_other_arms(tmp_path: Path) -> None:
+    path, text = tmp_path / "own.yaml", (Path(suites.__file__).parent / "fashion16.yaml").read_text()
+    line = next(line for line in text.splitlines() if line.startswith("cost_of_step_by_cost"))
+    path.write_text(text.replace(line, ""))
+    suite = Suite.load(str(path))
+    left_out = {name for name in ARMS if name.startswith("eb-cost-")}
+    assert {cell.arm.name for cell in cells_of(suite, ["*"], "0", Path(), Path())} == ARMS.keys() - left_out
+    assert {cell.arm.name for cell in cells_of(suite, ["eb-*"], "0", Path(), Path())}.isdisjoint(left_out)
+    for patterns in (["eb-cost-*"], ["dense", "eb-cost-speed"]):
+        with pytest.raises(EbdiffError, match=r"leaves eb-cost-speed.* out: expected cost_of_step_by_cost"):
+            cells_of(suite, patterns, "0", Path(), Path())
+    for value in ("{0.44: 0.27, 0.5: 0.2}", "{}", "[0.44]", "0.44", "null"):
+        path.write_text(text.replace(line, f"cost_of_step_by_cost: {value}"))
+        if value == "{}":
+            assert len(cells_of(Suite.load(str(path)), ["*"], "0", Path(), Path())) == len(ARMS) - len(left_out)
+        else:
+            with pytest.raises(EbdiffError, match="cost_of_step_by_cost"):
+                Suite.load(str(path))

@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 
 from benchmarks.evidence import pace, page
-from benchmarks.evidence import suite as suites
 from benchmarks.evidence.__main__ import cells_of, jobs_of, lines, options, with_results
 from benchmarks.evidence.arms import ARMS
 from benchmarks.evidence.cells import Cell, Failed, run, wanted
+from benchmarks.evidence.rates import Tried
 from benchmarks.evidence.result import portable, widths
 from benchmarks.evidence.suite import NAMES, SearchPace, Suite
-from ebdiff.config import resolve
 from ebdiff.errors import EbdiffError
 from ebdiff.files import read_json, write_bytes, write_json
 from ebdiff.training import job
@@ -46,7 +45,7 @@ def mini() -> Suite:
     }
     search = SearchPace(steps=4, most=9, window=3, every=1, epoch=2)
     few = {"marks": (0.25, 0.5, 1.0), "score_marks": (0.5, 1.0), "dense_score_marks": (1.0,)}
-    return replace(suite, name="mini", told="--suite mini", steps=12, search=search, base=base, **few)
+    return replace(suite, name="mini", arguments="--suite mini", steps=12, search=search, base=base, **few)
 
 
 @pytest.fixture
@@ -79,28 +78,6 @@ def test_every_stage_is_timed_with_its_own_network(tmp_path: Path) -> None:
     assert sizes == [world.plan.parameters(mask) for mask in kept]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_arms_spend_what_the_dense_one_does(name: str) -> None:
-    suite = Suite.load(name).on(None if name == "fashion16" else "images.npz")
-    branching = "regions-30-60-80-speed-budgeted-branch-25"
-    for arm in ("scratch-50", "eb-speed-30", "eb-cost-speed", "regions-30-60-80", branching):
-        config = suite.config(ARMS[arm].overrides(suite), 0)
-        steps = steps_of(World(config, Path("nowhere")))
-        s = config.search
-        small = sum(n * suite.price(r, s.scope) for n, r in zip(steps, s.ratios, strict=True))
-        spent = config.search.steps + config.regions.branch_at + small
-        assert spent == pytest.approx(suite.steps, rel=0.01)
-
-
-def test_the_suite_for_a_gpu_has_the_presets_network() -> None:
-    assert Suite.load("gpu-cifar32").base["model"] == resolve("cifar10").model
-
-
-def test_every_arm_says_what_it_is() -> None:
-    assert all(arm.about and "\n" not in arm.about for arm in ARMS.values())
-    assert len({arm.about for arm in ARMS.values()}) == len(ARMS)
-
-
 def test_a_suite_needs_its_images_and_a_name() -> None:
     with pytest.raises(EbdiffError, match="--data FILE"):
         Suite.load("cifar32").on(None)
@@ -110,26 +87,6 @@ def test_a_suite_needs_its_images_and_a_name() -> None:
         cells_of(mini(), ["eb-speed-60"], "0", Path(), Path())
     with pytest.raises(EbdiffError, match="--seeds"):
         cells_of(mini(), ["*"], "0,x", Path(), Path())
-
-
-def test_a_suite_of_ones_own_is_read_as_a_configuration_is(tmp_path: Path) -> None:
-    path, text = tmp_path / "own.yaml", (Path(suites.__file__).parent / "fashion16.yaml").read_text()
-    path.write_text(text.replace("lr: 1.0e-3", "lr: 1e-3").replace("train: {", "train: {precision: no, "))
-    suite = Suite.load(str(path))
-    assert suite.lr == 1e-3
-    assert suite.config(ARMS["dense"].overrides(suite), 0).train.precision == "no"
-    for old, new, message in (
-        ("steps: 1400", "stops: 1400", "stops"),
-        ("steps: 1400", "", "steps"),
-        ("most: 300", "moist: 300", "moist"),
-        ("lrs: [", "lrs: [[", "no YAML"),
-    ):
-        path.write_text(text.replace(old, new))
-        with pytest.raises(EbdiffError, match=message):
-            Suite.load(str(path))
-    path.write_text(text.replace("ema_decay", "ema_dekay"))
-    with pytest.raises(EbdiffError, match=r"did you mean train\.ema_decay"):
-        Suite.load(str(path)).config(ARMS["dense"].overrides(suite), 0)
 
 
 def test_what_an_arm_starts_from_comes_first(made: Any) -> None:
@@ -183,11 +140,26 @@ def test_a_cell_from_a_kill_to_its_page(made: Any, tmp_path: Path, monkeypatch: 
         pace.clock(others[:1])
     assert seconds["prune-random-50"]["region 0"] == seconds[cell.arm.name]["region 0"]  # timed once
     assert all(second > 0 for of in seconds.values() for (second,) in of.values())
-    assert len({seconds[name]["region 0"][0] for name in (cell.arm.name, "dense-accelerated", "dense")}) == 3
     text = page.write(cell.suite, [cell, made("scratch-50")]).read_text()
     assert "No dense arm is finished" in text
     assert "- scratch-50, seed 0: no result" in text
     assert "- eb-speed-50" not in text
+
+
+def test_stages_share_a_time_where_networks_and_layers_and_what_they_do_are_the_same(made: Any) -> None:
+    names = ("dense", "dense-min-snr", "dense-accelerated", "eb-speed-50", "control-random", "prune-random-50")
+    keys = {}
+    for name in names:
+        cell = made(name)
+        world = World(cell.config.model_copy(update={"pretrained": None}), Path("nowhere"))
+        timed = pace.stages(world, pace.widths_found(cell, world), after=cell.before is not None)
+        keys[name] = {stage: pace.key_of(world, stage, stretch) for stage, stretch in timed.items()}
+    regions = {name: of["region 0"] for name, of in keys.items()}
+    assert regions["dense"] == regions["dense-min-snr"]
+    assert regions["eb-speed-50"] == regions["control-random"] == regions["prune-random-50"]
+    assert len({regions[name] for name in ("dense", "dense-accelerated", "eb-speed-50")}) == 3
+    assert keys["eb-speed-50"]["search"] != keys["control-random"]["search"]  # random scores take no gradients
+    assert keys["prune-random-50"]["before"] == regions["dense"] != keys["eb-speed-50"]["search"]
 
 
 def test_a_result_of_another_configuration_is_none(made: Any) -> None:
@@ -219,10 +191,12 @@ def test_tuning_tries_as_much_for_a_ticket_as_for_the_dense_arm(tmp_path: Path) 
     write_json(cells[1].place, {"config": cells[1].config.model_dump(mode="json"), "curve": [{"loss": 0.5, "fid": 9}]})
     assert "| 0.001 | eb-speed-50 | 0.5000 | 9.00 |" in page.write_tuning(suite, cells).read_text()
     assert cells[0].command == "python -m benchmarks.evidence --suite mini --tune"
-    assert not page.tuned(suite, tmp_path, tmp_path)
+    assert page.tried(suite, tmp_path, tmp_path) == []  # not all of it
     for cell in cells:
-        write_json(cell.place, {"config": cell.config.model_dump(mode="json")})
-    assert page.tuned(suite, tmp_path, tmp_path)
+        write_json(cell.place, {"config": cell.config.model_dump(mode="json"), "curve": [{"loss": 0.5, "fid": None}]})
+    assert page.tried(suite, tmp_path, tmp_path) == [
+        Tried(lr, arm, 0.5, None) for lr in (1e-3, 2e-3) for arm in ("dense", "eb-speed-50")
+    ]
 
 
 def test_what_a_step_costs_is_measured_at_every_ratio() -> None:
@@ -247,7 +221,9 @@ def test_a_result_stays_when_its_network_is_trained_again(made: Any, monkeypatch
     write_json(dense.place, {"config": portable(dense.config), "curve": "as it was"})
     assert wanted([pruned]) == [dense, pruned]
     monkeypatch.setattr("benchmarks.evidence.cells.keep_dense", lambda world, folder: None)
+    (dense.folder / "region-0" / "checkpoints" / "step-00000012").mkdir(parents=True)
     assert "stays" in dense.finish()
+    assert not list(dense.folder.rglob("checkpoints"))
     assert read_json(dense.place)["curve"] == "as it was"
 
 
@@ -270,6 +246,31 @@ def test_cells_of_different_images_share_no_page(made: Any) -> None:
         page.write(mini(), cells)
 
 
+def test_the_clock_knows_every_seed_that_the_page_shows(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = replace(made("dense"), suite=Suite.load("fashion16"), seed=7)
+    write_json(other.place, {"config": portable(other.config)})
+    given: list[Any] = []
+    monkeypatch.setattr(page, "write_clock", lambda suite, cells: given.extend(cells))
+    paths = ["--out", str(other.out), "--results", str(other.results)]
+    list(lines(options().parse_args(["--suite", "fashion16", "--clock", "--seeds", "0", *paths])))
+    assert other in given
+
+
+@pytest.mark.parametrize("has_gpu", [True, False])
+def test_a_gpu_by_any_name_runs_one_cell_at_a_time(has_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: has_gpu)
+    base = {key: value for key, value in mini().base.items() if key != "device"}
+    assert jobs_of(replace(mini(), base={**base, "device": "cpu"}), 2) == 2
+    always, perhaps = ({"device": "cuda"}, {"device": "cuda:0"}), ({"device": "auto"}, {"device": None}, {})
+    for device in (*always, *(perhaps if has_gpu else ())):
+        suite = replace(mini(), base={**base, **device})
+        assert jobs_of(suite, None) == 1
+        with pytest.raises(EbdiffError, match="CUDA_VISIBLE_DEVICES"):
+            jobs_of(suite, 2)
+    if not has_gpu:
+        assert {jobs_of(replace(mini(), base={**base, **device}), 2) for device in perhaps} == {2}
+
+
 def test_on_a_gpu_cells_run_one_by_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert jobs_of(Suite.load("gpu-cifar32"), None) == 1
     assert jobs_of(Suite.load("fashion16"), 3) == 3
@@ -285,6 +286,8 @@ def test_a_command_names_its_images(tmp_path: Path) -> None:
     suite = Suite.load("cifar32").on("somewhere/images.npz")
     command = "python -m benchmarks.evidence --suite cifar32 --data images.npz --cells dense --seeds 0"
     assert Cell(suite, ARMS["dense"], 0, tmp_path).command == command
+    named = Suite.load("cifar32").on("hf:somebody/images:plain")
+    assert named.arguments == "--suite cifar32 --data hf:somebody/images:plain"
 
 
 def test_a_failed_cell_names_its_log(made: Any) -> None:

@@ -12,18 +12,18 @@ one goes on where it was.
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
 from ebdiff.errors import EbdiffError
 
 from . import page
-from .arms import ARMS
+from .arms import ARMS, arms_of
 from .cells import RESULTS, Cell, Failed, run, wanted
 from .suite import NAMES, Suite
 
@@ -82,7 +82,7 @@ def lines(args: argparse.Namespace) -> Iterator[str]:
     elif args.pace:
         yield str(page.write_pace(suite, args.results))
     elif args.clock:
-        yield str(page.write_clock(suite, cells))
+        yield str(page.write_clock(suite, with_results(cells)))
     elif args.tune:
         tuned = page.tuning(suite, args.out, args.results)
         yield from run(wanted(tuned), jobs_of(suite, args.jobs), args.minutes)
@@ -104,7 +104,7 @@ def jobs_of(suite: Suite, asked: int | None) -> int:
     Raises:
         EbdiffError: more were asked for a GPU.
     """
-    if suite.base.get("device") != "cuda":
+    if not suite.on_gpu:
         return asked or max(1, (os.cpu_count() or 1) // suite.threads)
     if asked and asked > 1:
         remedy = "on several, run the command once for each, by CUDA_VISIBLE_DEVICES and --seeds"
@@ -115,7 +115,7 @@ def jobs_of(suite: Suite, asked: int | None) -> int:
 
 
 def with_results(cells: Sequence[Cell]) -> list[Cell]:
-    """The cells, and every other seed of their arms that has a result: a page never forgets one."""
+    """The cells, and every other seed of their arms that has a result: no page and no clock forgets one."""
     found = {cell.place: cell for cell in cells}
     for cell in cells:
         for path in sorted(cell.place.parent.glob(f"{cell.arm.name}-*.json")):
@@ -126,17 +126,25 @@ def with_results(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def cells_of(suite: Suite, patterns: Sequence[str], seeds: str, out: Path, results: Path) -> list[Cell]:
-    """Every arm that a pattern names at every seed, all arms of a seed together.
+    """Every arm of the suite that a pattern names at every seed, all arms of a seed together.
 
     Raises:
-        EbdiffError: a pattern that names no arm, or a seed that is no number.
+        EbdiffError: a pattern that names no arm, or none that the suite can run, or a seed that is no number.
     """
+    arms = {arm.name: arm for arm in arms_of(suite)}
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in ARMS):
+        if not fnmatch.filter(ARMS, pattern):
             raise EbdiffError("no such arm", expected=f"one of {', '.join(ARMS)}", got=pattern)
+        if not fnmatch.filter(arms, pattern):
+            raise EbdiffError(
+                f"{suite.name} leaves {', '.join(fnmatch.filter(ARMS, pattern))} out",
+                expected="cost_of_step_by_cost in its file",
+                got="none",
+                remedy="add it with a guess, as {0.44: 0.3}; --pace measures it",
+            )
     if not all(seed.strip().isdecimal() for seed in seeds.split(",")):
         raise EbdiffError("--seeds", expected="numbers, as 0,1,2", got=seeds)
-    chosen = [arm for arm in ARMS.values() if any(fnmatchcase(arm.name, pattern) for pattern in patterns)]
+    chosen = [arm for name, arm in arms.items() if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
     each = dict.fromkeys(int(seed) for seed in seeds.split(","))
     return [Cell(suite, arm, seed, out, results) for seed in each for arm in chosen]
 

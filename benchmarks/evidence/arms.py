@@ -213,4 +213,9 @@ def _controls() -> Iterator[Arm]:
         yield Arm(f"control-{name}", f"eb-speed-50, but {about}", "controls", make, {**SPEED, **changes})
 
 
+def arms_of(suite: Suite) -> list[Arm]:
+    """Those that the suite can run: without a step's cost of tickets by cost, none of these."""
+    return [arm for arm in ARMS.values() if arm.make is not by_cost or suite.cost_of_step_by_cost]
+
+
 ARMS = {arm.name: arm for arms in (_dense, _pruned, _early_bird, _regions, _controls) for arm in arms()}

@@ -86,7 +86,7 @@ class Cell:
     def command(self) -> str:
         """What runs it."""
         which = "--tune" if self.suite.tuning else f"--cells {self.arm.name} --seeds {self.seed}"
-        return f"python -m benchmarks.evidence {self.suite.told} {which}"
+        return f"python -m benchmarks.evidence {self.suite.arguments} {which}"
 
     @cached_property
     def before(self) -> Cell | None:
@@ -136,7 +136,7 @@ class Cell:
 
     def here(self) -> dict[str, Any]:
         """This machine, now."""
-        return machine("cuda" if self.config.device == "cuda" and torch.cuda.is_available() else "cpu")
+        return machine("cuda" if self.suite.on_gpu and torch.cuda.is_available() else "cpu")
 
     def begun_on(self) -> list[dict[str, Any]]:
         """The machine at each start so far."""
@@ -156,14 +156,20 @@ class Cell:
         return self.finish() if (self.folder / "report.md").exists() else f"{self}: stopped; the same command goes on"
 
     def finish(self) -> str:
-        """Write the result of its finished run; a line about it.
+        """Keep what is needed of its finished run, and nothing else; a line about it.
 
         A result that is there stays: then it ran again only for the network that others start from.
         """
         if self.arm.name in {arm.after for arm in ARMS.values()}:
             keep_dense(World(self.config, self.folder), self.network)
-        if self.facts() is not None:
-            return f"{self}: trained again for its network; its result stays"
+        stays = self.facts() is not None
+        line = f"{self}: trained again for its network; its result stays" if stays else self.written()
+        for checkpoints in list(self.folder.rglob("checkpoints")):  # large, and of no use to a finished run
+            shutil.rmtree(checkpoints)
+        return line
+
+    def written(self) -> str:
+        """Write its result; a line about it."""
         start = self.before
         cost = cost_at(World(start.config, start.folder), 1.0) if start is not None else None
         facts = {
@@ -175,8 +181,6 @@ class Cell:
             **gathered(self.config, self.folder, cost, self.ran_on()),
         }
         write_json(self.place, facts)
-        for checkpoints in list(self.folder.rglob("checkpoints")):  # large, and of no use to a finished run
-            shutil.rmtree(checkpoints)
         end = facts["curve"][-1]
         fid = "" if end["fid"] is None else f", FID {end['fid']:.2f}"
         return f"{self}: {end['device_seconds']:.0f} device-seconds, loss {end['loss']:.4f}{fid}"

@@ -4,6 +4,8 @@ Device-seconds are those of all stages, the search and what another arm's networ
 score is linear in the logarithm of the device-seconds. An arm reaches a score where its curve first comes down to it;
 where the first mark is there already, at that mark at the latest. After its end an arm keeps its last network's score.
 Before its first scored mark it has none, but that equal steps differ by LATE in what they took.
+
+Seconds of a clock and a cell's own are never divided by each other: what is not on the clock is not compared.
 """
 
 from __future__ import annotations
@@ -44,9 +46,16 @@ def curve(facts: Facts, measure: str, clock: Clock | None = None) -> list[tuple[
     return [(sum(seconds_at(facts, point, clock).values()), point[measure]) for point in scored]
 
 
+def on_clock(found: Sequence[Facts], clock: Clock | None) -> bool:
+    """Are all stages of these results on the clock? Without one, all count their own seconds, which is a clock, too."""
+    if clock is None:
+        return True
+    return all(facts["curve"][-1]["stages"].keys() <= clock.get(facts["arm"], {}).keys() for facts in found)
+
+
 def seconds_at(facts: Facts, point: Facts, clock: Clock | None = None) -> dict[str, float]:
-    """{stage: device-seconds} at a mark: by `clock`, its steps times the seconds of one; otherwise as they were."""
-    if clock is None or facts["arm"] not in clock:
+    """{stage: device-seconds} at a mark: by `clock`, its steps times the seconds of one; as they were if not on it."""
+    if clock is None or not on_clock([facts], clock):
         return {name: stage["device_seconds"] for name, stage in point["stages"].items()}
     each = clock[facts["arm"]]
     return {name: steps_of(facts, name, stage) * each[name] for name, stage in point["stages"].items()}
@@ -65,7 +74,7 @@ def wall_seconds(facts: Facts, clock: Clock | None = None) -> float:
     """Of the whole arm with a device for each region: what comes before the regions, and the slowest of them."""
     end = facts["curve"][-1]
     spent = seconds_at(facts, end, clock)
-    if clock is None or facts["arm"] not in clock:
+    if clock is None or not on_clock([facts], clock):
         spent = {name: stage["wall_seconds"] for name, stage in end["stages"].items()}
     regions = [seconds for name, seconds in spent.items() if name.startswith("region")]
     return sum(spent.values()) - sum(regions) + max(regions)
@@ -132,12 +141,19 @@ class Headline:
             seeds that reach it.
         at: {share: score at the device-seconds that the dense arm had taken then}; only where every seed has one.
         final: score at the end.
+        timed: are both on one clock? Where not, nothing is reached and there is no score at any share.
     """
 
     seeds: int
     reached: Spread
     at: Mapping[float, Spread]
     final: Spread
+    timed: bool = True
+
+    @property
+    def absent(self) -> str:
+        """What stands where no seed reached the dense arm's score."""
+        return "not reached" if self.seeds and self.timed else "-"
 
 
 def compared(arm: Sequence[Facts], dense: Sequence[Facts]) -> list[Facts]:
@@ -160,6 +176,9 @@ def headline(arm: Sequence[Facts], dense: Sequence[Facts], measure: str, clock: 
     """
     goals = {facts["seed"]: curve(facts, measure, clock)[-1] for facts in dense}
     curves = {facts["seed"]: curve(facts, measure, clock) for facts in compared(arm, dense)}
+    final = Spread(tuple(points[-1][1] for points in curves.values()))
+    if not on_clock([*arm, *dense], clock):
+        return Headline(len(curves), Spread(()), dict.fromkeys(SHARES, Spread(())), final, timed=False)
     found = {seed: reached(points, goals[seed][1]) for seed, points in curves.items()}
     at = {}
     for share in SHARES:
@@ -170,5 +189,5 @@ def headline(arm: Sequence[Facts], dense: Sequence[Facts], measure: str, clock: 
         len(curves),
         Spread(tuple(seconds / goals[seed][0] for seed, seconds in found.items() if seconds is not None)),
         at,
-        Spread(tuple(points[-1][1] for points in curves.values())),
+        final,
     )

@@ -73,7 +73,7 @@ def clock(cells: Sequence[Cell], rounds: int = ROUNDS) -> dict[str, dict[str, li
             continue
         arms[cell.arm.name] = keys = {}
         for name, stretch in stages(world, found, cell.before is not None).items():
-            keys[name] = key = f"{stretch.macs:.0f} {searched(world) if name == 'search' else ''} {laid_out(world)}"
+            keys[name] = key = key_of(world, name, stretch)
             stretches.setdefault(key, (world, stretch))
     if not arms:
         raise EbdiffError("--clock", expected="arms whose widths are known", got="none", remedy="run their cells first")
@@ -112,6 +112,11 @@ def scattered(world: World, widths: Mapping[str, int]) -> ChannelMask:
     order = torch.Generator().manual_seed(0)
     keep = {space.name: torch.randperm(space.size, generator=order) < widths[space.name] for space in world.plan}
     return ChannelMask(world.plan, keep, world.config.search.norm)
+
+
+def key_of(world: World, name: str, stretch: Stretch) -> str:
+    """What a stage's step depends on: stages of one key are timed once."""
+    return f"{stretch.macs:.0f} {searched(world) if name == 'search' else ''} {laid_out(world)}"
 
 
 def searched(world: World) -> str:

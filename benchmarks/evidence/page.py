@@ -13,16 +13,14 @@ import yaml
 from benchmarks import machine, write_results
 from ebdiff.errors import EbdiffError
 from ebdiff.files import read_json, write_bytes
-from ebdiff.report_tables import table
 
 from . import pace, plots
 from .arms import ARMS
 from .cells import Cell
 from .counting import measure_of
+from .rates import TUNED, Tried, tabled
 from .suite import Suite
 from .table import markdown
-
-TUNED = ("dense", "eb-speed-50")
 
 
 def write(suite: Suite, cells: Sequence[Cell]) -> Path:
@@ -59,8 +57,9 @@ def write(suite: Suite, cells: Sequence[Cell]) -> Path:
             draw(results, measure, clock, home / name)
     path = home / f"{suite.name}.md"
     rest = [f"{arm}, seed {', '.join(seeds)}: {state}" for (arm, state), seeds in unfinished.items()]
-    tried, place = tune_text(suite, cells[0].out, home), timed["machine"]["cpu"] if timed else ""
-    write_bytes(path, markdown(suite, results, rest, clock, pictures, tried, place).encode())
+    place = timed["machine"]["cpu"] if timed else ""
+    text = markdown(suite, results, rest, clock, pictures, tried(suite, cells[0].out, home), place)
+    write_bytes(path, text.encode())
     return path
 
 
@@ -94,8 +93,8 @@ def write_pace(suite: Suite, home: Path) -> Path:
 
 
 def _written(suite: Suite, home: Path, what: str, facts: dict[str, Any]) -> Path:
-    place = machine(suite.base["device"])
-    command = f"python -m benchmarks.evidence {suite.told} --{what}"
+    place = machine("cuda" if suite.on_gpu else "cpu")
+    command = f"python -m benchmarks.evidence {suite.arguments} --{what}"
     folder = home / suite.name
     write_results(folder, what, {"command": command, "machine": {**place, "threads": suite.threads}, **facts})
     return folder / f"{what}.json"
@@ -106,28 +105,20 @@ def tuning(suite: Suite, out: Path, home: Path) -> list[Cell]:
     return [Cell(suite.quarter(lr), ARMS[arm], 0, out, home) for lr in suite.lrs for arm in TUNED]
 
 
-def tuned(suite: Suite, out: Path, home: Path) -> bool:
-    """Are all of them finished?"""
-    return all(cell.facts() is not None for cell in tuning(suite, out, home))
+def tried(suite: Suite, out: Path, home: Path) -> list[Tried]:
+    """What came of the learning rates; empty where not all of them are tried."""
+    cells = tuning(suite, out, home)
+    found = [cell.facts() for cell in cells]
+    return outcomes(cells) if None not in found else []
 
 
-def tune_text(suite: Suite, out: Path, home: Path) -> str:
-    """The table of the learning rates; empty where not all of them are tried."""
-    path = home / suite.name / "tune.md"
-    return path.read_text("utf-8") if path.exists() and tuned(suite, out, home) else ""
+def outcomes(cells: Sequence[Cell]) -> list[Tried]:
+    """Of each, finished or not."""
+    return [Tried.of(cell.suite.lr, cell.arm.name, cell.facts()) for cell in cells]
 
 
 def write_tuning(suite: Suite, cells: Sequence[Cell]) -> Path:
     """A row per learning rate, of what is finished."""
-    rows = []
-    for cell in cells:
-        facts = cell.facts()
-        end = facts["curve"][-1] if facts else {"loss": None, "fid": None}
-        words = [
-            f"{end[key]:{form}}" if end[key] is not None else "-" for key, form in (("loss", ".4f"), ("fid", ".2f"))
-        ]
-        rows.append([f"{cell.suite.lr:g}", cell.arm.name, *words])
     path = cells[0].results / suite.name / "tune.md"
-    text = f"Learning rates of {suite.name}: {cells[0].suite.steps} dense steps or what costs as much, one seed.\n\n"
-    write_bytes(path, (text + table(["lr", "arm", "held-out loss", "FID"], rows) + "\n").encode())
+    write_bytes(path, f"{tabled(suite.name, cells[0].suite.steps, outcomes(cells))}\n".encode())
     return path

@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter
 from ebdiff.plots import write
 
 from .arms import ARMS
-from .counting import SEEDS, Clock, Headline, Results, curve, headline, named
+from .counting import SEEDS, Clock, Headline, Results, curve, headline, named, on_clock
 
 _GREY = "#666666"
 _COLOURS = (
@@ -82,6 +82,7 @@ def _line(axes: Any, arm: str, found: Any, measure: str, clock: Clock | None, co
     seconds = [statistics.mean(point[0] for point in mark) for mark in marks]
     scores = [[point[1] for point in mark] for mark in marks]
     name = arm if len(found) >= SEEDS else f"{arm} ({len(found)} seed{'s' * (len(found) > 1)})"
+    name += "" if on_clock(found, clock) else ", not on the clock"
     axes.plot(
         seconds,
         [statistics.mean(values) for values in scores],
@@ -128,6 +129,4 @@ def bars(results: Results, measure: str, clock: Clock | None, path: Path) -> Non
 def _missing(head: Headline) -> str:
     """What stands in place of a bar where not all seeds got there."""
     count = len(head.reached.values)
-    if not count:
-        return "not reached" if head.seeds else "-"
-    return f"{count} of {head.seeds} seeds"
+    return f"{count} of {head.seeds} seeds" if count else head.absent

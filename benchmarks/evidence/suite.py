@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ebdiff.config import Config, read, validated
 from ebdiff.errors import EbdiffError
@@ -45,13 +47,14 @@ class Suite:
         lrs: what `--tune` tries.
         search: how tickets are looked for.
         cost_of_step: {ratio: device-seconds of a step of a ticket over those of a dense step}; `--pace` measures them.
-        cost_of_step_by_cost: the same of tickets that lose more where channels cost more (`search.scope`).
         base: sections of a configuration.
+        cost_of_step_by_cost: as `cost_of_step`, of the one ratio of tickets that lose more where channels cost more
+            (`search.scope`); a suite without it has no arms of such tickets.
         finetune: steps after pruning a trained network, over the dense steps.
         marks, score_marks: shares of the training at which arms are judged, and at which of them images are scored.
         dense_score_marks: the latter of the dense arms; drawing images takes longest with the whole network.
         threads: of each cell's process.
-        told: how a command names it, with its images.
+        arguments: how a command names it, with its images.
         tuning: is it there to choose the learning rate?
     """
 
@@ -62,14 +65,14 @@ class Suite:
     lrs: tuple[float, ...]
     search: SearchPace
     cost_of_step: Mapping[float, float]
-    cost_of_step_by_cost: Mapping[float, float]
     base: Mapping[str, Any]
+    cost_of_step_by_cost: Mapping[float, float] = field(default_factory=dict)
     finetune: float = 0.125
     marks: tuple[float, ...] = (0.0625, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 1.0)
     score_marks: tuple[float, ...] = (0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
     dense_score_marks: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
     threads: int = 1
-    told: str = ""
+    arguments: str = ""
     tuning: bool = False
 
     @classmethod
@@ -77,16 +80,24 @@ class Suite:
         """The suite of this name, or of a YAML file.
 
         Raises:
-            EbdiffError: there is none, or the file has a key too many or too few.
+            EbdiffError: there is none, the file has a key too many or too few, or tickets by cost at several ratios.
         """
         path = HERE / f"{name}.yaml" if name in NAMES else Path(name)
         if path.suffix != ".yaml" or not path.is_file():
             raise EbdiffError("no such suite", expected=f"one of {', '.join(NAMES)}, or a .yaml file", got=name)
         values = read(path)
+        by_cost = values.get("cost_of_step_by_cost", {})
+        if not isinstance(by_cost, dict) or len(by_cost) > 1:
+            raise EbdiffError(
+                f"{path}: cost_of_step_by_cost",
+                expected="one ratio and what its step costs, as {0.44: 0.27}",
+                got=str(by_cost),
+                remedy="leave one, or leave the key out and with it the arms eb-cost-*",
+            )
         values |= {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
         try:
-            told = f"--suite {name if name in NAMES else path.name}"
-            return cls(name=path.stem, told=told, **{**values, "search": SearchPace(**values["search"])})
+            arguments = f"--suite {name if name in NAMES else path.name}"
+            return cls(name=path.stem, arguments=arguments, **{**values, "search": SearchPace(**values["search"])})
         except (KeyError, TypeError) as error:
             raise EbdiffError(f"{path} is no suite", got=str(error), remedy=f"see {NAMES[0]}.yaml") from None
 
@@ -98,12 +109,19 @@ class Suite:
         """
         if data is not None:
             base = {**self.base, "data": {**self.base.get("data", {}), "source": data}}
-            return replace(self, base=base, told=f"{self.told} --data {Path(data).name}")
+            name = data if data.startswith("hf:") else Path(data).name  # a path says nothing elsewhere
+            return replace(self, base=base, arguments=f"{self.arguments} --data {name}")
         if "source" not in self.base.get("data", {}):
             raise EbdiffError(
                 f"{self.name} needs images", expected="--data FILE", remedy="any .npz, folder or hf: name"
             )
         return self
+
+    @property
+    def on_gpu(self) -> bool:
+        """Do its cells train on a GPU, here?"""
+        device = self.base.get("device") or "auto"
+        return torch.cuda.is_available() if device == "auto" else str(device).startswith("cuda")
 
     def price(self, ratio: float, scope: str = "local") -> float:
         """Device-seconds of a step of a ticket over those of a dense step."""

@@ -21,9 +21,11 @@ from .counting import (
     headline,
     measure_of,
     named,
+    on_clock,
     seconds_at,
     wall_seconds,
 )
+from .rates import Tried, chosen, tabled
 from .suite import Suite
 
 RULE = (
@@ -38,12 +40,11 @@ RULE = (
 )
 OWN = "A step counts the seconds that it took in its own cell; cells ran beside other work."
 CLOCKED = (
-    "Steps count the seconds of one clock, on which all networks were timed in turn (`--clock`, {place}){missing}."
+    "Steps count the seconds of one clock, on which all networks were timed in turn (`--clock`, {place}).{missing}"
 )
-
-RATE = (
-    "All arms train at {lr:g}. The rule: the rate with the best score of the ticket and the best held-out loss of the "
-    "dense arm. Lowest of those tried, for {best}."
+MISSING = (
+    " Nothing that counts seconds is compared of {arms} (not on the clock yet: run --clock); their costs are those of "
+    "their own cells."
 )
 
 
@@ -53,7 +54,7 @@ def markdown(
     unfinished: Sequence[str],
     clock: Clock | None,
     pictures: Mapping[str, str],
-    tuning: str = "",
+    tuning: Sequence[Tried] = (),
     place: str = "",
 ) -> str:
     """The page of a suite.
@@ -63,7 +64,7 @@ def markdown(
         unfinished: a line for each of the others.
         clock: see `counting`.
         pictures: {what: file name} beside the page.
-        tuning: what was found at the suite's learning rates, a text with one table; empty where they were not tried.
+        tuning: what came of the suite's learning rates; empty where not all of them were tried.
         place: where the clock's seconds were measured.
     """
     parts = [f"# {suite.name}: {suite.about}"]
@@ -86,7 +87,7 @@ def markdown(
         *_given(strayed(results, clock)),
         "## Arms",
         table(["arm", "what it is"], [[name, ARMS[name].about] for name in results]),
-        *_rate(tuning, results),
+        *_rate(suite, tuning),
         "## Provenance",
         provenance(results, in_full=True),
         *_rest(unfinished),
@@ -132,7 +133,7 @@ def to_dense(head: Headline) -> str:
     """Share of the dense device-seconds, and how many seeds got there where not all did."""
     count = len(head.reached.values)
     if not count:
-        return "not reached" if head.seeds else "-"
+        return head.absent
     return head.reached.text() + ("" if count == head.seeds else f" ({count} of {head.seeds} seeds)")
 
 
@@ -155,7 +156,7 @@ def costs(results: Results, clock: Clock | None) -> list[list[str]]:
     """A row per arm; means over seeds. With a clock, there is a column more: what the cells themselves took."""
     rows = []
     for arm, found in results.items():
-        seconds = _seconds if clock is None or arm not in clock else _clocked
+        seconds = _clocked if clock is not None and on_clock(found, clock) else _seconds
         spent = [seconds_at(facts, facts["curve"][-1], clock) for facts in found]
         before = [sum(s for name, s in each.items() if not name.startswith("region")) for each in spent]
         ends = [facts["curve"][-1]["stages"] for facts in found]
@@ -185,10 +186,12 @@ def costs(results: Results, clock: Clock | None) -> list[list[str]]:
 
 def strayed(results: Results, clock: Clock | None) -> str:
     """How far the other arms' device-seconds lie from the dense arm's; empty where there is none to compare."""
-    means = {arm: mean(_total(facts, clock) for facts in found) for arm, found in results.items()}
-    shares = [means[arm] / means["dense"] for arm in means if arm != "dense" and not ARMS[arm].after]
-    if not shares:
+    timed = {arm: found for arm, found in results.items() if on_clock(found, clock)}
+    means = {arm: mean(_total(facts, clock) for facts in found) for arm, found in timed.items()}
+    others = [arm for arm in means if arm != "dense" and not ARMS[arm].after]
+    if "dense" not in means or not others:
         return ""
+    shares = [means[arm] / means["dense"] for arm in others]
     by = "this clock" if clock is not None else "the seconds of their own cells"
     span = " to ".join(dict.fromkeys(f"{share:.2f}" for share in (min(shares), max(shares))))
     return (
@@ -242,28 +245,12 @@ def provenance(results: Results, in_full: bool = False) -> str:
     return text
 
 
-def _rate(tuning: str, results: Results) -> list[str]:
+def _rate(suite: Suite, tuning: Sequence[Tried]) -> list[str]:
     """How the learning rate was chosen, where it was."""
     if not tuning:
         return []
-    lr = results["dense"][0]["config"]["train"]["lr"]
-    return ["## Learning rate", RATE.format(lr=lr, best=lowest(tuning)), tuning.strip()]
-
-
-def lowest(tuning: str) -> str:
-    """For each arm of the table in `tuning` its lowest scores, and at which learning rates."""
-    lines = [line.strip("| ").split(" | ") for line in tuning.splitlines() if line.startswith("|")]
-    (_, _, *measures), rows = lines[0], lines[2:]
-    found = []
-    for arm in dict.fromkeys(row[1] for row in rows):
-        words = []
-        for column, measure in enumerate(measures, 2):
-            tried = [(float(row[column]), row) for row in rows if row[1] == arm and row[column] != "-"]
-            if tried:
-                _, best = min(tried)
-                words.append(f"{measure} {best[column]} at {best[0]}")
-        found.append(f"{arm}: {', '.join(words)}")
-    return "; ".join(found)
+    steps = suite.quarter(suite.lr).steps
+    return ["## Learning rate", chosen(suite.lr, tuning), tabled(suite.name, steps, tuning)]
 
 
 def _setting(suite: Suite, results: Results, measure: str, clock: Clock | None, tuned: bool, place: str) -> str:
@@ -274,10 +261,10 @@ def _setting(suite: Suite, results: Results, measure: str, clock: Clock | None, 
     if tuned:
         rates = ", ".join(f"{lr:g}" for lr in suite.lrs)
         tried = f"of {rates}, tried for the dense arm and for a ticket of half the channels alike"
-    missing = [arm for arm in results if clock is not None and arm not in clock]
-    note = f", but for {', '.join(missing)}, whose own seconds count" if missing else ""
+    missing = [arm for arm, found in results.items() if not on_clock(found, clock)]
+    note = MISSING.format(arms=", ".join(missing)) if missing else ""
     rule = RULE.format(
-        device="wall-clock times GPUs" if config["device"] == "cuda" else "CPU seconds of the process",
+        device="CPU seconds of the process" if machines[0]["device"] == "cpu" else "wall-clock times GPUs",
         clock=OWN if clock is None else CLOCKED.format(place=place, missing=note),
         measure=named(measure),
         seeds=SEEDS,
