@@ -150,6 +150,15 @@ def test_a_compiled_network_is_saved_as_what_it_compiles(small: UNet2DModel, tmp
         assert type(ebdiff.load(tmp_path)) is type(model)
 
 
+def test_a_network_made_by_position_comes_back(tmp_path: Path) -> None:
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    model = UNet2DModel(8, 1, 1, block_out_channels=(8, 16), norm_num_groups=4, add_attention=False, **blocks).eval()
+    small = ebdiff.shrink(model, random_mask(ebdiff.trace(model, torch.randn(1, 1, 8, 8), torch.tensor([1])), seed=3))
+    ebdiff.save(small, tmp_path)
+    again = ebdiff.load(tmp_path)
+    assert all(torch.equal(p, q) for p, q in zip(again.parameters(), small.parameters(), strict=True))
+
+
 def test_saving_uses_up_no_random_number(tmp_path: Path) -> None:
     model = unet(time_embedding_type="fourier")
     small = ebdiff.shrink(model, random_mask(ebdiff.trace(model, *inputs(model)[0]), seed=3))

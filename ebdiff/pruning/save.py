@@ -28,6 +28,7 @@ from .structure import build, describe
 __all__ = ["ShrunkBuilder", "load", "save", "shrunk_class", "shrunk_class_named"]
 
 _CONFIG, _FACTS, _TENSORS, _PREFIX = "config.json", "ebdiff.json", "ebdiff.safetensors", "Shrunk"
+_DEFAULTED = "_use_default_values"  # diffusers' list of what was not given by name, which from_config leaves out
 
 
 def save(model: nn.Module, folder: str | Path) -> None:
@@ -172,6 +173,7 @@ def _built(cls: Any, config: Mapping[str, Any], shrinks: Iterable[ChannelMask]) 
     from accelerate import init_empty_weights
 
     dense = cls.__mro__[1]
+    config = {key: value for key, value in config.items() if key != _DEFAULTED}
     with init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]):
         try:
             model = dense.from_config({**config, "_class_name": dense.__name__})
