@@ -190,9 +190,6 @@ def _regions() -> Iterator[Arm]:
         sampler, family = "speed" if speed else "uniform", f"regions {removed}"
         make = partial(regions, ratios=ratios, sampler=sampler, budgeted=budgeted, joint=joint)
         yield Arm(name, about, family, make)
-    make = partial(regions, ratios=(0.3, 0.6, 0.8), sampler="uniform", budgeted=False, joint=0.0)
-    about = "regions-30-60-80, but regions train no timesteps of their neighbours"
-    yield Arm("regions-30-60-80-no-overlap", about, "regions 30-60-80", make, {"regions.overlap": 0})
 
 
 def _controls() -> Iterator[Arm]:
