@@ -10,6 +10,7 @@ from test_evidence import cell
 
 from benchmarks.evidence import plots, rates
 from benchmarks.evidence.arms import ARMS
+from benchmarks.evidence.counting import reached_in_macs
 from benchmarks.evidence.rates import Tried
 from benchmarks.evidence.suite import Suite
 from benchmarks.evidence.table import costs, headlines, markdown, settled, strayed
@@ -44,7 +45,8 @@ def test_rows_are_about_the_seeds_that_the_dense_arm_has(results: dict[str, list
     results["dense"] = results["dense"][:1]
     results["prune-taylor-50"] = [cell("prune-taylor-50", [(5.0, 30.0)], seed=4, before=100.0)]
     rows = {row[0]: row for row in headlines(results, "fid", None)}
-    assert rows["eb-speed-50"] == ["eb-speed-50", "1 *", "0.50", "-", "20.00", "15.00", "15.00", "0.1500", "0.50, 0.25"]
+    scores = ["-", "20.00", "15.00", "15.00", "0.1500", "0.50, 0.25"]
+    assert rows["eb-speed-50"] == ["eb-speed-50", "1 *", "0.50", *scores, "0.50"]
     assert rows["prune-taylor-50"] == ["prune-taylor-50", "0 *", *["-"] * 6, "-, -"]
 
 
@@ -228,6 +230,13 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     figures: list[Any] = []
     monkeypatch.setattr(plots, "write", lambda figure, path: figures.append(figure))
     return figures
+
+
+def test_macs_count_the_search_as_well() -> None:
+    dense = [cell("dense", [(100.0, 20.0)])]  # 60,000 MACs
+    arm = [cell("eb-speed-50", [(10.0, 40.0), (40.0, 20.0)], search=4.0)]  # 2,400 of the search, then 24,000
+    assert reached_in_macs(arm, dense, "fid").values == pytest.approx((0.44,))
+    assert reached_in_macs([cell("eb-speed-50", [(10.0, 40.0)])], dense, "fid").text() == "-"
 
 
 def arm_of(name: str) -> list[dict[str, Any]]:

@@ -168,6 +168,19 @@ def seconds_of_share(facts: Facts, share: float, clock: Clock | None = None) -> 
     return spent[share] if share in spent else share * spent[1.0]
 
 
+def reached_in_macs(arm: Sequence[Facts], dense: Sequence[Facts], measure: str) -> Spread:
+    """MACs to the dense arm's final score over all of the dense arm's: what the time would be were all MACs alike."""
+    goals = {facts["seed"]: macs_curve(facts, measure)[-1] for facts in dense}
+    found = [(reached(macs_curve(f, measure), goals[f["seed"]][1]), goals[f["seed"]][0]) for f in compared(arm, dense)]
+    return Spread(tuple(macs / whole for macs, whole in found if macs is not None))
+
+
+def macs_curve(facts: Facts, measure: str) -> Points:
+    """(MACs of training so far, score) at every mark that was scored."""
+    scored = [point for point in facts["curve"] if point[measure] is not None]
+    return [(sum(stage["macs"] for stage in point["stages"].values()), point[measure]) for point in scored]
+
+
 def headline(arm: Sequence[Facts], dense: Sequence[Facts], measure: str, clock: Clock | None = None) -> Headline:
     """Both headlines of an arm.
 

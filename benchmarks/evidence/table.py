@@ -22,6 +22,7 @@ from .counting import (
     measure_of,
     named,
     on_clock,
+    reached_in_macs,
     seconds_at,
     wall_seconds,
 )
@@ -105,6 +106,7 @@ _HEADLINES = [
     "at its end",
     "held-out loss at its end",
     "precision, recall",
+    "to the dense score, in MACs",
 ]
 
 
@@ -124,6 +126,7 @@ def headlines(results: Results, measure: str, clock: Clock | None) -> list[list[
                 head.final.text(form),
                 Spread(tuple(end["loss"] for end in ends)).text(".4f"),
                 ", ".join(_mean(ends, key, ".2f") for key in ("precision", "recall")),
+                reached_in_macs(found, results["dense"], measure).text(),
             ]
         )
     return rows
