@@ -98,9 +98,14 @@ def widths_for(
         if budget.ratio is not None:
             return at(float(budget.ratio))
         return _search(plan, lambda level: at(level / _LEVELS), _LEVELS, budget, timed)
-    if budget.scope == "cost":
-        return _by_cost(plan, spaces, budget, rounded, timed)
-    return _global(plan, spaces, scores, budget, rounded, timed)
+    if not spaces:
+        return {}
+    narrower, levels = _by_cost(plan, spaces, rounded) if budget.scope == "cost" else _global(spaces, scores, rounded)
+    if not isinstance(budget.ratio, float):
+        return _search(plan, narrower, levels, budget, timed)
+    total = sum(space.size for space in spaces)
+    target = total - round(budget.ratio * total)
+    return narrower(_first(lambda level: sum(narrower(level).values()) <= target, levels))
 
 
 _LEVELS = 1 << 20
@@ -108,16 +113,13 @@ _TIMED_LEVELS = 32  # a measurement tells no finer ones apart
 
 
 def _global(
-    plan: ChannelPlan,
-    spaces: Sequence[ChannelSpace],
-    scores: Mapping[str, Tensor],
-    budget: Budget,
-    rounded: Callable[[Mapping[str, float]], Widths],
-    timed: Callable[[Widths], float] | None,
-) -> Widths:
-    """Remove the lowest of all channels together; the best channel of every space is out of reach."""
-    if not spaces:
-        return {}
+    spaces: Sequence[ChannelSpace], scores: Mapping[str, Tensor], rounded: Callable[[Mapping[str, float]], Widths]
+) -> tuple[Callable[[int], Widths], int]:
+    """Remove the lowest of all channels together; the best channel of every space is out of reach.
+
+    Returns:
+        Widths that fall from level to level, and the last level.
+    """
     ranked = [torch.sort(scores[s.name].detach().double().cpu())[0][:-1] for s in spaces]
     owner = torch.cat([torch.full((len(r),), i, device="cpu") for i, r in enumerate(ranked)])
     order = owner[torch.argsort(torch.cat(ranked), stable=True)]
@@ -126,23 +128,17 @@ def _global(
         lost = torch.bincount(order[:count], minlength=len(spaces)).tolist()
         return rounded({s.name: s.size - gone for s, gone in zip(spaces, lost, strict=True)})
 
-    return _narrowed(plan, at, len(order), budget, timed)
+    return at, len(order)
 
 
 def _by_cost(
-    plan: ChannelPlan,
-    spaces: Sequence[ChannelSpace],
-    budget: Budget,
-    rounded: Callable[[Mapping[str, float]], Widths],
-    timed: Callable[[Widths], float] | None,
-) -> Widths:
+    plan: ChannelPlan, spaces: Sequence[ChannelSpace], rounded: Callable[[Mapping[str, float]], Widths]
+) -> tuple[Callable[[int], Widths], int]:
     """Remove more where channels cost more: every space keeps a share that goes with its layers' MACs to the -1/3.
 
     Where keeping the share k of a space leaves an error of a / k, and its layers cost C k^2, that is the least error
-    that a sum of costs can buy.
+    that a sum of costs can buy. Returns as `_global`.
     """
-    if not spaces:
-        return {}
     shares = {space.name: max(_layer_macs(plan, space), 1.0) ** (-1 / 3) for space in spaces}
     least = min(shares.values())
 
@@ -150,22 +146,7 @@ def _by_cost(
         scale = (1 - level / _LEVELS) / least
         return rounded({space.name: space.size * min(1.0, scale * shares[space.name]) for space in spaces})
 
-    return _narrowed(plan, at, _LEVELS, budget, timed)
-
-
-def _narrowed(
-    plan: ChannelPlan,
-    at: Callable[[int], Widths],
-    levels: int,
-    budget: Budget,
-    timed: Callable[[Widths], float] | None,
-) -> Widths:
-    """The widest network that loses the share of all channels that was asked, or within a budget."""
-    if not isinstance(budget.ratio, float):
-        return _search(plan, at, levels, budget, timed)
-    total = sum(at(0).values())
-    target = total - round(budget.ratio * total)
-    return at(_first(lambda level: sum(at(level).values()) <= target, levels))
+    return at, _LEVELS
 
 
 def _layer_macs(plan: ChannelPlan, space: ChannelSpace) -> float:
