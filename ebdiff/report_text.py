@@ -71,12 +71,17 @@ def _first(facts: Facts) -> str:
     return "" if folder is None else f", first weights from {folder}"
 
 
+def _rates(config: Facts) -> str:
+    of_tickets = config["regions"]["lr"]
+    return f"{config['train']['lr']:g}" + (f" (tickets {of_tickets:g})" if of_tickets else "")
+
+
 def _notes(facts: Facts) -> str:
     train, sampler, both = facts["config"]["train"], facts["sampler"], "dense" in facts["marks"]
     search = facts["config"]["search"]
     return (
         f"{'Both arms: ' if both else ''}{facts['machine']}; batch {train['batch_size']} x {train['accumulate']}, "
-        f"AdamW {train['lr']:g}, EMA up to {train['ema_decay']:g}, precision {train['precision']}"
+        f"AdamW {_rates(facts['config'])}, EMA up to {train['ema_decay']:g}, precision {train['precision']}"
         f"{', the same first weights and seed' if both else ''}{_first(facts)}; trained on "
         f"{facts['data']['train']} images, judged with EMA weights on {facts['data']['test']} held-out ones. "
         + ("The control is dense and sees all timesteps in every step. " if both else "")

@@ -19,10 +19,11 @@ from ebdiff.training import job, regions
 from ebdiff.training.accounting import Cost
 from ebdiff.training.costs import cost_at
 from ebdiff.training.judge import arm_network, judged
+from ebdiff.training.log import read_log
 from ebdiff.training.loop import TrainState
 from ebdiff.training.regions import joint_ticket, region, side_by_side, ticket_of
-from ebdiff.training.search import control_steps
-from ebdiff.training.stretch import cost_per_step
+from ebdiff.training.search import control_steps, search
+from ebdiff.training.stretch import Stretch, cost_per_step
 from ebdiff.training.world import World
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -188,6 +189,25 @@ def test_weights_from_scratch_are_drawn_at_the_widths_of_the_ticket(searched: Pa
     alike = [a.shape == b.shape and torch.equal(a, b) for a, b in zip(*map(parts, (first, second)), strict=True)]
     assert not any(alike)
     assert same(dict(second.model.named_parameters()), dict(region(world, 1).start().model.named_parameters()))
+
+
+@pytest.mark.parametrize("start", ["search", "initial", "fresh"])
+def test_tickets_train_at_a_rate_of_their_own(start: str, searched: Path) -> None:
+    world, as_before = (of_search(searched, f"regions.start={start}", *more) for more in (["regions.lr=0.02"], []))
+    assert rates(region(world, 0)) == {0.02}
+    assert rates(search(world)) == rates(region(as_before, 0)) == {world.config.train.lr}
+
+
+def rates(stretch: Stretch) -> set[float]:
+    return {group["lr"] for group in stretch.start().optimizer.param_groups}
+
+
+def test_joint_and_region_tickets_train_at_their_rate_and_go_on_at_it(tmp_path: Path) -> None:
+    world = found(tmp_path, *TWO, "regions.branch_at=2", "regions.lr=0.02", "train.log_every=1")
+    list(islice(job.train(world, [1]), 4))
+    list(job.train(world, [1]))
+    for folder, rate in (("search", world.config.train.lr), ("joint", 0.02), ("regions/1", 0.02)):
+        assert {record["lr"] for record in read_log(tmp_path / folder)} == {rate}
 
 
 def parts(state: TrainState) -> list[torch.Tensor]:

@@ -108,6 +108,11 @@ def settled(suite: Suite, ratio: float, criterion: str, pace: str) -> Overrides:
     return {**searching(suite, criterion), **search, **WHOLE, "search.ratios": [ratio], "regions.steps": steps}
 
 
+def at_rate(suite: Suite, times: float) -> Overrides:
+    """Half of the channels, at so many times the suite's learning rate once they are cut."""
+    return {**early_bird(suite, 0.5), "regions.lr": times * suite.lr}
+
+
 def initial_mask(suite: Suite) -> Overrides:
     """The mask of the first weights, which stay."""
     return {**NO_SEARCH, **WHOLE, "search.ratios": [0.5], "regions.steps": spent(suite, 0, [0.5])}
@@ -169,6 +174,9 @@ def _early_bird() -> Iterator[Arm]:
     for ratio in (0.3, 0.5, 0.7):
         about = f"one ticket, {ratio:.0%} removed by taylor after a search of fixed length, SpeeD"
         yield Arm(f"eb-speed-{ratio * 100:.0f}", about, "early-bird", partial(early_bird, ratio=ratio), SPEED)
+    about = "eb-speed-50 step by step, ebdiff's layers, channels_last"
+    make = partial(early_bird, ratio=0.5)
+    yield Arm("eb-speed-50-accelerated", about, "early-bird", make, {**SPEED, **ACCELERATED})
     about = "one ticket after a third of that search, which loses most where channels cost most, SpeeD"
     yield Arm("eb-cost-speed", about, "by cost", by_cost, SPEED)
     about = "eb-cost-speed step by step, ebdiff's layers, channels_last"
@@ -190,6 +198,9 @@ def _regions() -> Iterator[Arm]:
         sampler, family = "speed" if speed else "uniform", f"regions {removed}"
         make = partial(regions, ratios=ratios, sampler=sampler, budgeted=budgeted, joint=joint)
         yield Arm(name, about, family, make)
+    make = partial(regions, ratios=(0.3, 0.6, 0.8), sampler="uniform", budgeted=False, joint=0.0)
+    about = "a ticket per region, 30, 60, 80% removed, equal steps, trained on its own timesteps alone"
+    yield Arm("regions-30-60-80-no-overlap", about, "regions 30-60-80", make, {"regions.overlap": 0})
 
 
 def _controls() -> Iterator[Arm]:
@@ -205,6 +216,8 @@ def _controls() -> Iterator[Arm]:
         ("initial-mask", "no search: mask by magnitude, and weights, as before the first step", initial_mask, {}),
         ("uniform", "timesteps uniform", half, {"train.sampler": "uniform"}),
         ("min-snr", "timesteps uniform, Min-SNR weights", half, {"train.sampler": "min-snr"}),
+        ("half-lr", "half the learning rate after the cut", partial(at_rate, times=0.5), {}),
+        ("double-lr", "twice the learning rate after the cut", partial(at_rate, times=2.0), {}),
         ("short-search", "a third of the search, in which nothing can settle", short_search, {}),
     ):
         yield Arm(f"control-{name}", f"eb-speed-50, but {about}", "controls", make, {**SPEED, **changes})

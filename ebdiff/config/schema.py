@@ -172,6 +172,7 @@ class Regions(Section):
     `branch_at`: first train one network, of the channels that any region keeps, for so many steps on all timesteps.
     `start`: the weights of each region's network. "search": those at the end of the search, with Adam's moments and the
     EMA. "initial": those before the first step, cut by the ticket. "fresh": drawn anew, at the widths of the ticket.
+    `lr`: the learning rate of tickets, by default `train.lr`, which the search and the dense control keep.
     """
 
     bounds: list[int] | list[tuple[int, int]] = [0, 240, 440, 1000]
@@ -179,6 +180,7 @@ class Regions(Section):
     steps: list[int] | int
     branch_at: int = Field(default=0, ge=0)
     start: Literal["search", "initial", "fresh"] = "search"
+    lr: float | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
     def _trained(self) -> Regions:

@@ -64,7 +64,7 @@ def region(world: World, number: int) -> Stretch:
         steps=steps,
         sampler=Within(trained, world.sampler),
         seed=world.config.seed + 1_000_003 * (number + 1),
-        start=lambda: start_of(world, number, ticket),
+        start=lambda: at_own_rate(world, start_of(world, number, ticket)),
         marks={share: max(1, round(share * steps)) for share in world.config.evaluate.marks if share > 0},
         facts={"region": where.to_json(), "trained": trained.to_json(), "T": world.partition.T},
     )
@@ -93,7 +93,7 @@ def joint(world: World) -> Stretch:
         steps=world.config.regions.branch_at,
         sampler=world.sampler,
         seed=world.config.seed + 999_983,
-        start=lambda: from_search(world, ticket),
+        start=lambda: at_own_rate(world, from_search(world, ticket)),
         marks={},
     )
 
@@ -127,6 +127,14 @@ def start_of(world: World, number: int, ticket: Ticket) -> TrainState:
     if r.start == "initial":
         return begun(world, shrink(world.network(), ticket))
     return (from_joint if r.branch_at else from_search)(world, ticket)
+
+
+def at_own_rate(world: World, state: TrainState) -> TrainState:
+    """The state with the learning rate of tickets; see the configuration's `regions.lr`."""
+    rate = world.config.regions.lr or world.config.train.lr
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
+    return state
 
 
 def from_search(world: World, ticket: Ticket) -> TrainState:
