@@ -174,6 +174,9 @@ def _early_bird() -> Iterator[Arm]:
     for ratio in (0.3, 0.5, 0.7):
         about = f"one ticket, {ratio:.0%} removed by taylor after a search of fixed length, SpeeD"
         yield Arm(f"eb-speed-{ratio * 100:.0f}", about, "early-bird", partial(early_bird, ratio=ratio), SPEED)
+    about = "one ticket, 50% removed by magnitude as soon as it settles, SpeeD"
+    make = partial(settled, ratio=0.5, criterion="magnitude", pace="iteration")
+    yield Arm("eb-magnitude-50-iteration-speed", about, "early-bird", make, SPEED)
     about = "eb-speed-50 step by step, ebdiff's layers, channels_last"
     make = partial(early_bird, ratio=0.5)
     yield Arm("eb-speed-50-accelerated", about, "early-bird", make, {**SPEED, **ACCELERATED})
