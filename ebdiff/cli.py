@@ -47,7 +47,7 @@ Measure = Annotated[bool, typer.Option("--measure", help="With --dry-run: time a
 Parallel = Annotated[int, typer.Option(min=1, help="So many regions side by side, as local processes.")]
 Minutes = Annotated[float | None, typer.Option(min=0, help="Stop after so many; the same command goes on.")]
 Drawn = Annotated[
-    str | None, typer.Option("--sampler", help="Of timesteps: speed (the default), uniform, min-snr, ...")
+    str | None, typer.Option("--sampler", help='Of timesteps: speed (the default), "speed(k=2)", uniform, ...')
 ]
 BranchAt = Annotated[int | None, typer.Option(min=0, help="First train one joint ticket for so many steps.")]
 Conditional = Annotated[

@@ -57,6 +57,46 @@ def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
         sampler_named("sped", NoiseProfile.flow())
 
 
+def test_a_name_takes_settings() -> None:
+    """By hand: with k = 2 and tau = 100 of 1000, twice the chance before tau as behind it."""
+    profile = NoiseProfile.from_scheduler(DDPMScheduler())
+    pmf = sampler_named("speed(k=2, tau=100)", profile).pmf()
+    torch.testing.assert_close(pmf[[0, 99, 100, 999]] * 1100, torch.tensor([2, 2, 1, 1]), check_dtype=False)
+    weights = sampler_named("p2(gamma=0.5)", profile).weights().double()
+    assert float(weights[900] / weights[10]) == pytest.approx(
+        float((1 + profile.snr[10]) / (1 + profile.snr[900])) ** 0.5, rel=1e-5
+    )
+    assert torch.equal(sampler_named("beta( b = 1.0 )", profile).pmf(), sampler_named("beta", profile).pmf())
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("speed(k=0.5)", "SpeeD's k: expected 1 <= k"),
+        ("speed(gamma=5)", "settings of the sampler speed: .*'gamma'"),
+        ("uniform(k=2)", "settings of the sampler uniform: .*'k'"),
+        ("speed(k='2')", "settings of the sampler speed"),
+        ("min-snr(prediction='sample')", "settings of the sampler min-snr"),
+        *(
+            (text, r"expected name\(key=value, \.\.\.\)")
+            for text in (
+                "speed(k=2",
+                "speed(2)",
+                "speed(k=)",
+                "speed(k=2).x",
+                "speed(**{'k': 2})",
+                "speed(k=len([]))",
+                "speed)k=2(",
+            )
+        ),
+        ("(k=2)", "no such sampler"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(text: str, words: str) -> None:
+    with pytest.raises(EbdiffError, match=words):
+        sampler_named(text, NoiseProfile.from_scheduler(DDPMScheduler()))
+
+
 def test_a_run_with_an_unknown_sampler_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(EbdiffError, match="no such sampler"):
         tiny(tmp_path / "run", "train.sampler=sped").check()

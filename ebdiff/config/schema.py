@@ -88,9 +88,9 @@ class Schedule(Section):
 class Train(Section):
     """What all training runs share: the search, every region and the dense control.
 
-    `sampler`: how timesteps are drawn and weighted, one of `ebdiff.timesteps.SAMPLERS`; `stratified`: spread them
-    evenly over each batch. `channels_last`, `accelerate`, `compile`: for speed; see
-    `ebdiff.training.state.TrainConfig`.
+    `sampler`: how timesteps are drawn and weighted, one of `ebdiff.timesteps.SAMPLERS`, with settings of its own as
+    in "speed(k=2)"; `stratified`: spread them evenly over each batch. `channels_last`, `accelerate`, `compile`: for
+    speed; see `ebdiff.training.state.TrainConfig`.
     """
 
     batch_size: int = Field(default=128, ge=1)

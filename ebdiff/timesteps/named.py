@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -17,11 +20,11 @@ from .weighting import debias, edm, min_snr, p2, soft_min_snr
 __all__ = ["SAMPLERS", "sampler_named"]
 
 
-def _weighted(weighting: Callable[..., Tensor]) -> Callable[[NoiseProfile], Sampler]:
+def _weighted(weighting: Callable[..., Tensor]) -> Callable[..., Sampler]:
     """Uniform timesteps with a published weight, said of what the network predicts."""
 
-    def sampler(profile: NoiseProfile) -> Sampler:
-        return Weighted(Uniform(profile), weighting(profile, prediction=_predicted(profile)))
+    def sampler(profile: NoiseProfile, **settings: Any) -> Sampler:
+        return Weighted(Uniform(profile), weighting(profile, **settings, prediction=_predicted(profile)))
 
     return sampler
 
@@ -30,10 +33,10 @@ def _predicted(profile: NoiseProfile) -> str:
     return profile.prediction or "epsilon"
 
 
-SAMPLERS: dict[str, Callable[[NoiseProfile], Sampler]] = {
+SAMPLERS: dict[str, Callable[..., Sampler]] = {
     "uniform": Uniform,
     "speed": SpeeD,
-    "speed-released": lambda profile: SpeeD(profile, variant="released"),
+    "speed-released": partial(SpeeD, variant="released"),
     "min-snr": _weighted(min_snr),
     "soft-min-snr": _weighted(soft_min_snr),
     "p2": _weighted(p2),
@@ -41,17 +44,45 @@ SAMPLERS: dict[str, Callable[[NoiseProfile], Sampler]] = {
     "logit-normal": LogitNormal,
     "mode": Mode,
     "cosmap": CosMap,
-    "beta": lambda profile: Beta(profile, 0.8, 1.0),
+    "beta": lambda profile, a=0.8, b=1.0: Beta(profile, a, b),
     "edm": lambda profile: Weighted(LogNormalSigma(profile), edm(profile, prediction=_predicted(profile))),
 }
 
 
-def sampler_named(name: str, profile: NoiseProfile) -> Sampler:
-    """The sampler of that name with its published settings, on this schedule.
+def sampler_named(text: str, profile: NoiseProfile) -> Sampler:
+    """The sampler of that name on this schedule, with its published settings: "speed", or others: "speed(k=2)".
 
     Raises:
-        EbdiffError: there is none.
+        EbdiffError: there is none, it takes no such settings, or they are out of range.
     """
+    name, settings = _parsed(text)
     if name not in SAMPLERS:
         raise EbdiffError("no such sampler", expected=f"one of {', '.join(SAMPLERS)}", got=name, remedy="choose one")
-    return SAMPLERS[name](profile)
+    try:
+        return SAMPLERS[name](profile, **settings)
+    except TypeError as error:
+        raise EbdiffError(
+            f"settings of the sampler {name}",
+            expected="some that it takes",
+            got=f"{text}: {error}",
+            remedy="see its class",
+        ) from None
+
+
+def _parsed(text: str) -> tuple[str, dict[str, Any]]:
+    """name(key=value, ...) as Python has it."""
+    name, bracket, rest = text.partition("(")
+    try:
+        call: Any = ast.parse(f"settings({rest}" if bracket else "settings()", mode="eval").body
+        return name.strip(), {str(each.arg): ast.literal_eval(each.value) for each in _keywords(call)}
+    except (SyntaxError, ValueError):
+        raise EbdiffError(
+            "settings of a sampler", expected="name(key=value, ...)", got=text, remedy="write them as in speed(k=2)"
+        ) from None
+
+
+def _keywords(call: Any) -> list[ast.keyword]:
+    """Those of one call that has nothing else."""
+    if not isinstance(call, ast.Call) or call.args or any(each.arg is None for each in call.keywords):
+        raise ValueError
+    return call.keywords
