@@ -45,7 +45,8 @@ def test_a_preset_on_another_changes_what_it_says() -> None:
         "data": resolve("metfaces-dit").data.model_dump(),
     }
     metfaces, ffhq = resolve("metfaces-dit").model_dump(), resolve("ffhq-dit").model_dump()
-    assert [section for section in metfaces if metfaces[section] != ffhq[section]] == ["data"]
+    assert [section for section in metfaces if metfaces[section] != ffhq[section]] == ["data", "train"]
+    assert ffhq["train"] == {**metfaces["train"], "sampler": "speed(k=2)"}
 
 
 def test_a_model_of_the_same_class_is_changed_and_one_of_another_replaced() -> None:
