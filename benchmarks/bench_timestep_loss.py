@@ -109,7 +109,7 @@ def candidates_of(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devi
 @pytest.mark.parametrize("shape", SHAPES | LARGE)
 def test_timestep_loss(benchmark: Any, device: torch.device, report: Any, full: bool, shape: str) -> None:
     if shape in LARGE and device.type == "cpu":
-        pytest.skip("for a GPU")
+        pytest.skip("a batch that takes a GPU: benchmarks/gpu_suite.sh runs it")
     size = (SHAPES | LARGE)[shape]
     candidates = {"copy_": copy_of(torch.Size(size).numel(), device)}
     fallbacks.clear()

@@ -195,12 +195,15 @@ def test_the_page_names_commits_and_what_ran_from_uncommitted_code(results: dict
     assert "9 cells of 2 commits, 2 of them from uncommitted library code in part" in head
     assert "9 cells of 2 commits (aaa, bbb), torch 2.13.0, 2.14.0." in section
     assert "dense-1 (aaa+), eb-speed-50-0 (aaa, bbb+)" in section
+    assert "9 cells kept no fingerprint of the images" in section
     for found in results.values():
         for facts in found:
             facts["machine"]["commit"] = "aaa"
+            facts["data"] = {"fingerprint": "of the images"}
     page = markdown(Suite.load("fashion16"), results, [], None, {})
     assert "9 cells of 1 commit (aaa)" in page
     assert "uncommitted" not in page
+    assert "fingerprint" not in page
 
 
 def test_the_page_says_what_device_seconds_are(results: dict[str, list[dict[str, Any]]]) -> None:

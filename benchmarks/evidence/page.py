@@ -74,7 +74,7 @@ def write_clock(suite: Suite, cells: Sequence[Cell]) -> Path:
     each = pace.clock(cells)
     seconds = {arm: {name: statistics.median(values) for name, values in of.items()} for arm, of in each.items()}
     spread = {arm: {name: statistics.quantiles(values) for name, values in of.items()} for arm, of in each.items()}
-    facts = {"rounds": pace.ROUNDS, "seconds_per_step": seconds, "quartiles": spread}
+    facts = {"rounds": pace.ROUNDS, "steps_per_turn": pace.STEPS, "seconds_per_step": seconds, "quartiles": spread}
     return _written(suite, cells[0].results, "clock", facts)
 
 
@@ -89,7 +89,9 @@ def write_pace(suite: Suite, home: Path) -> Path:
         }
         print(f"{name}: {yaml.safe_dump(facts[name], default_flow_style=True, width=200).strip()}")
     medians = {f"{scope} {ratio:g}": statistics.median(each) for (scope, ratio), each in seconds.items()}
-    return _written(suite, home, "pace", {"rounds": pace.ROUNDS, **facts, "seconds_per_step": medians})
+    return _written(
+        suite, home, "pace", {"rounds": pace.ROUNDS, "steps_per_turn": pace.STEPS, **facts, "seconds_per_step": medians}
+    )
 
 
 def _written(suite: Suite, home: Path, what: str, facts: dict[str, Any]) -> Path:

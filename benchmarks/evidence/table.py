@@ -245,6 +245,9 @@ def provenance(results: Results, in_full: bool = False) -> str:
             "\n\nCells that ran, at one start at least, from library code that differs from the commit, "
             f"marked by a plus: {', '.join(loose)}."
         )
+    silent = sum("data" not in facts for found in results.values() for facts in found)
+    if silent:
+        text += f"\n\n{_plural(silent, 'cell')} kept no fingerprint of the images, as older ones did not."
     return text
 
 
