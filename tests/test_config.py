@@ -55,6 +55,19 @@ def test_later_ones_win(tmp_path: Path) -> None:
     assert resolve("smoke", file, ["seed=4"], seed=5).seed == 5
 
 
+def test_a_file_with_every_section_that_needs_one_stands_on_no_preset(tmp_path: Path) -> None:
+    """What the demo says and the file does not is the schema's default, as in a kept file of an older version."""
+    whole = {"model": {"sample_size": 8}, "search": {"steps": 9, "window": 3}, "regions": {"steps": 5}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(whole))
+    assert resolve(file=tmp_path / "mine.yaml") == Config.model_validate(whole)
+    older = resolve("demo").model_dump(mode="json")
+    del older["search"]["multiple_of"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(older))
+    keep(resolve(file=tmp_path / "config.yaml"), tmp_path)  # goes on in its folder
+    (tmp_path / "part.yaml").write_text("train: {batch_size: 7}\n")
+    assert resolve(file=tmp_path / "part.yaml") == resolve("demo", overrides=["train.batch_size=7"])
+
+
 def test_a_files_model_replaces_the_presets(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("model: {sample_size: 8}\n")
@@ -74,7 +87,16 @@ def test_a_files_model_replaces_the_presets(tmp_path: Path) -> None:
         ("train.betas=[0.9, 1]", "train.betas.1"),
         ("seed=-1", "seed"),
         (f"seed={2**63}", "seed"),
-        ("train.compile=fast", "train.compile"),
+        ("train.compile=fast", "configuration key train.compile: expected Input should be a valid boolean"),
+        (
+            "search.ratios=0.5",
+            "key search.ratios: expected Input should be a valid list or Input should be 'auto', got 0.5",
+        ),
+        ("search.ratios=[0.5, half]", "configuration key search.ratios.1: expected"),
+        ("regions.steps=abc", "configuration key regions.steps: expected"),
+        ("regions.steps=abc", "valid list or Input should be a valid integer"),
+        ("regions.bounds=[[0, a]]", "configuration key regions.bounds.0: expected"),
+        ("conditional={dropout: 2}", "configuration key conditional.dropout: expected"),
         ("train={compile: reduce-overhead, accumulate: 2}", "needs accumulate: 1"),
         ("search.ratios=auto", "macs"),
         ("search.macs=0.3", "macs"),

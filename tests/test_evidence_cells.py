@@ -15,13 +15,14 @@ from benchmarks.evidence.__main__ import cells_of, jobs_of, lines, options, with
 from benchmarks.evidence.arms import ARMS
 from benchmarks.evidence.cells import Cell, Failed, run, wanted
 from benchmarks.evidence.rates import Tried
-from benchmarks.evidence.result import portable, widths
+from benchmarks.evidence.result import portable, unplaced, widths
 from benchmarks.evidence.suite import NAMES, SearchPace, Suite
 from ebdiff.errors import EbdiffError
 from ebdiff.files import read_json, write_bytes, write_json
 from ebdiff.training import job
 from ebdiff.training.accounting import FORWARD_AND_BACKWARD
 from ebdiff.training.regions import joint_mask, steps_of, ticket_of
+from ebdiff.training.stages import locked
 from ebdiff.training.world import World
 
 
@@ -132,7 +133,15 @@ def test_a_cell_from_a_kill_to_its_page(made: Any, tmp_path: Path, monkeypatch: 
     shutil.rmtree(cell.folder)  # results are enough for a clock
     names = ("regions-30-60-80-speed-budgeted-branch-25", "prune-random-50", "dense-accelerated")
     others = [made(name) for name in (*names, "dense")]  # without results
-    seconds = pace.clock([*others, cell], rounds=1)
+    seconds, of = pace.clock([*others, cell], rounds=1)
+    assert seconds.keys() == of.keys()
+    clock = {"seconds_per_step": seconds, "timed": of}
+    assert page.seconds_of(clock, {cell.arm.name: [facts]}) == seconds
+    wider = {**facts, "widths": {"region 0": {name: 1 + width for name, width in facts["widths"]["region 0"].items()}}}
+    other = {**facts, "config": made("eb-speed-30").config.model_dump(mode="json")}  # searches for another ticket
+    for several in ([wider], [facts, other]):
+        assert page.seconds_of(clock, {cell.arm.name: several}).keys() == seconds.keys() - {cell.arm.name}
+    assert not page.seconds_of({"seconds_per_step": seconds}, {cell.arm.name: [facts]}).get(cell.arm.name)
     assert set(seconds) == {cell.arm.name, *names[1:], "dense"}  # how wide a joint network will be is not known
     assert set(seconds[cell.arm.name]) == set(stages)
     assert set(seconds["prune-random-50"]) == {"before", "search", "region 0"}
@@ -199,7 +208,8 @@ def test_tuning_tries_as_much_for_a_ticket_as_for_the_dense_arm(tmp_path: Path) 
     ]
 
 
-def test_what_a_step_costs_is_measured_at_every_ratio() -> None:
+def test_what_a_step_costs_is_measured_at_every_ratio_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ebdiff.training.stretch.store", lambda *given: pytest.fail("a checkpoint was written"))
     suite = mini()
     seconds = pace.ratio_costs(suite, rounds=1)
     assert list(seconds) == [*(("local", ratio) for ratio in suite.cost_of_step), ("cost", 0.44)]
@@ -214,6 +224,37 @@ def test_a_run_of_another_configuration_is_in_the_way(made: Any) -> None:
     assert "train.sampler" in line
     assert f"remove {cell.folder}" in line
     assert not cell.log.exists()
+
+
+def test_a_cell_that_another_process_is_at_is_left_to_it(made: Any) -> None:
+    cell = made("dense")
+    with locked(cell.folder):
+        (line,) = run([cell], jobs=1)
+    assert isinstance(line, Failed)
+    assert f"another process works in {cell.folder}" in line
+    assert cell.begun_on() == []  # it did not begin, so its result will not say so
+    assert cell.obstacle() == ""
+
+
+def test_a_suite_says_what_a_step_costs() -> None:
+    suite = replace(mini(), cost_of_step={0.0: 1.0, 0.5: 0.4})
+    with pytest.raises(
+        EbdiffError, match=r"mini: cost_of_step: expected what a step costs at 0\.6 removed, got 0, 0\.5"
+    ):
+        suite.price(0.6)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("fashion16", "fashion16"),
+        ("/here/images.npz", "images.npz"),
+        ("latents:/here/faces.safetensors", "latents:faces.safetensors"),
+        ("hf:one/cifar", "hf:one/cifar"),
+    ],
+)
+def test_results_name_data_and_no_folder(text: str, name: str) -> None:
+    assert unplaced(text) == name
 
 
 def test_a_result_stays_when_its_network_is_trained_again(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +274,7 @@ def test_a_page_forgets_no_result(made: Any) -> None:
     write_json(other.place, {"config": portable(other.config)})
     assert with_results([cell]) == [cell, other]
     args = options().parse_args(["--suite", "fashion16", "--table", "--cells", "eb-*"])
-    with pytest.raises(EbdiffError, match="leave --cells out"):
+    with pytest.raises(EbdiffError, match="expected no --cells"):
         list(lines(args))
 
 

@@ -76,6 +76,7 @@ def test_a_name_takes_settings() -> None:
         ("speed(gamma=5)", "settings of the sampler speed: .*'gamma'"),
         ("uniform(k=2)", "settings of the sampler uniform: .*'k'"),
         ("speed(k='2')", "settings of the sampler speed"),
+        ("speed-released(variant='paper')", "settings of the sampler speed-released"),
         ("min-snr(prediction='sample')", "settings of the sampler min-snr"),
         *(
             (text, r"expected name\(key=value, \.\.\.\)")
@@ -84,6 +85,7 @@ def test_a_name_takes_settings() -> None:
                 "speed(2)",
                 "speed(k=)",
                 "speed(k=2).x",
+                "speed(k=2, k=3)",
                 "speed(**{'k': 2})",
                 "speed(k=len([]))",
                 "speed)k=2(",

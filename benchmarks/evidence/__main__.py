@@ -72,8 +72,10 @@ def options() -> argparse.ArgumentParser:
 def lines(args: argparse.Namespace) -> Iterator[str]:
     """What is printed while it is done."""
     suite = Suite.load(args.suite).on(args.data)
-    if (args.table or args.clock) and args.cells != ["*"]:
-        raise EbdiffError("--table and --clock", expected="all arms", got="--cells", remedy="leave --cells out")
+    if (args.table or args.clock or args.tune or args.pace) and args.cells != ["*"]:
+        raise EbdiffError(
+            "--table, --clock, --tune and --pace", expected="no --cells", got="--cells", remedy="leave it out"
+        )
     cells = cells_of(suite, args.cells, args.seeds, args.out, args.results)
     if args.list:
         yield from listed(cells)

@@ -23,7 +23,7 @@ from ebdiff.files import read_json, read_object, write_bytes, write_json
 from ebdiff.pruning.save import load
 from ebdiff.training.costs import cost_at
 from ebdiff.training.regions import region_folder
-from ebdiff.training.stages import write_folder
+from ebdiff.training.stages import busy, write_folder
 from ebdiff.training.stretch import network_at
 from ebdiff.training.world import World
 
@@ -113,7 +113,9 @@ class Cell:
         return found if completed(found.get("config", {})) == portable(self.config) else None
 
     def obstacle(self) -> str:
-        """Why its run cannot go on: its folder holds one of another configuration. Empty where it can."""
+        """Why its run cannot go on: another process is at it, or its folder is another configuration's. Else empty."""
+        if busy(self.folder):
+            return f"another process works in {self.folder}; wait for it, or end it and run this again"
         kept = self.folder / "config.yaml"
         try:
             if kept.exists():
@@ -162,11 +164,10 @@ class Cell:
         """
         if self.arm.name in {arm.after for arm in ARMS.values()}:
             keep_dense(World(self.config, self.folder), self.network)
-        stays = self.facts() is not None
-        line = f"{self}: trained again for its network; its result stays" if stays else self.written()
         for checkpoints in list(self.folder.rglob("checkpoints")):  # large, and of no use to a finished run
             shutil.rmtree(checkpoints)
-        return line
+        stays = self.facts() is not None
+        return f"{self}: trained again for its network; its result stays" if stays else self.written()
 
     def written(self) -> str:
         """Write its result; a line about it."""

@@ -6,12 +6,14 @@ beside other work or elsewhere differ in what the same step took, and steps time
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -30,6 +32,7 @@ from .result import BEFORE, widths_of
 from .suite import Suite
 
 Key = TypeVar("Key")
+Seconds = dict[str, dict[str, list[float]]]
 
 WARM = 1  # rounds that do not count
 ROUNDS = 7
@@ -53,8 +56,8 @@ def alone(world: World, mask: ChannelMask) -> Stretch:
     return Stretch("alone", Path("nowhere"), macs, 1, world.sampler, seed, lambda: shrunken(world, mask), {})
 
 
-def clock(cells: Sequence[Cell], rounds: int = ROUNDS) -> dict[str, dict[str, list[float]]]:
-    """{arm: {stage: device-seconds of a step in each round}} of the cells' arms, from results alone.
+def clock(cells: Sequence[Cell], rounds: int = ROUNDS) -> tuple[Seconds, dict[str, str]]:
+    """{arm: {stage: device-seconds of a step in each round}} of the cells' arms, from results alone; {arm: `timed`}.
 
     Of an arm without a result the widths are those that its ratios lead to; one that branches needs a result, since how
     wide its joint network is the search decides. Stages of equal networks that do the same are timed once.
@@ -63,6 +66,7 @@ def clock(cells: Sequence[Cell], rounds: int = ROUNDS) -> dict[str, dict[str, li
         EbdiffError: nothing is known of any.
     """
     arms: dict[str, dict[str, str]] = {}
+    of: dict[str, str] = {}
     stretches: dict[str, tuple[World, Stretch]] = {}
     for cell in sorted(cells, key=lambda cell: cell.facts() is None):
         if cell.arm.name in arms:
@@ -72,13 +76,27 @@ def clock(cells: Sequence[Cell], rounds: int = ROUNDS) -> dict[str, dict[str, li
         if found is None:
             continue
         arms[cell.arm.name] = keys = {}
+        of[cell.arm.name] = timed(cell.config.model_dump(mode="json"), found)
         for name, stretch in stages(world, found, cell.before is not None).items():
             keys[name] = key = key_of(world, name, stretch)
             stretches.setdefault(key, (world, stretch))
     if not arms:
         raise EbdiffError("--clock", expected="arms whose widths are known", got="none", remedy="run their cells first")
     each = interleaved(stretches, rounds, cells[0].suite.threads)
-    return {arm: {name: each[key] for name, key in keys.items()} for arm, keys in arms.items()}
+    return {arm: {name: each[key] for name, key in keys.items()} for arm, keys in arms.items()}, of
+
+
+def timed(config: Mapping[str, Any], widths: Mapping[str, Mapping[str, int]]) -> str:
+    """A digest of what the seconds of an arm's steps depend on: results of one digest are timed alike."""
+    train, search = config["train"], config["search"]
+    of_steps = ("batch_size", "accumulate", "precision", "channels_last", "accelerate", "compile")
+    of_search = ("criterion", "ratios", "window", "every", "norm") if search["steps"] else ()
+    facts = {
+        "networks": [config["model"], config["conditional"], widths],
+        "steps": [train[key] for key in of_steps],
+        "search": [search[key] for key in of_search],
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def widths_found(cell: Cell, world: World) -> dict[str, dict[str, int]] | None:
@@ -146,30 +164,36 @@ def interleaved(stretches: Mapping[Key, tuple[World, Stretch]], rounds: int, thr
             for n, (key, (world, stretch)) in enumerate(stretches.items())
         }
         seconds: dict[Key, list[float]] = {key: [] for key in running}
-        for _ in range(WARM + rounds):
-            for key, ticks in running.items():
-                on_cpu = stretches[key][0].device.type == "cpu"
-                seconds[key].append(seconds_of(ticks, on_cpu) / STEPS)
-        for ticks in running.values():
-            ticks.close()
-    torch.set_num_threads(before)
+        try:
+            for _ in range(WARM + rounds):
+                for key, ticks in running.items():
+                    seconds[key].append(seconds_of(ticks, stretches[key][0].device) / STEPS)
+        finally:
+            for ticks in running.values():
+                ticks.close()
+            torch.set_num_threads(before)
     return {key: values[WARM:] for key, values in seconds.items()}
 
 
 def endless(world: World, stretch: Stretch, folder: Path) -> Generator[Tick, None, None]:
     """The steps of a stage as a run takes them, without an end, in a folder of its own."""
-    yield from replace(stretch, folder=folder, steps=10**9, marks={}, conclude=None, until_settled=False).run(world)
+    changes = {"steps": 10**9, "marks": {}, "conclude": None, "until_settled": False, "resumable": False}
+    yield from replace(stretch, folder=folder, **changes).run(world)
 
 
-def seconds_of(ticks: Iterator[Tick], on_cpu: bool) -> float:
-    """Device-seconds of a few steps; each reads its loss, so that nothing is left at work on a GPU.
+def seconds_of(ticks: Iterator[Tick], device: torch.device) -> float:
+    """Device-seconds of a few steps, to the end of what they left at work on a GPU.
 
     Two more go before: they find caches and the heap as another network left them, as no step of a run does.
     """
-    for _ in range(2):
-        next(ticks)
-    read = time.process_time if on_cpu else time.perf_counter
-    began = read()
-    for _ in range(STEPS):
-        next(ticks)
-    return read() - began
+    read = time.process_time if device.type == "cpu" else time.perf_counter
+
+    def after(steps: int) -> float:
+        for _ in range(steps):
+            next(ticks)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return read()
+
+    began = after(2)
+    return after(STEPS) - began

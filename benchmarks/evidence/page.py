@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import truediv
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,14 @@ from typing import Any
 import yaml
 
 from benchmarks import machine, write_results
+from ebdiff.config import completed
 from ebdiff.errors import EbdiffError
 from ebdiff.files import read_json, write_bytes
 
 from . import pace, plots
 from .arms import ARMS
 from .cells import Cell
-from .counting import measure_of
+from .counting import Results, measure_of
 from .rates import TUNED, Tried, tabled
 from .suite import Suite
 from .table import markdown
@@ -46,7 +47,7 @@ def write(suite: Suite, cells: Sequence[Cell]) -> Path:
         raise EbdiffError(f"{suite.name}: cells saw different images", got=", ".join(seen.values()), remedy=remedy)
     home = cells[0].results
     timed, pictures = clock_of(suite, home), {}
-    clock = timed["seconds_per_step"] if timed else None
+    clock = seconds_of(timed, results) if timed else None
     if "dense" in results:
         measure = measure_of(results)
         pictures = {
@@ -57,7 +58,7 @@ def write(suite: Suite, cells: Sequence[Cell]) -> Path:
             draw(results, measure, clock, home / name)
     path = home / f"{suite.name}.md"
     rest = [f"{arm}, seed {', '.join(seeds)}: {state}" for (arm, state), seeds in unfinished.items()]
-    place = timed["machine"]["cpu"] if timed else ""
+    place = named_device(timed["machine"]) if timed else ""
     text = markdown(suite, results, rest, clock, pictures, tried(suite, cells[0].out, home), place)
     write_bytes(path, text.encode())
     return path
@@ -69,12 +70,37 @@ def clock_of(suite: Suite, home: Path) -> dict[str, Any] | None:
     return read_json(path) if path.exists() else None
 
 
+def seconds_of(timed: Mapping[str, Any], results: Results) -> dict[str, dict[str, float]]:
+    """{arm: {stage: device-seconds of a step}} of the clock, without arms of which it timed other networks."""
+    digests: Mapping[str, str] = timed.get("timed", {})
+
+    def same(arm: str, facts: Mapping[str, Any]) -> bool:
+        return pace.timed(completed(facts["config"]), facts["widths"]) == digests.get(arm)
+
+    return {
+        arm: seconds
+        for arm, seconds in timed["seconds_per_step"].items()
+        if all(same(arm, facts) for facts in results.get(arm, []))
+    }
+
+
+def named_device(place: Mapping[str, Any]) -> str:
+    """The GPU, or the CPU's model."""
+    return str(place["cpu"] if place["device"] == "cpu" else place["device"])
+
+
 def write_clock(suite: Suite, cells: Sequence[Cell]) -> Path:
     """Time every stage of the cells' arms on one clock: medians over rounds, and quartiles."""
-    each = pace.clock(cells)
+    each, of = pace.clock(cells)
     seconds = {arm: {name: statistics.median(values) for name, values in of.items()} for arm, of in each.items()}
     spread = {arm: {name: statistics.quantiles(values) for name, values in of.items()} for arm, of in each.items()}
-    facts = {"rounds": pace.ROUNDS, "steps_per_turn": pace.STEPS, "seconds_per_step": seconds, "quartiles": spread}
+    facts = {
+        "rounds": pace.ROUNDS,
+        "steps_per_turn": pace.STEPS,
+        "seconds_per_step": seconds,
+        "quartiles": spread,
+        "timed": of,
+    }
     return _written(suite, cells[0].results, "clock", facts)
 
 

@@ -58,7 +58,7 @@ def chosen(lr: float, tried: Sequence[Tried]) -> str:
         found = [(measure, *best(tried, arm, measure)) for measure in measures]
         rates = [f"{rate:g} by {named(measure)} ({score:{FORMS[measure]}})" for measure, score, rate in found]
         words.append(f"for {arm}: {', '.join(rates)}")
-    text = f"All arms train at {lr:g}. Best of those tried, {'; '.join(words)}."
+    text = f"Arms train at {lr:g}, where they do not say otherwise. Best of those tried, {'; '.join(words)}."
     if lr == best(tried, DENSE, "loss")[1] == best(tried, TICKET, measures[-1])[1]:
         text += " " + RULE.format(by=f" by {named('fid')}" if "fid" in measures else "")
     return text

@@ -70,8 +70,14 @@ def widths_of(mask: ChannelMask) -> dict[str, int]:
 def portable(config: Config) -> Facts:
     """The configuration without the places where files lie on this machine."""
     values: Facts = config.model_dump(mode="json")
-    for section, key in ((values["data"], "source"), (values["evaluate"], "extractor")):
-        section[key] = Path(section[key]).name
+    for section, key in ((values["data"], "source"), (values["data"], "vae"), (values["evaluate"], "extractor")):
+        section[key] = section[key] and unplaced(section[key])
     if values.get("pretrained"):
         values["pretrained"] = Path(values["pretrained"]).parent.name  # <arm>-<seed>
     return values
+
+
+def unplaced(text: str) -> str:
+    """What a configuration calls data, without the folder where they lie; "hf:owner/name" is no folder."""
+    kind, colon, path = text.rpartition("latents:")
+    return text if text.startswith("hf:") else f"{kind}{colon}{Path(path).name}"

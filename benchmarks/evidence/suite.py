@@ -43,7 +43,7 @@ class Suite:
         name: also of its folder of results.
         about: one line.
         steps: of the dense arm; every other arm gets the steps that cost as many device-seconds, search included.
-        lr: of every arm.
+        lr: of every arm that does not change it.
         lrs: what `--tune` tries.
         search: how tickets are looked for.
         cost_of_step: {ratio: device-seconds of a step of a ticket over those of a dense step}; `--pace` measures them.
@@ -80,7 +80,8 @@ class Suite:
         """The suite of this name, or of a YAML file.
 
         Raises:
-            EbdiffError: there is none, the file has a key too many or too few, or tickets by cost at several ratios.
+            EbdiffError: there is none, the file has a key too many or too few, no cost of a dense step, or tickets by
+                cost at several ratios.
         """
         path = HERE / f"{name}.yaml" if name in NAMES else Path(name)
         if path.suffix != ".yaml" or not path.is_file():
@@ -95,6 +96,8 @@ class Suite:
                 remedy="leave one, or leave the key out and with it the arms eb-cost-*",
             )
         values |= {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
+        if 0.0 not in (values.get("cost_of_step") or {}):
+            raise EbdiffError(f"{path}: cost_of_step", expected="0.0: 1.0, a dense step", got="none", remedy="add it")
         try:
             arguments = f"--suite {name if name in NAMES else path.name}"
             return cls(name=path.stem, arguments=arguments, **{**values, "search": SearchPace(**values["search"])})
@@ -124,8 +127,20 @@ class Suite:
         return torch.cuda.is_available() if device == "auto" else str(device).startswith("cuda")
 
     def price(self, ratio: float, scope: str = "local") -> float:
-        """Device-seconds of a step of a ticket over those of a dense step."""
-        return (self.cost_of_step_by_cost if scope == "cost" else self.cost_of_step)[ratio]
+        """Device-seconds of a step of a ticket over those of a dense step.
+
+        Raises:
+            EbdiffError: the suite does not say.
+        """
+        costs = self.cost_of_step_by_cost if scope == "cost" else self.cost_of_step
+        if ratio not in costs:
+            raise EbdiffError(
+                f"{self.name}: cost_of_step",
+                expected=f"what a step costs at {ratio:g} removed",
+                got=f"{', '.join(f'{known:g}' for known in costs)}",
+                remedy="add it with a guess; --pace measures it",
+            )
+        return costs[ratio]
 
     def quarter(self, lr: float) -> Suite:
         """A quarter of the steps, also of the search, at another learning rate; for `--tune`."""

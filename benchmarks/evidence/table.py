@@ -277,7 +277,8 @@ def _setting(suite: Suite, results: Results, measure: str, clock: Clock | None, 
         late=LATE,
     )
     return (
-        f"Every arm: {' or '.join(places)}; batch {train['batch_size']} x {train['accumulate']}, AdamW {train['lr']:g} "
+        f"Every arm, where it does not say otherwise: {' or '.join(places)}; batch {train['batch_size']} x "
+        f"{train['accumulate']}, AdamW {train['lr']:g} "
         f"({tried}), EMA up to {train['ema_decay']:g}, {config['evaluate']['samples']} images in "
         f"{config['sample']['steps']} DDIM steps, judged with EMA weights.\n\n{rule}"
     )

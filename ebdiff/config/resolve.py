@@ -32,6 +32,7 @@ PRESETS = (
     "ffhq-unet",
 )
 FILE = "config.yaml"
+_NEEDED = {name for name, field in Config.model_fields.items() if field.is_required()}
 
 
 def resolve(
@@ -51,9 +52,9 @@ def resolve(
     Raises:
         EbdiffError: no such preset or file, an unknown key (with the nearest valid one), a value that does not fit.
     """
-    values = _preset(preset or "demo")
-    if file is not None:
-        _merge(values, read(Path(file)))
+    given = read(Path(file)) if file is not None else {}
+    values = {} if preset is None and given.keys() >= _NEEDED else _preset(preset or "demo")
+    _merge(values, given)
     for override in overrides:
         _override(values, override)
     if seed is not None:
@@ -184,13 +185,32 @@ def _refusal(error: ValidationError) -> EbdiffError:
     """The first problem in one line; unknown keys first, since they cause the others."""
     problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
     problem = problems[0]
-    where = ".".join(str(part) for part in problem["loc"]) or "configuration"
+    where = _place(problem["loc"])
     if problem["type"] == "extra_forbidden":
         known = _keys_beside(problem["loc"])
         return EbdiffError("unknown configuration key", got=where, remedy=_nearest(where, known))
-    message = problem["msg"].removeprefix("Value error, ")
+    alike = (each["msg"].removeprefix("Value error, ") for each in problems if _place(each["loc"]) == where)
+    message = " or ".join(dict.fromkeys(alike))
     got = "" if problem["type"] in ("missing", "value_error") else repr(problem["input"])
     return EbdiffError(f"configuration key {where}", expected=message, got=got, remedy="see a config.yaml of a run")
+
+
+def _place(location: tuple[int | str, ...]) -> str:
+    """The dotted key, without what pydantic adds for each type that a value may have."""
+    section, parts = Config, list[str]()
+    for part in location:
+        if isinstance(part, int) or section is not None:
+            parts.append(str(part))
+        section = _section(section, part)
+    return ".".join(parts) or "configuration"
+
+
+def _section(section: Any, part: int | str) -> Any:
+    """What lies at a key of a section; None where that has no keys of its own."""
+    if section is None or part not in section.model_fields:
+        return None
+    kind = section.model_fields[part].annotation
+    return next((each for each in get_args(kind) or (kind,) if hasattr(each, "model_fields")), None)
 
 
 def _keys_beside(location: tuple[int | str, ...]) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -29,6 +28,10 @@ def _weighted(weighting: Callable[..., Tensor]) -> Callable[..., Sampler]:
     return sampler
 
 
+def _released(profile: NoiseProfile, **settings: Any) -> Sampler:
+    return SpeeD(profile, variant="released", **settings)
+
+
 def _predicted(profile: NoiseProfile) -> str:
     return profile.prediction or "epsilon"
 
@@ -36,7 +39,7 @@ def _predicted(profile: NoiseProfile) -> str:
 SAMPLERS: dict[str, Callable[..., Sampler]] = {
     "uniform": Uniform,
     "speed": SpeeD,
-    "speed-released": partial(SpeeD, variant="released"),
+    "speed-released": _released,
     "min-snr": _weighted(min_snr),
     "soft-min-snr": _weighted(soft_min_snr),
     "p2": _weighted(p2),
@@ -83,6 +86,9 @@ def _parsed(text: str) -> tuple[str, dict[str, Any]]:
 
 def _keywords(call: Any) -> list[ast.keyword]:
     """Those of one call that has nothing else."""
-    if not isinstance(call, ast.Call) or call.args or any(each.arg is None for each in call.keywords):
+    if not isinstance(call, ast.Call) or call.args:
+        raise ValueError
+    names = [each.arg for each in call.keywords]
+    if None in names or len({*names}) < len(names):
         raise ValueError
     return call.keywords

@@ -66,9 +66,10 @@ def train(
 ) -> Iterator[StepReport]:
     """Train until ``state.step == until``, yielding after every optimizer and EMA step, before gradients are cleared.
 
-    Data order, flips, noise, timesteps, regions and dropout depend on (seed, step) alone and are drawn for all
-    processes together, so a run goes on exactly after `TrainState.restore` and sees the same with any number of
-    processes. `state` stays the caller's: its model may be shrunken between steps.
+    Data order, flips, noise, timesteps and regions depend on (seed, step) alone and are drawn for all processes
+    together, so a run goes on exactly after `TrainState.restore` and sees the same with any number of processes; the
+    dropout of each process depends on its number, too. `state` stays the caller's: its model may be shrunken between
+    steps.
 
     Args:
         state: what is trained, in place; moved to the accelerator's device.

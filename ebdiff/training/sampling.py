@@ -73,7 +73,7 @@ def draw_images(world: World, network: Any, about: Tensor, seed: int, labels: Te
         for t in scheduler.timesteps:
             x = scheduler.step(predict(x, t), t, x).prev_sample
         if not torch.isfinite(x).all():
-            raise EbdiffError("the images drawn are not finite", remedy="the network has diverged: lower train.lr")
+            raise EbdiffError("the images drawn are not finite", remedy="the network has diverged: use a lower lr")
         yield world.to_images(x)
 
 

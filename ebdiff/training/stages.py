@@ -17,7 +17,7 @@ from typing import Any
 from ..errors import EbdiffError
 from ..files import read_json, sync, write_json
 
-__all__ = ["Tick", "Work", "done", "finish", "locked", "while_alive", "write_folder"]
+__all__ = ["Tick", "Work", "busy", "done", "finish", "locked", "while_alive", "write_folder"]
 
 _DONE = "done.json"
 
@@ -135,3 +135,14 @@ def locked(folder: Path, patience_seconds: float = 30) -> Iterator[None]:
                     ) from None
                 time.sleep(0.2)
         yield
+
+
+def busy(folder: Path) -> bool:
+    """Does another process hold this folder?"""
+    if not (folder / ".lock").exists():
+        return False
+    try:
+        with locked(folder, patience_seconds=0):
+            return False
+    except EbdiffError:
+        return True

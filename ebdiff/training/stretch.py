@@ -71,6 +71,7 @@ class Stretch:
         watch: makes what watches for tickets.
         conclude: what to leave at the end, found in ticks of its own; called with the state then, and what watched.
         until_settled: end earlier, as soon as what watches says that all has settled.
+        resumable: leave checkpoints.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Stretch:
     conclude: Callable[[TrainState, Watch | None], Generator[Tick, None, Conclusion]] | None = None
     facts: Facts = field(default_factory=dict)
     until_settled: bool = False
+    resumable: bool = True
 
     def run(self, world: World) -> Iterator[Tick]:
         """Train to the end, yielding after every step; at once where it is finished already.
@@ -123,6 +125,10 @@ class Stretch:
                 if taken == steps or (steps == self.steps and over()):
                     keep_network(self.folder, share, state, cost(state.step))
             if over() or (taken and taken % world.config.train.checkpoint_every == 0):
+                leave()
+
+        def leave() -> None:
+            if self.resumable:
                 store(checkpoints, state, watch, cost(state.step))
 
         if saved is None:
@@ -136,7 +142,7 @@ class Stretch:
                 try:
                     yield Tick(self.name, per_step, f"step {report.step}, loss {report.loss:.4f}")
                 except GeneratorExit:
-                    store(checkpoints, state, watch, cost(state.step))
+                    leave()
                     raise
                 if over():
                     break
