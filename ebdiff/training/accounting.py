@@ -1,6 +1,7 @@
 """What a run costs: steps, MACs, device-seconds and wall-clock, counted on across interruptions.
 
-Device-seconds are wall-clock times GPUs, or on the CPU process time over all threads. Work that a crash destroyed is
+A process works on one device: its device-seconds are the wall-clock of its GPU, or on the CPU its time over all threads;
+those of several add up. Work that a crash destroyed is
 not counted: a cost is that of the result, not of the accident.
 """
 
@@ -25,7 +26,7 @@ class Cost:
         steps: optimizer steps.
         images: images seen.
         macs: multiply-accumulates, forward and backward.
-        device_seconds: wall-clock times GPUs, or process CPU time.
+        device_seconds: wall-clock of the GPU, or process CPU time.
         wall_seconds: wall-clock.
     """
 
@@ -55,18 +56,17 @@ class Meter:
     Args:
         device: "cpu", or any other kind for the GPU.
         before: the cost at the checkpoint that this run goes on from.
-        devices: how many GPUs.
     """
 
-    def __init__(self, device: str, before: Cost | None = None, devices: int = 1) -> None:
+    def __init__(self, device: str, before: Cost | None = None) -> None:
         self.before = before or Cost()
-        self.on_cpu, self.devices = device == "cpu", devices
+        self.on_cpu = device == "cpu"
         self._wall, self._cpu = time.perf_counter(), _cpu_seconds()
 
     def read(self, *, steps: int = 0, images: int = 0, macs: float = 0.0) -> Cost:
         """The cost so far, given what was done since the meter was made."""
         wall = time.perf_counter() - self._wall
-        spent = _cpu_seconds() - self._cpu if self.on_cpu else wall * self.devices
+        spent = _cpu_seconds() - self._cpu if self.on_cpu else wall
         return self.before + Cost(steps, images, macs, spent, wall)
 
 
