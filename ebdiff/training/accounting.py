@@ -1,8 +1,8 @@
 """What a run costs: steps, MACs, device-seconds and wall-clock, counted on across interruptions.
 
-A process works on one device: its device-seconds are the wall-clock of its GPU, or on the CPU its time over all threads;
-those of several add up. Work that a crash destroyed is
-not counted: a cost is that of the result, not of the accident.
+A process works on one device: its device-seconds are the wall-clock of its GPU, or on the CPU its time over all
+threads; those of several add up. Work that a crash destroyed is not counted: a cost is that of the result, not of the
+accident.
 """
 
 from __future__ import annotations
