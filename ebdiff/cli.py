@@ -32,7 +32,7 @@ console = Console(markup=False)
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As train.lr=1e-4.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="The same as an option.")]
-File = Annotated[Path | None, typer.Option("--config", help="A YAML file on top of the preset.")]
+File = Annotated[Path | None, typer.Option("--config", help="A YAML file on top of the preset, or one that is whole.")]
 Preset = Annotated[
     str | None,
     typer.Option(

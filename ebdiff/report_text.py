@@ -87,7 +87,7 @@ def _notes(facts: Facts) -> str:
         + ("The control is dense and sees all timesteps in every step. " if both else "")
         + f"The sampler is DDIM, {sampler['steps']} steps ({sampler['spacing']}), of which "
         f"{' + '.join(map(str, sampler['in_region']))} fall into the regions. A training step counts three forward "
-        "passes of MACs. Device-seconds are process CPU time, or wall-clock times GPUs; judging is not counted."
+        "passes of MACs. Device-seconds are process CPU time, or wall-clock of the GPU; judging is not counted."
         + (" The search includes Diff-Pruning's passes." if search["criterion"] == "diff-pruning" else "")
         + (" MACs count every block of attention." if search["attention"] else "")
         + _STARTS[facts["config"]["regions"]["start"]]

@@ -64,6 +64,9 @@ def test_a_file_with_every_section_that_needs_one_stands_on_no_preset(tmp_path: 
     del older["search"]["multiple_of"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(older))
     keep(resolve(file=tmp_path / "config.yaml"), tmp_path)  # goes on in its folder
+    (tmp_path / "short.yaml").write_text("model: {}\nsearch: {window: 3}\nregions: {steps: 5}\n")
+    with pytest.raises(EbdiffError, match=r"search\.steps: expected Field required; give it, or a preset that does"):
+        resolve(file=tmp_path / "short.yaml")
     (tmp_path / "part.yaml").write_text("train: {batch_size: 7}\n")
     assert resolve(file=tmp_path / "part.yaml") == resolve("demo", overrides=["train.batch_size=7"])
 
@@ -95,7 +98,7 @@ def test_a_files_model_replaces_the_presets(tmp_path: Path) -> None:
         ("search.ratios=[0.5, half]", "configuration key search.ratios.1: expected"),
         ("regions.steps=abc", "configuration key regions.steps: expected"),
         ("regions.steps=abc", "valid list or Input should be a valid integer"),
-        ("regions.bounds=[[0, a]]", "configuration key regions.bounds.0: expected"),
+        ("regions.bounds=[[0, a]]", "configuration key regions.bounds.0.1: expected"),
         ("conditional={dropout: 2}", "configuration key conditional.dropout: expected"),
         ("train={compile: reduce-overhead, accumulate: 2}", "needs accumulate: 1"),
         ("search.ratios=auto", "macs"),

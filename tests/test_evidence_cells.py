@@ -139,6 +139,8 @@ def test_a_cell_from_a_kill_to_its_page(made: Any, tmp_path: Path, monkeypatch: 
     assert page.seconds_of(clock, {cell.arm.name: [facts]}) == seconds
     wider = {**facts, "widths": {"region 0": {name: 1 + width for name, width in facts["widths"]["region 0"].items()}}}
     other = {**facts, "config": made("eb-speed-30").config.model_dump(mode="json")}  # searches for another ticket
+    joined = {**facts, "widths": {**facts["widths"], "joint": {"any": 9}}}
+    assert page.seconds_of(clock, {cell.arm.name: [facts, joined]}) == seconds
     for several in ([wider], [facts, other]):
         assert page.seconds_of(clock, {cell.arm.name: several}).keys() == seconds.keys() - {cell.arm.name}
     assert not page.seconds_of({"seconds_per_step": seconds}, {cell.arm.name: [facts]}).get(cell.arm.name)

@@ -211,7 +211,7 @@ def test_the_page_says_what_device_seconds_are(results: dict[str, list[dict[str,
     assert "are CPU seconds of the process;" in markdown(Suite.load("fashion16"), results, [], None, {})
     results["dense"][0]["config"]["device"] = "auto"  # where it ran, the machine says
     results["dense"][0]["machine"]["device"] = "NVIDIA H200"
-    assert "are wall-clock times GPUs;" in markdown(Suite.load("fashion16"), results, [], None, {})
+    assert "are wall-clock of the GPU;" in markdown(Suite.load("fashion16"), results, [], None, {})
 
 
 def test_a_page_by_the_held_out_loss(results: dict[str, list[dict[str, Any]]]) -> None:

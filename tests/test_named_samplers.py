@@ -86,6 +86,8 @@ def test_a_name_takes_settings() -> None:
                 "speed(k=)",
                 "speed(k=2).x",
                 "speed(k=2, k=3)",
+                "speed(k=2)(tau=9)",
+                "speed(k={[]: 1})",
                 "speed(**{'k': 2})",
                 "speed(k=len([]))",
                 "speed)k=2(",

@@ -215,10 +215,13 @@ def run(cells: Sequence[Cell], jobs: int, minutes: float | None = None) -> Itera
     def start(cell: Cell) -> subprocess.Popen[bytes]:
         return cell.start(None if minutes is None else max(0.0, until - time.monotonic()) / 60)
 
+    def may_start(cell: Cell) -> bool:
+        return cell.ready and not busy(cell.folder) and time.monotonic() < until
+
     for cell in cells:
         if why := cell.obstacle():
             waiting.remove(cell)
             yield Failed(f"{cell} FAILED: {why}")
-    for cell, code in pool(waiting, start, jobs, lambda cell: cell.ready and time.monotonic() < until):
+    for cell, code in pool(waiting, start, jobs, may_start):
         yield cell.ended(code)
     yield from (f"{cell}: not begun" for cell in waiting)

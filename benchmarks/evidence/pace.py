@@ -87,16 +87,22 @@ def clock(cells: Sequence[Cell], rounds: int = ROUNDS) -> tuple[Seconds, dict[st
 
 
 def timed(config: Mapping[str, Any], widths: Mapping[str, Mapping[str, int]]) -> str:
-    """A digest of what the seconds of an arm's steps depend on: results of one digest are timed alike."""
-    train, search = config["train"], config["search"]
-    of_steps = ("batch_size", "accumulate", "precision", "channels_last", "accelerate", "compile")
-    of_search = ("criterion", "ratios", "window", "every", "norm") if search["steps"] else ()
+    """A digest of what the seconds of an arm's steps depend on: results of one digest are timed alike.
+
+    A joint network's width follows from the seed's masks and differs little: the clock takes that of one seed for all.
+    """
+    of_steps = ("batch_size", "accumulate", "precision", "channels_last", "accelerate", "compile", "grad_clip")
     facts = {
-        "networks": [config["model"], config["conditional"], widths],
-        "steps": [train[key] for key in of_steps],
-        "search": [search[key] for key in of_search],
+        "networks": [config["model"], config["conditional"], {key: of for key, of in widths.items() if key != "joint"}],
+        "steps": [config["train"][key] for key in of_steps],
+        "search": drawn(config["search"]),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def drawn(search: Mapping[str, Any]) -> dict[str, Any]:
+    """What distinguishes one search's step from another's."""
+    return {key: value for key, value in search.items() if key not in ("steps", "until")} if search["steps"] else {}
 
 
 def widths_found(cell: Cell, world: World) -> dict[str, dict[str, int]] | None:
@@ -134,13 +140,8 @@ def scattered(world: World, widths: Mapping[str, int]) -> ChannelMask:
 
 def key_of(world: World, name: str, stretch: Stretch) -> str:
     """What a stage's step depends on: stages of one key are timed once."""
-    return f"{stretch.macs:.0f} {searched(world) if name == 'search' else ''} {laid_out(world)}"
-
-
-def searched(world: World) -> str:
-    """What distinguishes one search's step from another's."""
-    s = world.config.search
-    return f"{s.criterion} {s.ratios} {s.window} {s.every}" if s.steps else ""
+    search = drawn(world.config.search.model_dump(mode="json")) if name == "search" else {}
+    return f"{stretch.macs:.0f} {search} {laid_out(world)}"
 
 
 def laid_out(world: World) -> str:

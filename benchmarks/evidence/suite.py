@@ -13,6 +13,8 @@ import torch
 from ebdiff.config import Config, read, validated
 from ebdiff.errors import EbdiffError
 
+from .result import unplaced
+
 HERE = Path(__file__).parent
 NAMES = tuple(sorted(path.stem for path in HERE.glob("*.yaml")))
 
@@ -96,8 +98,10 @@ class Suite:
                 remedy="leave one, or leave the key out and with it the arms eb-cost-*",
             )
         values |= {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
-        if 0.0 not in (values.get("cost_of_step") or {}):
-            raise EbdiffError(f"{path}: cost_of_step", expected="0.0: 1.0, a dense step", got="none", remedy="add it")
+        costs = values.get("cost_of_step")
+        if not isinstance(costs, dict) or 0.0 not in costs:
+            expected = "{ratio: what its step costs}, 0.0: 1.0 among them"
+            raise EbdiffError(f"{path}: cost_of_step", expected=expected, got=str(costs), remedy=f"see {NAMES[0]}.yaml")
         try:
             arguments = f"--suite {name if name in NAMES else path.name}"
             return cls(name=path.stem, arguments=arguments, **{**values, "search": SearchPace(**values["search"])})
@@ -112,8 +116,7 @@ class Suite:
         """
         if data is not None:
             base = {**self.base, "data": {**self.base.get("data", {}), "source": data}}
-            name = data if data.startswith("hf:") else Path(data).name  # a path says nothing elsewhere
-            return replace(self, base=base, arguments=f"{self.arguments} --data {name}")
+            return replace(self, base=base, arguments=f"{self.arguments} --data {unplaced(data)}")
         if "source" not in self.base.get("data", {}):
             raise EbdiffError(
                 f"{self.name} needs images", expected="--data FILE", remedy="any .npz, folder or hf: name"

@@ -270,7 +270,7 @@ def _setting(suite: Suite, results: Results, measure: str, clock: Clock | None, 
     missing = [arm for arm, found in results.items() if not on_clock(found, clock)]
     note = MISSING.format(arms=", ".join(missing)) if missing else ""
     rule = RULE.format(
-        device="CPU seconds of the process" if machines[0]["device"] == "cpu" else "wall-clock times GPUs",
+        device="CPU seconds of the process" if machines[0]["device"] == "cpu" else "wall-clock of the GPU",
         clock=OWN if clock is None else CLOCKED.format(place=place, missing=note),
         measure=named(measure),
         seeds=SEEDS,

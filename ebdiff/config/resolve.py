@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
@@ -183,26 +184,37 @@ def validated(values: Mapping[str, Any]) -> Config:
 
 def _refusal(error: ValidationError) -> EbdiffError:
     """The first problem in one line; unknown keys first, since they cause the others."""
-    problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
-    problem = problems[0]
-    where = _place(problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        known = _keys_beside(problem["loc"])
-        return EbdiffError("unknown configuration key", got=where, remedy=_nearest(where, known))
-    alike = (each["msg"].removeprefix("Value error, ") for each in problems if _place(each["loc"]) == where)
-    message = " or ".join(dict.fromkeys(alike))
-    got = "" if problem["type"] in ("missing", "value_error") else repr(problem["input"])
-    return EbdiffError(f"configuration key {where}", expected=message, got=got, remedy="see a config.yaml of a run")
+    problems = [(_path(each["loc"]), each) for each in error.errors(include_url=False)]
+    for path, problem in problems:
+        if problem["type"] == "extra_forbidden":
+            known = _keys_beside(path)
+            where = ".".join(map(str, path))
+            return EbdiffError("unknown configuration key", got=where, remedy=_nearest(where, known))
+    first = _key(problems[0][0])
+    deepest = max((path for path, _ in problems if _key(path) == first), key=len)
+    alike = [problem for path, problem in problems if path == deepest]
+    message = " or ".join(dict.fromkeys(problem["msg"].removeprefix("Value error, ") for problem in alike))
+    kind, where = alike[0]["type"], ".".join(map(str, deepest))
+    return EbdiffError(
+        f"configuration key {where}" if where else "configuration",
+        expected=message,
+        got="" if kind in ("missing", "value_error") else repr(alike[0]["input"]),
+        remedy="give it, or a preset that does" if kind == "missing" else "see a config.yaml of a run",
+    )
 
 
-def _place(location: tuple[int | str, ...]) -> str:
-    """The dotted key, without what pydantic adds for each type that a value may have."""
-    section, parts = Config, list[str]()
+def _path(location: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """The keys and places in lists, without what pydantic adds for each type that a value may have."""
+    section, parts = Config, list[int | str]()
     for part in location:
         if isinstance(part, int) or section is not None:
-            parts.append(str(part))
+            parts.append(part)
         section = _section(section, part)
-    return ".".join(parts) or "configuration"
+    return tuple(parts)
+
+
+def _key(path: tuple[int | str, ...]) -> list[str]:
+    return [part for part in path if isinstance(part, str)]
 
 
 def _section(section: Any, part: int | str) -> Any:
@@ -213,12 +225,9 @@ def _section(section: Any, part: int | str) -> Any:
     return next((each for each in get_args(kind) or (kind,) if hasattr(each, "model_fields")), None)
 
 
-def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
-    section: Any = Config
-    for part in location[:-1]:
-        kind = section.model_fields[str(part)].annotation
-        section = next((each for each in get_args(kind) if each is not type(None)), kind)  # of `Section | None`
-    return [".".join([*map(str, location[:-1]), name]) for name in section.model_fields]
+def _keys_beside(path: tuple[int | str, ...]) -> list[str]:
+    section = reduce(_section, path[:-1], Config)
+    return [".".join([*map(str, path[:-1]), name]) for name in section.model_fields]
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:

@@ -78,7 +78,7 @@ def _parsed(text: str) -> tuple[str, dict[str, Any]]:
     try:
         call: Any = ast.parse(f"settings({rest}" if bracket else "settings()", mode="eval").body
         return name.strip(), {str(each.arg): ast.literal_eval(each.value) for each in _keywords(call)}
-    except (SyntaxError, ValueError):
+    except (SyntaxError, TypeError, ValueError):
         raise EbdiffError(
             "settings of a sampler", expected="name(key=value, ...)", got=text, remedy="write them as in speed(k=2)"
         ) from None
@@ -86,7 +86,7 @@ def _parsed(text: str) -> tuple[str, dict[str, Any]]:
 
 def _keywords(call: Any) -> list[ast.keyword]:
     """Those of one call that has nothing else."""
-    if not isinstance(call, ast.Call) or call.args:
+    if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)) or call.args:
         raise ValueError
     names = [each.arg for each in call.keywords]
     if None in names or len({*names}) < len(names):

@@ -92,7 +92,7 @@ class Stretch:
     def run(self, world: World) -> Iterator[Tick]:
         """Train to the end, yielding after every step; at once where it is finished already.
 
-        Closed before the end, it leaves a checkpoint of where it is.
+        Closed before the end, it leaves a checkpoint of where it is, if it is `resumable`.
         """
         per_step = cost_per_step(world, self.macs)
         with locked(self.folder):
