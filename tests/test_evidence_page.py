@@ -258,6 +258,16 @@ def test_no_two_arms_of_a_panel_share_a_colour(drawn: list[Any]) -> None:
         assert axes.get_legend().handlelength == 3
 
 
+@pytest.mark.parametrize(("last", "labels"), [(25.0, {"26", "30", "34"}), (5.0, {"5", "20"})])
+def test_a_short_axis_has_its_numbers_and_a_long_one_room(drawn: list[Any], last: float, labels: set[str]) -> None:
+    arms = {name: [cell(name, [(25.0, 38.0), (100.0, last)])] for name in ("dense", "eb-speed-50")}
+    plots.curves(arms, "fid", None, Path("unused"))
+    drawn[0].draw_without_rendering()
+    found = {label.get_text() for label in drawn[0].axes[0].get_yticklabels(which="both")}
+    assert labels <= found
+    assert ("30" in found) == (last == 25)
+
+
 def test_what_starts_from_scratch_has_a_panel_apart_and_pruned_curves_one_of_their_finetuning(drawn: list[Any]) -> None:
     names = ("dense", "prune-taylor-50", "prune-random-30", "scratch-50")
     plots.curves({name: arm_of(name) for name in names}, "fid", None, Path("unused"))

@@ -20,6 +20,7 @@ _COLOURS = (
     *("#4477aa", "#cc3311", "#228833", "#ccbb44", "#aa3377", "#66ccee", "#ee7733", "#000000"),
     *("#8c564b", "#f781bf", "#332288", "#88cc22"),
 )  # as many as the largest family has arms
+SHORT = 4  # an axis that spans less than this factor has few ticks
 _SOLID = 8  # so many of a panel's lines; those after them are dashed
 
 
@@ -43,9 +44,6 @@ def curves(results: Results, measure: str, clock: Clock | None, path: Path) -> N
         axes.axhline(goal, color=_GREY, linewidth=0.8, linestyle=":")
         axes.set(title=family, xlabel="device-seconds, the search included", ylabel=named(measure))
         axes.set(xscale="log", yscale="log")
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(FuncFormatter(_plain))
-            axis.set_minor_formatter(FuncFormatter(_few))
         if arms and all(ARMS[arm].after for arm in arms):
             axes.set(xscale="linear", xlim=_finetuning(results, arms, measure, clock))
             axes.set(xlabel="device-seconds, the dense arm's included (linear)")
@@ -54,6 +52,9 @@ def curves(results: Results, measure: str, clock: Clock | None, path: Path) -> N
         axes.legend(
             loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=2, edgecolor="none", fontsize=7, handlelength=3
         )
+    for axes in grid[: len(families)]:
+        for axis in (axes.xaxis, axes.yaxis):
+            _label(axis)
     for axes in grid[len(families) :]:
         axes.set_visible(False)
     write(figure, path)
@@ -65,6 +66,13 @@ def _finetuning(results: Results, arms: Sequence[str], measure: str, clock: Cloc
     seconds = [point[0] for arm in arms for facts in results[arm] for point in curve(facts, measure, clock)]
     left, right = min(statistics.mean(before), *seconds), max(seconds)
     return left - 0.05 * (right - left), right + 0.05 * (right - left)
+
+
+def _label(axis: Any) -> None:
+    """Plain numbers; between powers of ten all where an axis is short, else those that leave each other room."""
+    low, high = axis.get_view_interval()
+    axis.set_major_formatter(FuncFormatter(_plain))
+    axis.set_minor_formatter(FuncFormatter(_plain if high < SHORT * low else _few))
 
 
 def _plain(value: float, _: object = None) -> str:
