@@ -66,6 +66,7 @@ def test_a_name_takes_settings() -> None:
     assert float(weights[900] / weights[10]) == pytest.approx(
         float((1 + profile.snr[10]) / (1 + profile.snr[900])) ** 0.5, rel=1e-5
     )
+    assert sampler_named("logit-normal(mean=-0.5)", profile).mean == -0.5
     assert torch.equal(sampler_named("beta( b = 1.0 )", profile).pmf(), sampler_named("beta", profile).pmf())
 
 
@@ -73,19 +74,21 @@ def test_a_name_takes_settings() -> None:
     ("text", "words"),
     [
         ("speed(k=0.5)", "SpeeD's k: expected 1 <= k"),
-        ("speed(gamma=5)", "settings of the sampler speed: .*'gamma'"),
-        ("uniform(k=2)", "settings of the sampler uniform: .*'k'"),
-        ("speed(k='2')", "settings of the sampler speed"),
-        ("speed-released(variant='paper')", "settings of the sampler speed-released"),
-        ("min-snr(prediction='sample')", "settings of the sampler min-snr"),
+        ("speed(gamma=5)", "settings of speed: expected k, lam, r, tau, got gamma"),
+        ("uniform(k=2)", "settings of uniform: expected none, got k"),
+        ("speed-released(variant=1)", "settings of speed-released: expected k, lam, r, tau, got variant"),
+        ("min-snr(prediction=1)", "settings of min-snr: expected gamma, got prediction"),
         *(
-            (text, r"expected name\(key=value, \.\.\.\)")
+            (text, r"expected name\(key=number, \.\.\.\)")
             for text in (
                 "speed(k=2",
                 "speed(2)",
                 "speed(k=)",
                 "speed(k=2).x",
                 "speed(k=2, k=3)",
+                "speed(k='2')",
+                "speed(k=True)",
+                "speed(k=not 2)",
                 "speed(k=2)(tau=9)",
                 "speed(k={[]: 1})",
                 "speed(**{'k': 2})",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -18,22 +19,35 @@ from .weighting import debias, edm, min_snr, p2, soft_min_snr
 
 __all__ = ["SAMPLERS", "sampler_named"]
 
+_FIXED = ("prediction", "variant")  # follow from the schedule, the first parameter of all, and the name
+
 
 def _weighted(weighting: Callable[..., Tensor]) -> Callable[..., Sampler]:
-    """Uniform timesteps with a published weight, said of what the network predicts."""
+    """Uniform timesteps with a published weight, said of what the network predicts; takes the weighting's settings."""
 
-    def sampler(profile: NoiseProfile, **settings: Any) -> Sampler:
+    def sampler(profile: NoiseProfile, **settings: float) -> Sampler:
         return Weighted(Uniform(profile), weighting(profile, **settings, prediction=_predicted(profile)))
 
+    sampler.__signature__ = inspect.signature(weighting)  # type: ignore[attr-defined]
     return sampler
-
-
-def _released(profile: NoiseProfile, **settings: Any) -> Sampler:
-    return SpeeD(profile, variant="released", **settings)
 
 
 def _predicted(profile: NoiseProfile) -> str:
     return profile.prediction or "epsilon"
+
+
+def _released(
+    profile: NoiseProfile, k: float = 5.0, lam: float = 0.6, r: float | None = None, tau: int | None = None
+) -> Sampler:
+    return SpeeD(profile, k, lam, r, tau, variant="released")
+
+
+def _beta(profile: NoiseProfile, a: float = 0.8, b: float = 1.0) -> Sampler:
+    return Beta(profile, a, b)
+
+
+def _edm(profile: NoiseProfile, mean: float = -1.2, std: float = 1.2) -> Sampler:
+    return Weighted(LogNormalSigma(profile, mean, std), edm(profile, prediction=_predicted(profile)))
 
 
 SAMPLERS: dict[str, Callable[..., Sampler]] = {
@@ -47,8 +61,8 @@ SAMPLERS: dict[str, Callable[..., Sampler]] = {
     "logit-normal": LogitNormal,
     "mode": Mode,
     "cosmap": CosMap,
-    "beta": lambda profile, a=0.8, b=1.0: Beta(profile, a, b),
-    "edm": lambda profile: Weighted(LogNormalSigma(profile), edm(profile, prediction=_predicted(profile))),
+    "beta": _beta,
+    "edm": _edm,
 }
 
 
@@ -61,34 +75,37 @@ def sampler_named(text: str, profile: NoiseProfile) -> Sampler:
     name, settings = _parsed(text)
     if name not in SAMPLERS:
         raise EbdiffError("no such sampler", expected=f"one of {', '.join(SAMPLERS)}", got=name, remedy="choose one")
-    try:
-        return SAMPLERS[name](profile, **settings)
-    except TypeError as error:
-        raise EbdiffError(
-            f"settings of the sampler {name}",
-            expected="some that it takes",
-            got=f"{text}: {error}",
-            remedy="see its class",
-        ) from None
+    known = [key for key in list(inspect.signature(SAMPLERS[name]).parameters)[1:] if key not in _FIXED]
+    other = [key for key in settings if key not in known]
+    if other:
+        raise EbdiffError(f"settings of {name}", expected=", ".join(known) or "none", got=", ".join(other))
+    return SAMPLERS[name](profile, **settings)
 
 
 def _parsed(text: str) -> tuple[str, dict[str, Any]]:
-    """name(key=value, ...) as Python has it."""
+    """name(key=number, ...) as Python has it."""
     name, bracket, rest = text.partition("(")
     try:
         call: Any = ast.parse(f"settings({rest}" if bracket else "settings()", mode="eval").body
-        return name.strip(), {str(each.arg): ast.literal_eval(each.value) for each in _keywords(call)}
+        return name.strip(), dict(_numbers(call))
     except (SyntaxError, TypeError, ValueError):
         raise EbdiffError(
-            "settings of a sampler", expected="name(key=value, ...)", got=text, remedy="write them as in speed(k=2)"
+            "settings of a sampler", expected="name(key=number, ...)", got=text, remedy="write them as in speed(k=2)"
         ) from None
 
 
-def _keywords(call: Any) -> list[ast.keyword]:
-    """Those of one call that has nothing else."""
+def _numbers(call: Any) -> list[tuple[str, Any]]:
+    """(key, number) of one call that has nothing else, each key once."""
     if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)) or call.args:
         raise ValueError
-    names = [each.arg for each in call.keywords]
-    if None in names or len({*names}) < len(names):
+    pairs = [(each.arg, each.value) for each in call.keywords]
+    if None in dict(pairs) or len(dict(pairs)) < len(pairs):
         raise ValueError
-    return call.keywords
+    return [(str(key), _number(value)) for key, value in pairs]
+
+
+def _number(node: ast.expr) -> float:
+    value = ast.literal_eval(node)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError
+    return value
