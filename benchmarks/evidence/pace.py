@@ -36,7 +36,7 @@ Seconds = dict[str, dict[str, list[float]]]
 
 WARM = 1  # rounds that do not count
 ROUNDS = 7
-STEPS = 8  # per round and network: in turns of 3 a small network took 7% longer, as it does in no run
+STEPS = 8  # per round and network, in turn
 
 
 def ratio_costs(suite: Suite, rounds: int = ROUNDS) -> dict[tuple[str, float], list[float]]:
