@@ -171,19 +171,20 @@ def _early_bird() -> Iterator[Arm]:
         about = f"one ticket, {ratio:.0%} removed by {criterion}, drawn {pace}-wise until it settles"
         make = partial(settled, ratio=ratio, criterion=criterion, pace=pace)
         yield Arm(f"eb-{criterion}-{ratio * 100:.0f}-{pace}", about, "early-bird", make)
+    family = "early-bird, SpeeD"
     for ratio in (0.3, 0.5, 0.7):
         about = f"one ticket, {ratio:.0%} removed by taylor after a search of fixed length, SpeeD"
-        yield Arm(f"eb-speed-{ratio * 100:.0f}", about, "early-bird, SpeeD", partial(early_bird, ratio=ratio), SPEED)
+        yield Arm(f"eb-speed-{ratio * 100:.0f}", about, family, partial(early_bird, ratio=ratio), SPEED)
     about = "one ticket, 50% removed by magnitude as soon as it settles, SpeeD"
     make = partial(settled, ratio=0.5, criterion="magnitude", pace="iteration")
-    yield Arm("eb-magnitude-50-iteration-speed", about, "early-bird, SpeeD", make, SPEED)
+    yield Arm("eb-magnitude-50-iteration-speed", about, family, make, SPEED)
     about = "eb-speed-50 step by step, ebdiff's layers, channels_last"
     make = partial(early_bird, ratio=0.5)
-    yield Arm("eb-speed-50-accelerated", about, "early-bird, SpeeD", make, {**SPEED, **ACCELERATED})
+    yield Arm("eb-speed-50-accelerated", about, family, make, {**SPEED, **ACCELERATED})
     about = "one ticket after a third of that search, which loses most where channels cost most, SpeeD"
-    yield Arm("eb-cost-speed", about, "early-bird, SpeeD", by_cost, SPEED)
+    yield Arm("eb-cost-speed", about, family, by_cost, SPEED)
     about = "eb-cost-speed step by step, ebdiff's layers, channels_last"
-    yield Arm("eb-cost-speed-accelerated", about, "early-bird, SpeeD", by_cost, {**SPEED, **ACCELERATED})
+    yield Arm("eb-cost-speed-accelerated", about, family, by_cost, {**SPEED, **ACCELERATED})
 
 
 def _regions() -> Iterator[Arm]:

@@ -114,8 +114,8 @@ class Cell:
 
     def obstacle(self) -> str:
         """Why its run cannot go on: another process is at it, or its folder is another configuration's. Else empty."""
-        if busy(self.folder):
-            return f"another process works in {self.folder}; wait for it, or end it and run this again"
+        if held := busy(self.folder):
+            return held
         kept = self.folder / "config.yaml"
         try:
             if kept.exists():

@@ -42,8 +42,12 @@ def measure_of(results: Results) -> str:
 
 def curve(facts: Facts, measure: str, clock: Clock | None = None) -> list[tuple[float, float]]:
     """(device-seconds, score) at every mark that has this score ("fid" or "loss")."""
-    scored = [point for point in facts["curve"] if point[measure] is not None]
-    return [(sum(seconds_at(facts, point, clock).values()), point[measure]) for point in scored]
+    return [(sum(seconds_at(facts, point, clock).values()), point[measure]) for point in scored(facts, measure)]
+
+
+def scored(facts: Facts, measure: str) -> list[Facts]:
+    """The marks that have this score ("fid" or "loss")."""
+    return [point for point in facts["curve"] if point[measure] is not None]
 
 
 def on_clock(found: Sequence[Facts], clock: Clock | None) -> bool:
@@ -177,8 +181,8 @@ def reached_in_macs(arm: Sequence[Facts], dense: Sequence[Facts], measure: str) 
 
 def macs_curve(facts: Facts, measure: str) -> Points:
     """(MACs of training so far, score) at every mark that was scored."""
-    scored = [point for point in facts["curve"] if point[measure] is not None]
-    return [(sum(stage["macs"] for stage in point["stages"].values()), point[measure]) for point in scored]
+    points = scored(facts, measure)
+    return [(sum(stage["macs"] for stage in point["stages"].values()), point[measure]) for point in points]
 
 
 def headline(arm: Sequence[Facts], dense: Sequence[Facts], measure: str, clock: Clock | None = None) -> Headline:

@@ -91,13 +91,18 @@ def timed(config: Mapping[str, Any], widths: Mapping[str, Mapping[str, int]]) ->
 
     A joint network's width follows from the seed's masks and differs little: the clock takes that of one seed for all.
     """
-    of_steps = ("batch_size", "accumulate", "precision", "channels_last", "accelerate", "compile", "grad_clip")
     facts = {
         "networks": [config["model"], config["conditional"], {key: of for key, of in widths.items() if key != "joint"}],
-        "steps": [config["train"][key] for key in of_steps],
+        "steps": stepped(config["train"]),
         "search": drawn(config["search"]),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def stepped(train: Mapping[str, Any]) -> list[Any]:
+    """What makes the same step of equal networks faster or slower."""
+    of_steps = ("batch_size", "accumulate", "precision", "channels_last", "accelerate", "compile", "grad_clip")
+    return [train[key] for key in of_steps]
 
 
 def drawn(search: Mapping[str, Any]) -> dict[str, Any]:
@@ -140,14 +145,9 @@ def scattered(world: World, widths: Mapping[str, int]) -> ChannelMask:
 
 def key_of(world: World, name: str, stretch: Stretch) -> str:
     """What a stage's step depends on: stages of one key are timed once."""
-    search = drawn(world.config.search.model_dump(mode="json")) if name == "search" else {}
-    return f"{stretch.macs:.0f} {search} {laid_out(world)}"
-
-
-def laid_out(world: World) -> str:
-    """What makes the same step of equal networks faster or slower."""
-    t = world.config.train
-    return f"{t.channels_last} {t.accelerate} {t.compile}"
+    config = world.config.model_dump(mode="json")
+    search = drawn(config["search"]) if name == "search" else {}
+    return f"{stretch.macs:.0f} {search} {stepped(config['train'])}"
 
 
 def shrunken(world: World, mask: ChannelMask) -> TrainState:

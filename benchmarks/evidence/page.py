@@ -47,8 +47,8 @@ def write(suite: Suite, cells: Sequence[Cell]) -> Path:
         raise EbdiffError(f"{suite.name}: cells saw different images", got=", ".join(seen.values()), remedy=remedy)
     home = cells[0].results
     timed, pictures = clock_of(suite, home), {}
-    clock = seconds_of(timed, results) if timed else {}
-    clock = clock if "dense" in clock else None  # by a clock that timed another dense network nothing can be compared
+    known = seconds_of(timed, results) if timed else {}
+    clock = known if "dense" in known else None  # by a clock that timed another dense network nothing can be compared
     if "dense" in results:
         measure = measure_of(results)
         pictures = {

@@ -20,7 +20,7 @@ _COLOURS = (
     *("#4477aa", "#cc3311", "#228833", "#ccbb44", "#aa3377", "#66ccee", "#ee7733", "#000000"),
     *("#8c564b", "#f781bf", "#332288", "#88cc22"),
 )  # as many as the largest family has arms
-SHORT = 4  # an axis that spans less than this factor has few ticks
+_SHORT = 4  # an axis that spans less than this factor has few ticks
 _SOLID = 8  # so many of a panel's lines; those after them are dashed
 
 
@@ -72,7 +72,7 @@ def _label(axis: Any) -> None:
     """Plain numbers; between powers of ten all where an axis is short, else those that leave each other room."""
     low, high = axis.get_view_interval()
     axis.set_major_formatter(FuncFormatter(_plain))
-    axis.set_minor_formatter(FuncFormatter(_plain if high < SHORT * low else _few))
+    axis.set_minor_formatter(FuncFormatter(_plain if high < _SHORT * low else _few))
 
 
 def _plain(value: float, _: object = None) -> str:

@@ -140,7 +140,7 @@ class Suite:
             raise EbdiffError(
                 f"{self.name}: cost_of_step",
                 expected=f"what a step costs at {ratio:g} removed",
-                got=f"{', '.join(f'{known:g}' for known in costs)}",
+                got=", ".join(f"{known:g}" for known in costs),
                 remedy="add it with a guess; --pace measures it",
             )
         return costs[ratio]

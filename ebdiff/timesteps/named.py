@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -36,24 +37,16 @@ def _predicted(profile: NoiseProfile) -> str:
     return profile.prediction or "epsilon"
 
 
-def _released(
-    profile: NoiseProfile, k: float = 5.0, lam: float = 0.6, r: float | None = None, tau: int | None = None
-) -> Sampler:
-    return SpeeD(profile, k, lam, r, tau, variant="released")
+def _edm(profile: NoiseProfile, **settings: float) -> Sampler:
+    return Weighted(LogNormalSigma(profile, **settings), edm(profile, prediction=_predicted(profile)))
 
 
-def _beta(profile: NoiseProfile, a: float = 0.8, b: float = 1.0) -> Sampler:
-    return Beta(profile, a, b)
-
-
-def _edm(profile: NoiseProfile, mean: float = -1.2, std: float = 1.2) -> Sampler:
-    return Weighted(LogNormalSigma(profile, mean, std), edm(profile, prediction=_predicted(profile)))
-
+_edm.__signature__ = inspect.signature(LogNormalSigma)  # type: ignore[attr-defined]
 
 SAMPLERS: dict[str, Callable[..., Sampler]] = {
     "uniform": Uniform,
     "speed": SpeeD,
-    "speed-released": _released,
+    "speed-released": partial(SpeeD, variant="released"),
     "min-snr": _weighted(min_snr),
     "soft-min-snr": _weighted(soft_min_snr),
     "p2": _weighted(p2),
@@ -61,7 +54,7 @@ SAMPLERS: dict[str, Callable[..., Sampler]] = {
     "logit-normal": LogitNormal,
     "mode": Mode,
     "cosmap": CosMap,
-    "beta": _beta,
+    "beta": partial(Beta, a=0.8, b=1.0),
     "edm": _edm,
 }
 

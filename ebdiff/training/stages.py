@@ -137,12 +137,12 @@ def locked(folder: Path, patience_seconds: float = 30) -> Iterator[None]:
         yield
 
 
-def busy(folder: Path) -> bool:
-    """Does another process hold this folder?"""
+def busy(folder: Path) -> str:
+    """What `locked` would say of a folder that another process holds; empty where none does."""
     if not (folder / ".lock").exists():
-        return False
+        return ""
     try:
         with locked(folder, patience_seconds=0):
-            return False
-    except EbdiffError:
-        return True
+            return ""
+    except EbdiffError as error:
+        return str(error)
